@@ -1,0 +1,535 @@
+"""Capture: a module becomes a graph that computes the same, or the reason why it cannot.
+
+Symbolic tracing runs `forward` on stand-ins for tensors, and so would silently record one side of a branch that asks
+what a stand-in cannot answer: `isinstance(x, Tensor)`, `x is None`, a random number, a counter kept on the module. The
+tracer here notices these questions. A module that asks one, or that cannot be traced at all, stays a single opaque
+node; tracing goes on around it. The captured graph shares its modules with the caller's model and is only read.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import ParameterProxy
+
+from elc_fx.errors import ElcError
+from elc_fx.graph import overwritten_argument, signature_of
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+IDENTITY_MODULES_EVAL = (*IDENTITY_MODULES, nn.FeatureAlphaDropout)
+DROPOUT_FUNCTIONS = {
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "feature_dropout",
+    "stochastic_depth",
+    "drop_path",
+}
+ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
+PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc"}  # asks for somebody else
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What did not happen at a place, and why, for people to read."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The graph of a model, sharing its modules, and the submodules that stayed opaque.
+
+    inputs: the example of each placeholder, in order; None where none were given.
+    """
+
+    graph_module: fx.GraphModule
+    opaque: tuple[Refusal, ...]
+    inputs: tuple[Any, ...] | None
+
+
+class CaptureError(ElcError):
+    """The module's own `forward` cannot be traced truthfully; the message is the reason."""
+
+
+class _UntruthfulError(Exception):
+    """A traced value was asked what only the real value knows."""
+
+
+def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_defaults: bool = True) -> Capture:
+    """The graph of `model`, which is in eval mode.
+
+    given: example arguments by parameter name of `forward`; they decide which of its arguments are inputs. Others are bound to their defaults (a call with anything else is then an error), or, without `bind_defaults`, stay inputs
+    that nothing is known about. Raises `CaptureError`.
+    """
+    refused: dict[nn.Module, Refusal] = {}
+    root = nn.Sequential(model) if is_leaf(model) and not has_hooks(model) else model
+    for name, module in root.named_modules():
+        if reason := _cannot_be_entered(module):
+            refused[module] = Refusal(name, reason)
+    if root in refused:
+        raise CaptureError(refused[root].reason)
+    while True:
+        tracer = _Tracer(refused, given, bind_defaults)
+        before = _Attributes(root)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), _Watch(tracer):
+                graph = tracer.trace(root)
+            tracer.check_truthful(root)
+        except Exception as error:
+            # Whatever user code raises when it meets a stand-in for a tensor means the same: it cannot be traced.
+            raise CaptureError(_reason(error)) from error
+        finally:
+            changed = before.restore()
+        if not changed:
+            break
+        for name, module in changed:
+            if module is root:
+                raise CaptureError("its forward changes attributes of the module")
+            refused[module] = Refusal(name, "its forward changes attributes of the module")
+    graph._tracer_cls = None  # the result is unpickled by torch's own tracer
+    captured = fx.GraphModule(_with_constants(root, tracer.constants), graph, type(model).__name__)
+    _mark_eval(captured, root)
+    _drop_identities(captured)
+    _read_overwritten_values_from_their_writer(captured)
+    captured.graph.lint()
+    opaque = tuple(refusal for module, refusal in refused.items() if tracer.used(module))
+    return Capture(captured, opaque, None if given is None else tuple(tracer.examples))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks, None) for hooks in HOOKS)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module computes what torch.nn's `forward` of its class says, and is kept whole."""
+    forward = type(module).forward
+    if "forward" in vars(module) or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return False
+    convolves = getattr(type(module), "_conv_forward", None)
+    return all(
+        getattr(f, "__module__", "").startswith(("torch.nn.", "torch.ao.nn.")) for f in (forward, convolves) if f
+    ) and not type(module).__module__.startswith("torch.fx.")
+
+
+def _cannot_be_entered(module: nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module"
+    if has_hooks(module) and not materialisable(module):
+        return "it has hooks"
+    if module.training and (not is_leaf(module) or any(True for _ in module.buffers(recurse=False))):
+        return "it is in training mode"
+    if module.training and isinstance(module, IDENTITY_MODULES_EVAL[1:]):
+        return "it is in training mode"
+    return None
+
+
+def materialisable(module: nn.Module) -> bool:
+    """Whether the module's only hooks are those of torch.nn.utils.weight_norm or spectral_norm (before 2.x style)."""
+    from torch.nn.utils.spectral_norm import SpectralNorm
+    from torch.nn.utils.weight_norm import WeightNorm
+
+    others = any(getattr(module, hooks, None) for hooks in HOOKS if hooks != "_forward_pre_hooks")
+    return not others and all(type(h) in (WeightNorm, SpectralNorm) for h in module._forward_pre_hooks.values())
+
+
+class _Proxy(fx.Proxy):
+    """A stand-in that does not let user code ask for its type, which would not be a tensor's."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__") in PASSES_TYPE_ON:
+            frame = frame.f_back
+        asker, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        on_behalf_of_user = function == "is_tensor" or asker in ("torch._jit_internal", "torch.jit")
+        if asker.startswith(ANSWERS_TYPE) and not on_behalf_of_user:
+            return type(self)
+        raise _UntruthfulError(f"`{function}` asks for the type of a traced value")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """x[index] = value, recorded; from here on this name stands for the tensor after the assignment."""
+        assigned = self.tracer.create_proxy("call_function", assign, (self, index, value), {})
+        assigned.node.meta["is_wrapped"] = True
+        self.node = assigned.node
+
+
+class _ParameterProxy(ParameterProxy, _Proxy):
+    """The same for a parameter, whose shape is known."""
+
+
+@fx.wrap
+def assign(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """`tensor[index] = value` as an expression: changes tensor, and returns it."""
+    tensor[index] = value
+    return tensor
+
+
+class _Tracer(fx.Tracer):
+    """Symbolic tracing that falls back to an opaque node at the innermost module that cannot be traced truthfully."""
+
+    def __init__(self, refused: dict[nn.Module, Refusal], given: Mapping[str, Any] | None, bind_defaults: bool) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.refused = refused
+        self.given = given
+        self.bind_defaults = bind_defaults
+        self.examples: list[Any] = []  # of the placeholders, in order
+        self.constants: dict[str, Tensor] = {}
+        self.uncertain: set[fx.Node] = set()  # values that may be None when the graph runs
+        self.untruthful: str | None = None  # the last question that a traced value could not answer
+        self._called: set[nn.Module] = set()
+        self._parameters: dict[str, fx.Proxy] = {}
+
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        """Path of every parameter, buffer and plain tensor attribute, by identity."""
+        named: dict[int, str] = {}
+        for prefix, module in self.root.named_modules():
+            for attributes in (vars(module), module._buffers, module._parameters):
+                for name, value in attributes.items():
+                    if type(value) is not _Proxy and isinstance(value, Tensor):
+                        named.setdefault(id(value), f"{prefix}.{name}".lstrip("."))
+        return named
+
+    def used(self, module: nn.Module) -> bool:
+        return module in self._called
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m in self.refused or is_leaf(m)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if self._may_be_none(node):
+            self.uncertain.add(node)
+        return _Proxy(node, self)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._called.add(m)
+        if self.is_leaf_module(m, ""):
+            return super().call_module(m, forward, args, kwargs)
+        last, stack = next(iter(reversed(self.graph.nodes)), None), dict(self.module_stack)
+        random = torch.get_rng_state()
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            if not torch.equal(random, torch.get_rng_state()):
+                self.untruthful = "it draws random numbers that tracing would freeze"
+            self.check_truthful(m)
+            return result
+        except Exception as error:
+            self.untruthful = None
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            self._forget_after(last)
+            self.refused[m] = Refusal(self.path_of_module(m), _reason(error))
+            return super().call_module(m, forward, args, kwargs)
+
+    def check_truthful(self, module: nn.Module) -> None:
+        if self.untruthful:
+            raise _UntruthfulError(self.untruthful)
+
+    def _forget_after(self, last: fx.Node | None) -> None:
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+            self.uncertain.discard(node)
+        self._parameters = {n: p for n, p in self._parameters.items() if not p.node._erased}
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if not isinstance(attr_val, nn.Parameter) or id(attr_val) not in self._names:
+            return attr_val
+        name = self._names[id(attr_val)]
+        if name not in self._parameters:
+            self._parameters[name] = self.create_proxy(
+                "get_attr", name, (), {}, proxy_factory_fn=lambda node: _ParameterProxy(self, node, name, attr_val)
+            )
+        return self._parameters[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """As torch.fx does, but constants are kept here and never stored on the caller's model."""
+        if type(a) in (_Proxy, _ParameterProxy):
+            return a.node
+        if isinstance(a, Tensor):
+            name = self._names.get(id(a))
+            if name is None:
+                name = f"_tensor_constant{len(self.constants)}"
+                self.constants[name] = a
+                self._names[id(a)] = name
+            return self.create_node("get_attr", name, (), {})
+        return super().create_arg(a)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """One placeholder for each input; arguments that are not given are bound to their defaults."""
+        forward = self.root.forward
+        given = dict(self.given or {})
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for name, parameter in inspect.signature(forward).parameters.items():
+            for key, value in self._inputs(name, parameter, given):
+                if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
+                    kwargs[key] = value
+                else:
+                    args.append(value)
+        if "forward" in vars(self.root):  # a forward that was put on the instance
+            return lambda *_: forward(*args, **kwargs), []
+        return lambda *_: root_fn(self.root, *args, **kwargs), []
+
+    def _inputs(self, name: str, parameter: inspect.Parameter, given: dict[str, Any]) -> list[tuple[str, Any]]:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            if name not in given and self.given is None:
+                raise _UntruthfulError(f"it takes *{name}, whose number is not known; give example_inputs")
+            return [self._placeholder(f"{name}_{i}", value) for i, value in enumerate(given.get(name, ()))]
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return [self._placeholder(key, value) for key, value in given.get(name, {}).items()]
+        if name in given:
+            return [self._placeholder(name, given[name])]
+        if parameter.default is inspect.Parameter.empty:
+            return [self._placeholder(name, None)]
+        if not self.bind_defaults:
+            return [self._placeholder(name, None, (parameter.default,))]
+        self._bind_default(name, parameter.default)
+        return [(name, parameter.default)]
+
+    def _placeholder(self, name: str, example: Any, default: tuple[Any, ...] = ()) -> tuple[str, Any]:
+        self.examples.append(example)
+        proxy = self.create_proxy("placeholder", name, default, {})
+        if isinstance(example, Tensor):
+            self.uncertain.discard(proxy.node)
+        return name, proxy
+
+    def _bind_default(self, name: str, default: Any) -> None:
+        """An input that is accepted only with its default value, which the traced code has seen."""
+        self.examples.append(default)
+        node = self.create_node("placeholder", name, (default,), {})
+        message = f"`{name}` was bound to its default {default!r} by elc_fx; compile with example_inputs that give it"
+        compared = self.create_node(
+            "call_function", *((_is_none, (node,)) if default is None else (_equals, (node, default))), {}
+        )
+        compared.meta["is_wrapped"] = True
+        self.create_node("call_function", torch._assert, (compared, message), {})
+
+    def _may_be_none(self, node: fx.Node) -> bool:
+        """Whether the value may be None when the graph runs, as far as the graph tells."""
+        if node.op == "placeholder":
+            return True
+        if node.op == "call_module":
+            return not is_leaf(module := self.root.get_submodule(str(node.target))) or isinstance(
+                module, nn.MultiheadAttention | nn.RNNBase
+            )
+        if node.op == "call_method":
+            return not hasattr(Tensor, str(node.target)) and _reads_uncertain(node, self.uncertain)
+        if node.op == "call_function":
+            home = getattr(node.target, "__module__", None) or ""
+            if node.target is getattr or getattr(node.target, "__name__", "") == "getitem":
+                return _reads_uncertain(node, self.uncertain)
+            return not home.startswith(("torch", "_operator", "builtins", "math", "elc_fx"))
+        return False
+
+
+@fx.wrap
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+@fx.wrap
+def _equals(value: Any, expected: Any) -> bool:
+    return value is expected or bool(value == expected)
+
+
+def _reads_uncertain(node: fx.Node, uncertain: set[fx.Node]) -> bool:
+    return any(source in uncertain for source in node.all_input_nodes)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, _UntruthfulError):
+        return str(error)
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+class _Watch:
+    """Notes `is None` asked of a value that may be None: a stand-in never is, so the wrong side would be recorded.
+
+    Neither stand-in nor tracer can see the question. So each Python function that runs during tracing is looked at
+    once for such tests in its bytecode, and when it is entered and left, the values it tests are looked at.
+    """
+
+    def __init__(self, tracer: _Tracer) -> None:
+        self.tracer = tracer
+
+    def __enter__(self) -> None:
+        self.previous = sys.getprofile()
+        sys.setprofile(self._event)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self.previous)
+
+    def _event(self, frame: types.FrameType, event: str, argument: object) -> None:
+        if event in ("call", "return") and (names := tested_for_none(frame.f_code)):
+            values = frame.f_locals
+            for name in names:
+                tested = values.values() if name == "*" else [values.get(name)]
+                if any(self._uncertain(value) for value in tested):
+                    what = "a value" if name == "*" else f"`{name}`"
+                    self.tracer.untruthful = (
+                        f"`{frame.f_code.co_name}` asks whether {what} is None; give example_inputs if it never is"
+                    )
+
+    def _uncertain(self, value: Any) -> bool:
+        if type(value) is _Proxy:
+            return value.node in self.tracer.uncertain
+        if type(value) in (tuple, list):
+            return any(self._uncertain(item) for item in value)
+        return type(value) is dict and any(self._uncertain(item) for item in value.values())
+
+
+@functools.lru_cache(maxsize=None)
+def tested_for_none(code: types.CodeType) -> frozenset[str]:
+    """Names of the local variables that a function compares with None by `is`; "*" for anything less plain."""
+    if "/torch/" in code.co_filename.replace("\\", "/"):
+        return frozenset()
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "NOP")]
+    names = set()
+    for index, instruction in enumerate(instructions):
+        if instruction.opname.startswith("POP_JUMP") and instruction.opname.endswith("NONE"):
+            names.add(_origin(instructions[:index]))
+        elif instruction.opname == "IS_OP":
+            operands = instructions[max(index - 2, 0) : index]
+            nones = [o for o in operands if o.opname == "LOAD_CONST" and o.argval is None]
+            if nones:
+                rest = instructions[:index]
+                rest.remove(nones[-1])
+                names.add(_origin(rest))
+    return frozenset(name for name in names if name)
+
+
+def _origin(instructions: list[dis.Instruction]) -> str:
+    """The variable whose value, or attribute, the last of the instructions leaves on the stack."""
+    for instruction in reversed(instructions):
+        name = instruction.opname
+        if name in ("LOAD_ATTR", "COPY", "DUP_TOP", "TO_BOOL"):
+            continue
+        if name.startswith(("LOAD_FAST", "LOAD_DEREF", "STORE_FAST")):
+            value = instruction.argval
+            return str(value[-1] if isinstance(value, tuple) else value)
+        return "" if name in ("LOAD_GLOBAL", "LOAD_NAME") else "*"
+    return "*"
+
+
+@dataclass
+class _Attributes:
+    """The attributes of every submodule before tracing, so that what `forward` stores on them can be undone."""
+
+    root: nn.Module
+    saved: list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saved = []
+        for name, module in self.root.named_modules():
+            attributes = dict(vars(module))
+            containers = {k: _shallow(v) for k, v in attributes.items() if type(v) in (dict, list, set)}
+            self.saved.append((name, module, attributes, containers))
+
+    def restore(self) -> list[tuple[str, nn.Module]]:
+        """Undoes all changes, and returns the modules that had any."""
+        changed = []
+        for name, module, attributes, containers in self.saved:
+            now = vars(module)
+            same = len(now) == len(attributes) and all(now.get(k, self) is v for k, v in attributes.items())
+            if not same:
+                now.clear()
+                now.update(attributes)
+            for key, before in containers.items():
+                container = attributes[key]
+                if not _same(container, before):
+                    container.clear()
+                    (container.extend if isinstance(container, list) else container.update)(before)
+                    same = False
+            if not same:
+                changed.append((name, module))
+        return changed
+
+
+def _shallow(container: Any) -> Any:
+    return type(container)(container)
+
+
+def _same(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return False
+    if isinstance(container, dict):
+        return all(container.get(k, before) is v for k, v in before.items())
+    if isinstance(container, set):
+        return {id(item) for item in container} == {id(item) for item in before}
+    return all(a is b for a, b in zip(container, before, strict=True))
+
+
+def _with_constants(root: nn.Module, constants: dict[str, Tensor]) -> nn.Module:
+    """A module with root's attributes and the constants that tracing met, for GraphModule to take them from."""
+    holder = nn.Module()
+    vars(holder).update(vars(root))
+    holder._buffers = {**root._buffers, **constants}
+    return holder
+
+
+def _mark_eval(captured: fx.GraphModule, root: nn.Module) -> None:
+    """Containers that GraphModule made anew are in eval mode, as the model is; the model's own modules stay as they are."""
+    own = set(root.modules())
+    for module in captured.modules():
+        if module not in own:
+            module.training = False
+
+
+def _drop_identities(captured: fx.GraphModule) -> None:
+    """dropout, drop path and identities compute nothing in eval: their readers read their input."""
+    for node in list(captured.graph.nodes):
+        if is_identity(captured, node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            captured.graph.erase_node(node)
+
+
+def is_identity(captured: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = captured.get_submodule(str(node.target))
+        off = type(module) is nn.Identity or not module.training
+        return type(module) in IDENTITY_MODULES_EVAL and off and not has_hooks(module)
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in DROPOUT_FUNCTIONS:
+        arguments = signature_of(node)
+        training = arguments.get("training", arguments.get("train"))
+        return training is False and len(node.all_input_nodes) == 1
+    return False
+
+
+def _read_overwritten_values_from_their_writer(captured: fx.GraphModule) -> None:
+    """An in-place operation returns the tensor that it changed. Whoever reads that tensor later reads the result.
+
+    y.relu_(); z = y + 1  is recorded as  r = relu_(y); z = y + 1, and becomes  r = relu_(y); z = r + 1: the same
+    tensor, but now the graph shows what z depends on.
+    """
+    position = {node: index for index, node in enumerate(captured.graph.nodes)}
+    for node in captured.graph.nodes:
+        written = overwritten_argument(captured, node)
+        if written is not None:
+            for user in list(written.users):
+                if position[user] > position[node]:
+                    user.replace_input_with(written, node)

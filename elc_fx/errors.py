@@ -1,0 +1,23 @@
+"""The errors that elc_fx raises on purpose. All derive from `ElcError`."""
+
+from __future__ import annotations
+
+
+class ElcError(Exception):
+    """Base class of every error that elc_fx raises on purpose."""
+
+
+class InvalidInputError(ElcError, ValueError):
+    """An argument is of the wrong type or value; the message says what was found and what was expected."""
+
+
+class TrainingModeError(ElcError, ValueError):
+    """The model is in training mode, where batch norm and dropout do not compute what they compute in eval."""
+
+
+class NotAffineError(ElcError):
+    """A composition, sum or concatenation is not one affine map; the message is the reason, for people to read."""
+
+
+class VerificationError(ElcError):
+    """A merged region does not compute what the original region computes; the message names the first that differs."""

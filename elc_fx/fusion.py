@@ -1,0 +1,279 @@
+"""The merge: a region of affine operations becomes one convolution (or linear layer) in the graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from elc_fx.affine import AffineMap, Geometry, flat_padding, regroup, transposed_weight
+from elc_fx.capture import Refusal
+from elc_fx.errors import NotAffineError
+from elc_fx.graph import label
+from elc_fx.interpret import Operation
+from elc_fx.regions import Merge, Regroup, Step, is_same_padding, needs_explicit_padding
+
+CONV_MODULES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV_TRANSPOSE_MODULES: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+Check: TypeAlias = Callable[[fx.GraphModule, Merge, fx.Node, Sequence[fx.Node], AffineMap, torch.dtype], None]
+
+
+@dataclass(frozen=True)
+class MergedRegion:
+    """One merge that was carried out. flops: per sample, before and after; None where no example told the shapes."""
+
+    name: str
+    nodes: tuple[str, ...]
+    layers: str
+    result: str
+    flops: tuple[int, int] | None
+    launches: tuple[int, int]
+
+
+class Fusion:
+    """Carries out merges in a captured graph, one region after the other.
+
+    check: is called with each merge before the nodes that it replaces are gone, and raises if something is wrong.
+    made: the modules that are new; all others still belong to the caller's model.
+    """
+
+    def __init__(self, captured: fx.GraphModule, check: Check | None = None) -> None:
+        self.captured = captured
+        self.graph = captured.graph
+        self.check = check
+        self.made: set[nn.Module] = set()
+        self.merged: list[MergedRegion] = []
+        self.refusals: list[Refusal] = []
+        self.position = {node: index for index, node in enumerate(self.graph.nodes)}
+        self.calls: dict[str, int] = {}
+        for node in self.graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                self.calls[str(node.target)] = self.calls.get(str(node.target), 0) + 1
+        self.replaced: dict[fx.Node, fx.Node] = {}
+
+    def apply(self, step: Step) -> None:
+        if isinstance(step, Merge):
+            self._apply_merge(step)
+        else:
+            self._apply_regroup(step)
+
+    def _apply_merge(self, merge: Merge) -> None:
+        output = merge.output
+        assert output is not None
+        if (value := self._insert(merge)) is not None:
+            self._replace(output, value)
+            self._erase(merge.nodes())
+
+    def _apply_regroup(self, step: Regroup) -> None:
+        """acc = block₁; acc = acc + block₂; …: merged blocks by their convolution, others as they are."""
+        values: list[tuple[fx.Node, float]] = []
+        obsolete: set[fx.Node] = {step.join.node, *step.join.inner}
+        for members, merge in step.blocks:
+            value = self._insert(merge) if merge is not None else None
+            if merge is not None and value is not None:
+                values.append((value, 1.0))
+                obsolete |= merge.nodes()
+            else:
+                values.extend((self._now(member.value), member.coefficient) for member in members)
+        with self.graph.inserting_before(step.join.node):
+            joined = self._concatenate(step, values) if step.join.concatenates else self._add(values)
+        self._replace(step.join.node, joined)
+        self._erase(obsolete)
+
+    def _add(self, values: list[tuple[fx.Node, float]]) -> fx.Node:
+        values = sorted(values, key=lambda value: value[1] != 1.0)
+        total, coefficient = values[0]
+        if coefficient != 1.0:
+            total = self.graph.call_function(torch.mul, (total, coefficient))
+        for value, coefficient in values[1:]:
+            kwargs = {} if coefficient == 1.0 else {"alpha": coefficient}
+            total = self.graph.call_function(torch.add, (total, value), kwargs)
+        return total
+
+    def _concatenate(self, step: Regroup, values: list[tuple[fx.Node, float]]) -> fx.Node:
+        if len(values) == 1:
+            return values[0][0]
+        linear = any(merge is not None and merge.geometry.dims == 0 for _, merge in step.blocks)
+        return self.graph.call_function(torch.cat, ([value for value, _ in values], -1 if linear else 1))
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        """The node that has a value since an earlier merge."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
+        old.replace_all_uses_with(new)
+        self.replaced[old] = new
+
+    def _erase(self, nodes: set[fx.Node]) -> None:
+        for node in sorted(nodes, key=lambda n: self.position[n], reverse=True):
+            self._forget(node)
+
+    def _forget(self, node: fx.Node) -> None:
+        """Erases a node without readers, and the constants that only it read."""
+        if node.users or node._erased:
+            return
+        inputs = node.all_input_nodes
+        if node.op in ("call_module", "get_attr"):
+            self.calls[str(node.target)] -= 1
+        self.graph.erase_node(node)
+        for source in inputs:
+            if source.op == "get_attr" or (source.op != "placeholder" and self._is_constant(source)):
+                self._forget(source)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        return bool(node.all_input_nodes) and all(
+            source.op == "get_attr" or self._is_constant(source) for source in node.all_input_nodes
+        )
+
+    def _insert(self, merge: Merge) -> fx.Node | None:
+        """The merged layer, where the region first reads its source; None if its numbers do not allow the merge."""
+        operations = list(merge.operations())
+        dtype = next(op.dtype for op in operations if op.dtype is not None)
+        try:
+            exact = merge.affine_map()
+            rounded = _rounded(exact, dtype)
+        except NotAffineError as error:
+            self.refusals.append(Refusal(merge.name, str(error)))
+            return None
+        assert exact.geometry == merge.geometry
+        source = self._now(merge.source)
+        nodes = sorted(merge.nodes(), key=lambda node: self.position[node])
+        if self.check is not None:
+            self.check(self.captured, merge, source, nodes, rounded, dtype)
+        first = next(node for node in nodes if source in node.all_input_nodes)
+        layer = self._like_the_original(layer_of(rounded, dtype), operations)
+        with self.graph.inserting_before(first):
+            if any(op.batched_rows for op in operations):
+                self._insert_rank_check(source)
+            value = self._insert_input(merge.geometry, source)
+            value = self.graph.call_module(self._register(layer, operations, merge), (value,))
+        self._place(value, first)
+        self._record(merge, operations, nodes)
+        return value
+
+    def _place(self, value: fx.Node, first: fx.Node) -> None:
+        """New nodes stand where the first node that they replace stood."""
+        self.position[value] = self.position[first]
+        for source in value.all_input_nodes:
+            self.position.setdefault(source, self.position[first])
+
+    def _insert_rank_check(self, source: fx.Node) -> None:
+        rank = self.graph.call_method("dim", (source,))
+        message = (
+            "elc_fx merged a linear layer with a batch norm for inputs of 2 axes; compile with example_inputs for more"
+        )
+        self.graph.call_function(torch._assert, (self.graph.call_function(operator.eq, (rank, 2)), message))
+
+    def _insert_input(self, geometry: Geometry, source: fx.Node) -> fx.Node:
+        if geometry.ones:
+            source = self.graph.call_function(F.pad, (source, [0, 0] * geometry.dims + [0, 1]), {"value": 1.0})
+        if needs_explicit_padding(geometry):
+            grow = tuple((max(low, 0), max(high, 0)) for low, high in geometry.padding)
+            crop = tuple((min(low, 0), min(high, 0)) for low, high in geometry.padding)
+            if geometry.padding_mode == "zeros":
+                source = self.graph.call_function(F.pad, (source, flat_padding(geometry.padding)))
+            else:
+                mode = PAD_MODES[geometry.padding_mode]
+                source = self.graph.call_function(F.pad, (source, flat_padding(grow)), {"mode": mode})
+                if any(sides != (0, 0) for sides in crop):
+                    source = self.graph.call_function(F.pad, (source, flat_padding(crop)))
+        return source
+
+    def _like_the_original(self, layer: nn.Module, operations: list[Operation]) -> nn.Module:
+        """Device, memory format and requires_grad of the layers that are merged."""
+        for op in operations:
+            if op.node.op == "call_module" and op.convolves:
+                original = self.captured.get_submodule(str(op.node.target))
+                weight = next(original.parameters(), None)
+                if weight is not None:
+                    layer.requires_grad_(any(p.requires_grad for p in original.parameters()))
+                    channels_last = weight.dim() == 4 and not weight.is_contiguous()
+                    if channels_last and weight.is_contiguous(memory_format=torch.channels_last):
+                        return layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+                    return layer
+        return layer
+
+    def _register(self, layer: nn.Module, operations: list[Operation], merge: Merge) -> str:
+        """Puts the layer in the place of the first convolution that it replaces, under a new name if others call that."""
+        named = [op for op in operations if op.node.op == "call_module" and op.convolves]
+        path = str(named[0].node.target) if named else merge.parts[-1].node.name
+        if path in self.calls and self.calls[path] > 1 or (not named and hasattr(self.captured, path)):
+            path = next(p for i in range(len(self.calls) + 2) if not self._exists(p := f"{path}_merged{i or ''}"))
+        owner, _, name = path.rpartition(".")
+        setattr(self.captured.get_submodule(owner), name, layer)
+        self.calls[path] = self.calls.get(path, 0) + 1
+        self.made.add(layer)
+        return path
+
+    def _exists(self, path: str) -> bool:
+        owner, _, name = path.rpartition(".")
+        return path in self.calls or hasattr(self.captured.get_submodule(owner), name)
+
+    def _record(self, merge: Merge, operations: list[Operation], nodes: Sequence[fx.Node]) -> None:
+        convolutions = [op.geometry for op in operations if op.convolves]
+        counts = {str(g): convolutions.count(g) for g in convolutions}
+        layers = ", ".join(f"{count} × ({text})" if count > 1 else text for text, count in counts.items())
+        self.merged.append(
+            MergedRegion(
+                name=merge.name,
+                nodes=tuple(label(node) for node in nodes),
+                layers=layers or "elementwise",
+                result=str(merge.geometry),
+                flops=(merge.before[0], merge.after[0]) if merge.exact_size else None,
+                launches=(merge.before[1], merge.after[1]),
+            )
+        )
+
+
+def _rounded(exact: AffineMap, dtype: torch.dtype) -> AffineMap:
+    """The map with its numbers as they will be stored, still in float64. Raises `NotAffineError` on overflow."""
+
+    def rounded(t: Tensor) -> Tensor:
+        stored = t.to(dtype).to(t.dtype)
+        if not t.is_meta and not torch.equal(stored.isfinite(), t.isfinite()):
+            raise NotAffineError(f"its merged weights do not fit into {dtype}")
+        return stored
+
+    return exact.map_tensors(rounded)
+
+
+def layer_of(affine: AffineMap, dtype: torch.dtype) -> nn.Module:
+    """The torch.nn layer of a map. A padding that it cannot do, and the channel of ones, are left to its caller."""
+    if affine.ones is not None:
+        affine = affine.with_channel_of_ones()
+    g = affine.geometry
+    arguments: dict[str, Any] = {"bias": affine.bias is not None, "device": "meta", "dtype": dtype}
+    if g.dims == 0:
+        layer: Any = nn.Linear(g.in_channels, g.out_channels, **arguments)
+        weight = regroup(affine.kernel, g.groups, 1)
+    else:
+        arguments.update(stride=g.stride, dilation=g.dilation, groups=g.groups)
+        lows = tuple(low for low, _ in g.padding)
+        if g.transposed:
+            weight = transposed_weight(affine.kernel, g.groups)
+            arguments.update(padding=lows, output_padding=g.output_padding)
+            layer = CONV_TRANSPOSE_MODULES[g.dims](g.in_channels, g.out_channels, g.kernel_size, **arguments)
+        else:
+            weight = affine.kernel
+            padding: Any = lows
+            if needs_explicit_padding(g):
+                padding = 0
+            elif any(low != high for low, high in g.padding):
+                assert is_same_padding(g)
+                padding = "same"
+            mode = "zeros" if padding == 0 else g.padding_mode
+            arguments.update(padding=padding, padding_mode=mode)
+            layer = CONV_MODULES[g.dims](g.in_channels, g.out_channels, g.kernel_size, **arguments)
+    layer.weight = nn.Parameter(weight.to(dtype).contiguous())
+    if affine.bias is not None:
+        layer.bias = nn.Parameter(affine.bias.to(dtype).contiguous())
+    return layer.eval()  # type: ignore[no-any-return]

@@ -1,0 +1,85 @@
+"""Questions about one node of a captured graph: its name for people, its arguments by name, what it overwrites."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_AVG_POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_BINARY = ("input", "other", "alpha")
+_CAT = ("tensors", "dim")
+# Parameter names of functions that are written in C++, and so have no signature to inspect.
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    **{f"conv{n}d": _CONV for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _CONV_TRANSPOSE for n in (1, 2, 3)},
+    **{f"avg_pool{n}d": _AVG_POOL for n in (1, 2, 3)},
+    **dict.fromkeys(("add", "sub", "subtract", "iadd", "isub", "add_", "sub_", "subtract_", "rsub"), _BINARY),
+    **dict.fromkeys(("mul", "multiply", "imul", "mul_", "multiply_"), _BINARY[:2]),
+    **dict.fromkeys(("div", "divide", "truediv", "true_divide", "itruediv", "div_"), (*_BINARY[:2], "rounding_mode")),
+    **dict.fromkeys(("neg", "negative", "neg_"), ("input",)),
+    **dict.fromkeys(("cat", "concat", "concatenate"), _CAT),
+    "linear": ("input", "weight", "bias"),
+    "pad": ("input", "pad", "mode", "value"),
+    "dropout": ("input", "p", "train"),
+    "getitem": ("input", "index"),
+}
+IN_PLACE_OPERATORS = frozenset(
+    name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
+)
+
+
+def label(node: fx.Node) -> str:
+    """The name of a node for people: the module's path for a call of a module, else the node's own name."""
+    return str(node.target) if node.op in ("call_module", "get_attr") else node.name
+
+
+def function_name(node: fx.Node) -> str:
+    """The bare name of the function or method that a node calls, "" for other nodes."""
+    if node.op == "call_method":
+        return str(node.target)
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def signature_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a function or method call by parameter name; what was left out is missing.
+
+    Empty where the parameters are not known.
+    """
+    name = function_name(node)
+    if node.op == "call_function" and inspect.isfunction(node.target):
+        try:
+            return dict(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments)
+        except TypeError:
+            return {}
+    names = PARAMETERS.get(name, ())
+    if len(node.args) > len(names):
+        return {}
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def overwritten_argument(captured: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The value that an in-place operation overwrites, and returns."""
+    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if node.op == "call_method":
+        name = str(node.target)
+        return first if name.endswith("_") and not name.endswith("__") else None
+    if node.op == "call_module":
+        return first if getattr(captured.get_submodule(str(node.target)), "inplace", False) is True else None
+    if node.op == "call_function":
+        name = function_name(node)
+        if isinstance(out := node.kwargs.get("out"), fx.Node):
+            return out
+        target: Callable[..., Any] = node.target  # type: ignore[assignment]
+        if name == "assign" or getattr(target, "__module__", "") == "_operator" and name in IN_PLACE_OPERATORS:
+            return first
+        if name.endswith("_") and not name.endswith("__") or node.kwargs.get("inplace") is True:
+            return first
+        if inspect.isfunction(target) and signature_of(node).get("inplace") is True:
+            return first
+    return None

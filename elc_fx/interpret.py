@@ -1,0 +1,716 @@
+"""What a node of a captured graph means in the algebra: which operations are affine maps, and which.
+
+`Interpreter.operation` reads one node, in any spelling (module, function, method, operator), as an affine map of one
+feature map. Its geometry is known at once; its numbers are loaded in float64 when a merge needs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight
+from elc_fx.capture import has_hooks, materialisable
+from elc_fx.graph import function_name, overwritten_argument, signature_of
+
+CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
+BATCH_NORMS = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
+AVERAGE_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
+PADS = {
+    f"{kind}Pad{n}d": mode
+    for kind, mode in {
+        "Zero": "zeros",
+        "Constant": "zeros",
+        "Reflection": "reflect",
+        "Replication": "replicate",
+        "Circular": "circular",
+    }.items()
+    for n in (1, 2, 3)
+}
+PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+ADDS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_", "subtract", "subtract_"))
+SCALES = frozenset(("mul", "imul", "mul_", "multiply", "multiply_"))
+QUOTIENTS = frozenset(("div", "truediv", "itruediv", "div_", "divide", "true_divide"))
+CONCATENATIONS = frozenset(("cat", "concat", "concatenate"))
+RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "poisson", "empty")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What is known of a value: channels, and spatial axes (0: the channels are the last axis, as for linear layers)."""
+
+    channels: int | None = None
+    dims: int | None = None
+
+    def known(self, other: Feature) -> Feature:
+        """This, completed by what the other knows."""
+        return Feature(
+            self.channels if self.channels is not None else other.channels,
+            self.dims if self.dims is not None else other.dims,
+        )
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One node as an affine map of `source`. dtype, device: of its weights, None where it has none.
+
+    convolves: it is a convolution or linear layer, which costs FLOPs; elementwise operations count none.
+    batched_rows: it reads [N, C] as an affine map, but would read an input of more axes otherwise.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    geometry: Geometry
+    load: Callable[[], AffineMap]
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    convolves: bool = False
+    batched_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand: coefficient · value."""
+
+    value: fx.Node
+    coefficient: float = 1.0
+
+
+class Interpreter:
+    """Reads the nodes of one captured graph. shapes: of the values, where example inputs gave them."""
+
+    def __init__(self, captured: fx.GraphModule, shapes: Mapping[fx.Node, Ints] | None = None) -> None:
+        self.captured = captured
+        self.shapes = shapes or {}
+        self._constants: dict[fx.Node, Any] = {}
+        self.operations: dict[fx.Node, Operation] = {}
+        self.refusals: dict[fx.Node, str] = {}  # operations that look affine but are not, with the reason
+        self.features: dict[fx.Node, Feature] = {node: Feature() for node in captured.graph.nodes}
+        self._interpret()
+
+    def _operation(self, node: fx.Node) -> Operation | None:
+        """The node as an affine map, or None; `refusals` then has the reason where one is worth telling."""
+        self.refusals.pop(node, None)
+        try:
+            if node.op == "call_module":
+                return self._module(node)
+            if node.op in ("call_function", "call_method"):
+                return self._function(node)
+        except _Refused as refused:
+            self.refusals[node] = str(refused)
+        return None
+
+    # Constants: attributes of the model, and what is computed from them alone.
+
+    def constant(self, value: Any) -> Any:
+        """The number or tensor that an argument always is, or None."""
+        if not isinstance(value, fx.Node):
+            return value if isinstance(value, int | float | complex) and not isinstance(value, bool) else None
+        if value not in self._constants:
+            self._constants[value] = self._evaluate(value)
+        return self._constants[value]
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            found = getattr(self.captured.get_submodule(owner), name)
+            return found.detach() if isinstance(found, Tensor) else None
+        name = function_name(node)
+        if not node.all_input_nodes or any(word in name for word in RANDOM):
+            return None
+        if overwritten_argument(self.captured, node) is not None:
+            return None
+        inputs = {source: self.constant(source) for source in node.all_input_nodes}
+        if any(value is None for value in inputs.values()):
+            return None
+        args = fx.map_arg(node.args, lambda n: inputs[n])
+        kwargs = fx.map_arg(node.kwargs, lambda n: inputs[n])
+        if node.op == "call_method":
+            return getattr(args[0], name)(*args[1:], **kwargs)  # type: ignore[index]
+        home = getattr(node.target, "__module__", None) or ""
+        if node.op == "call_function" and (home.startswith(("torch", "_operator")) or home == ""):
+            return node.target(*args, **kwargs)  # type: ignore[operator, misc]
+        return None
+
+    # Modules.
+
+    def _module(self, node: fx.Node) -> Operation | None:
+        module = self.captured.get_submodule(str(node.target))
+        if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+            return None
+        if has_hooks(module) and not materialisable(module):
+            return None
+        source = node.args[0]
+        for classes, read in (
+            (CONVOLUTIONS, self._convolution_module),
+            (TRANSPOSED, self._convolution_module),
+            (BATCH_NORMS, self._batch_norm_module),
+            (AVERAGE_POOLS, self._average_pool_module),
+        ):
+            for cls, dims in classes.items():  # type: ignore[attr-defined]
+                if _computes_as(module, cls):
+                    return read(node, source, module, dims)
+        if _computes_as(module, nn.Linear):
+            weight = weight_of(module)
+            return self._linear(node, source, weight, module.bias)
+        mode = PADS.get(type(module).__name__)
+        if mode and type(module).__module__ == "torch.nn.modules.padding":
+            if getattr(module, "value", 0) != 0:
+                raise _Refused(f"it pads with {module.value}, not with zeros")
+            padding = tuple(int(p) for p in module.padding)
+            return self._pad(node, source, padding, mode)
+        return None
+
+    def _convolution_module(self, node: fx.Node, source: fx.Node, module: Any, dims: int) -> Operation:
+        transposed = isinstance(module, _ConvTransposeNd)
+        return self._convolution(
+            node,
+            source,
+            weight_of(module),
+            module.bias,
+            dims,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            groups=module.groups,
+            padding_mode=module.padding_mode,
+            output_padding=module.output_padding if transposed else None,
+        )
+
+    def _batch_norm_module(self, node: fx.Node, source: fx.Node, module: Any, dims: int | None) -> Operation:
+        if module.training:
+            raise _Refused("the batch norm is in training mode")
+        return self._batch_norm(
+            node, source, module.running_mean, module.running_var, module.weight, module.bias, module.eps, dims
+        )
+
+    def _average_pool_module(self, node: fx.Node, source: fx.Node, module: Any, dims: int) -> Operation:
+        return self._average_pool(
+            node,
+            source,
+            dims,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.ceil_mode,
+            module.count_include_pad,
+            getattr(module, "divisor_override", None),
+        )
+
+    # Functions, methods and operators.
+
+    def _function(self, node: fx.Node) -> Operation | None:
+        name, arguments = function_name(node), signature_of(node)
+        home = getattr(node.target, "__module__", None) or ""
+        if node.op == "call_function" and home and not home.startswith(("torch", "_operator")):
+            return None
+        if name in ADDS | SCALES | QUOTIENTS | {"neg", "negative", "neg_", "rsub"}:
+            return self._elementwise(node, name, arguments)
+        source = arguments.get("input")
+        if not isinstance(source, fx.Node):
+            return None
+        if name.startswith("conv") and name[-2:-1].isdigit():
+            return self._convolution_function(node, source, name, arguments)
+        if name == "linear":
+            return self._linear(node, source, self._weight(arguments["weight"]), self._weight(arguments.get("bias")))
+        if name == "batch_norm":
+            return self._batch_norm_function(node, source, arguments)
+        if name.startswith("avg_pool"):
+            return self._average_pool(
+                node,
+                source,
+                int(name[-2]),
+                arguments["kernel_size"],
+                arguments.get("stride"),
+                arguments.get("padding", 0),
+                arguments.get("ceil_mode", False),
+                arguments.get("count_include_pad", True),
+                arguments.get("divisor_override"),
+            )
+        if name == "pad":
+            return self._pad_function(node, source, arguments)
+        if name == "getitem":
+            return self._slice(node, source, arguments["index"])
+        return None
+
+    def _weight(self, argument: Any) -> Tensor | None:
+        if argument is None:
+            return None
+        value = self.constant(argument)
+        if not isinstance(value, Tensor):
+            raise _Refused("its weight is computed from its input")
+        return value
+
+    def _convolution_function(
+        self, node: fx.Node, source: fx.Node, name: str, arguments: dict[str, Any]
+    ) -> Operation | None:
+        dims = int(name[-2])
+        weight = self._weight(arguments.get("weight"))
+        stride, dilation = (_per_axis(arguments.get(key, 1), dims) for key in ("stride", "dilation"))
+        padding, groups = arguments.get("padding", 0), arguments.get("groups", 1)
+        output = _per_axis(arguments.get("output_padding", 0), dims) if "transpose" in name else None
+        settings = (*stride, *dilation, groups, *([padding] if isinstance(padding, str) else _per_axis(padding, dims)))
+        if weight is None or any(isinstance(value, fx.Node) for value in settings):
+            raise _Refused("its geometry is computed while it runs")
+        return self._convolution(
+            node,
+            source,
+            weight,
+            self._weight(arguments.get("bias")),
+            dims,
+            stride=stride,
+            padding=padding if isinstance(padding, str) else _per_axis(padding, dims),
+            dilation=dilation,
+            groups=groups,
+            padding_mode="zeros",
+            output_padding=output,
+        )
+
+    def _batch_norm_function(self, node: fx.Node, source: fx.Node, arguments: dict[str, Any]) -> Operation | None:
+        if arguments.get("training", False) is not False:
+            raise _Refused("the batch norm normalises with the statistics of the batch")
+        mean, variance, weight, bias = (
+            self._weight(arguments.get(key)) for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return self._batch_norm(node, source, mean, variance, weight, bias, arguments.get("eps", 1e-5), None)
+
+    def _elementwise(self, node: fx.Node, name: str, arguments: dict[str, Any]) -> Operation | None:
+        """x · c, x / c, x + c, c − x and the like, where c is a constant per channel."""
+        left, right = arguments.get("input"), arguments.get("other")
+        if name in ("neg", "negative", "neg_"):
+            return self._scale(node, left, -1.0, None) if isinstance(left, fx.Node) else None
+        alpha = arguments.get("alpha", 1)
+        a, b = self.constant(left), self.constant(right)
+        if (a is None) == (b is None) or not isinstance(alpha, int | float) or arguments.get("rounding_mode"):
+            return None
+        source, constant = (left, b) if a is None else (right, a)
+        if not isinstance(source, fx.Node):
+            return None
+        if name in SCALES:
+            return self._scale(node, source, constant, None)
+        if name in QUOTIENTS:
+            if a is not None:
+                return None
+            return self._scale(node, source, constant, None, divide=True)
+        minus = name in ("sub", "isub", "sub_", "subtract", "subtract_")
+        if name == "rsub":  # other − input
+            if a is not None or alpha != 1:
+                return None
+            return self._scale(node, source, -1.0, constant)
+        sign = -alpha if minus else alpha
+        if a is None:
+            return self._scale(node, source, None, constant, shift=sign)
+        return self._scale(node, source, float(sign) if sign != 1 else None, constant)
+
+    def _scale(
+        self, node: fx.Node, source: fx.Node, weight: Any, bias: Any, *, divide: bool = False, shift: float = 1
+    ) -> Operation | None:
+        feature = self.features[source]
+        channels, dims = feature.channels, feature.dims
+        if channels is None or dims is None:
+            raise _Refused("the number of channels that it scales is not known; give example_inputs")
+        tensors = [value for value in (weight, bias) if isinstance(value, Tensor)]
+        if not all(_is_per_channel(value, channels, dims) for value in tensors):
+            raise _Refused("its constant is not one number per channel")
+        dtypes = {value.dtype for value in tensors if value.dim() > 0}
+        if any(not (d.is_floating_point or d.is_complex) for d in dtypes) or len(dtypes) > 1:
+            raise _Refused("its constant changes the data type")
+        complex_number = any(isinstance(value, complex) for value in (weight, bias))
+        if complex_number:
+            raise _Refused("its constant changes the data type")
+        geometry = replace(Geometry.identity(channels, dims), bias=bias is not None)
+        devices = {value.device for value in tensors if value.dim() > 0}
+
+        def load() -> AffineMap:
+            scale = _vector(1.0 if weight is None else weight, channels)
+            if divide:
+                scale = 1 / scale
+            offset = None if bias is None else shift * _vector(bias, channels)
+            return AffineMap.scale(scale, offset, dims)
+
+        return Operation(node, source, geometry, load, next(iter(dtypes), None), next(iter(devices), None))
+
+    # The operations themselves, however they were spelled.
+
+    def _convolution(
+        self,
+        node: fx.Node,
+        source: fx.Node,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        dims: int,
+        *,
+        stride: Ints,
+        padding: Ints | str,
+        dilation: Ints,
+        groups: int,
+        padding_mode: str,
+        output_padding: Ints | None,
+    ) -> Operation:
+        if not _usable(weight, bias):
+            raise _Refused("its weights are not initialised, or of different data types")
+        assert weight is not None
+        transposed = output_padding is not None
+        kernel_size = tuple(weight.shape[2:])
+        if isinstance(padding, str):
+            total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel_size, dilation, strict=True)]
+            sides: Padding = tuple((t // 2, t - t // 2) for t in total)
+        else:
+            sides = tuple((p, p) for p in padding)
+        out_channels, in_channels = weight.shape[0], weight.shape[1] * groups
+        if transposed:
+            out_channels, in_channels = weight.shape[1] * groups, weight.shape[0]
+        geometry = Geometry(
+            out_channels,
+            in_channels,
+            kernel_size=kernel_size,
+            stride=tuple(stride),
+            dilation=tuple(dilation),
+            padding=sides,
+            groups=groups,
+            padding_mode=padding_mode,
+            bias=bias is not None,
+            transposed=transposed,
+            output_padding=tuple(output_padding or ()),
+        )
+
+        def load() -> AffineMap:
+            kernel = transposed_weight(_wide(weight), groups) if transposed else _wide(weight)
+            return AffineMap(geometry, kernel, None if bias is None else _wide(bias))
+
+        return Operation(node, source, geometry, load, weight.dtype, weight.device, convolves=True)
+
+    def _linear(self, node: fx.Node, source: fx.Node, weight: Tensor | None, bias: Tensor | None) -> Operation:
+        if not _usable(weight, bias) or weight is None or weight.dim() != 2:
+            raise _Refused("its weights are not initialised, or of different data types")
+        out_channels, in_channels = weight.shape
+        geometry = Geometry.pointwise(out_channels, in_channels, 0, bias=bias is not None)
+
+        def load() -> AffineMap:
+            return AffineMap(geometry, _wide(weight), None if bias is None else _wide(bias))
+
+        return Operation(node, source, geometry, load, weight.dtype, weight.device, convolves=True)
+
+    def _batch_norm(
+        self,
+        node: fx.Node,
+        source: fx.Node,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        dims: int | None,
+    ) -> Operation:
+        """(x − mean) / √(variance + eps) · weight + bias, per channel."""
+        if mean is None or variance is None:
+            raise _Refused("the batch norm keeps no running statistics: it normalises with those of the batch")
+        if not _usable(mean, variance):
+            raise _Refused("the batch norm is not initialised")
+        known = self.features[source]
+        dims = dims if dims is not None else known.dims
+        if dims is None:
+            raise _Refused("the number of axes that it normalises is not known; give example_inputs")
+        geometry = replace(Geometry.identity(mean.shape[0], dims), bias=True)
+
+        def load() -> AffineMap:
+            scale = (_wide(variance) + eps).rsqrt()
+            if weight is not None:
+                scale = scale * _wide(weight)
+            offset = -_wide(mean) * scale
+            return AffineMap.scale(scale, offset if bias is None else offset + _wide(bias), dims)
+
+        rows = dims == 0 and len(self.shapes.get(source, ())) != 2
+        return Operation(node, source, geometry, load, None, mean.device, batched_rows=rows)
+
+    def _average_pool(
+        self,
+        node: fx.Node,
+        source: fx.Node,
+        dims: int,
+        kernel_size: Any,
+        stride: Any,
+        padding: Any,
+        ceil_mode: Any,
+        count_include_pad: Any,
+        divisor: Any,
+    ) -> Operation:
+        kernel = _per_axis(kernel_size, dims)
+        step = kernel if stride is None or stride == () or stride == [] else _per_axis(stride, dims)
+        sides = _per_axis(padding, dims)
+        if any(not isinstance(v, int) for v in (*kernel, *step, *sides)):
+            raise _Refused("its geometry is computed while it runs")
+        if ceil_mode and any(s != 1 for s in step):
+            raise _Refused("average pooling with ceil_mode divides by fewer values at the border")
+        if not count_include_pad and any(sides) and divisor is None:
+            raise _Refused("average pooling that does not count its padding divides by fewer values at the border")
+        channels = self.features[source].channels
+        if channels is None:
+            raise _Refused("the number of channels that it pools is not known; give example_inputs")
+        geometry = Geometry(
+            channels,
+            channels,
+            kernel_size=kernel,
+            stride=step,
+            dilation=(1,) * dims,
+            padding=tuple((p, p) for p in sides),
+            groups=channels,
+        )
+
+        def load() -> AffineMap:
+            size = divisor or math.prod(kernel)
+            return AffineMap(geometry, torch.full((channels, 1, *kernel), 1 / size, dtype=torch.float64))
+
+        return Operation(node, source, geometry, load)
+
+    def _pad_function(self, node: fx.Node, source: fx.Node, arguments: dict[str, Any]) -> Operation | None:
+        sides, mode, value = arguments["pad"], arguments.get("mode", "constant"), arguments.get("value")
+        if mode not in PAD_MODES or not isinstance(sides, tuple | list) or any(not isinstance(s, int) for s in sides):
+            raise _Refused("its padding is computed while it runs")
+        if mode == "constant" and value not in (None, 0):
+            raise _Refused(f"it pads with {value}, not with zeros")
+        return self._pad(node, source, tuple(sides), PAD_MODES[mode])
+
+    def _pad(self, node: fx.Node, source: fx.Node, flat: Ints, mode: str) -> Operation:
+        """Padding of spatial axes is a pointwise map with padding; zero channels are a selection."""
+        feature = self.features[source]
+        dims = feature.dims
+        if not dims or feature.channels is None:
+            raise _Refused("the axes that it pads are not known; give example_inputs")
+        pairs = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
+        pairs += [(0, 0)] * (dims + 2 - len(pairs))
+        *spatial, (before, after), batch = pairs
+        if len(pairs) > dims + 2 or batch != (0, 0) or min(before, after) < 0:
+            raise _Refused("it pads or crops the batch or the channels")
+        if mode != "zeros" and ((before, after) != (0, 0) or any(p < 0 for sides in spatial for p in sides)):
+            raise _Refused("it pads in a way that no convolution does")
+        padding = tuple(reversed(spatial))
+        if before or after:
+            kept = range(before, before + feature.channels)
+            return self._selection(node, source, feature.channels + before + after, kept, None, None, padding)
+        geometry = replace(Geometry.identity(feature.channels, dims), padding=padding, padding_mode=mode)
+
+        def load() -> AffineMap:
+            ones = torch.ones(geometry.out_channels, dtype=torch.float64)
+            return replace(AffineMap.scale(ones, None, geometry.dims), geometry=geometry)
+
+        return Operation(node, source, geometry, load)
+
+    def _slice(self, node: fx.Node, source: fx.Node, index: Any) -> Operation | None:
+        """x[:, a:b, ::s, c:-e] with bounds that count from the ends: a strided, cropped, pointwise map."""
+        feature = self.features[source]
+        dims, channels = feature.dims, feature.channels
+        if not dims or channels is None:
+            return None
+        index = index if isinstance(index, tuple) else (index,)
+        if Ellipsis in index:
+            at = index.index(Ellipsis)
+            index = (*index[:at], *[slice(None)] * (dims + 3 - len(index)), *index[at + 1 :])
+        if len(index) > dims + 2 or not all(isinstance(i, slice) for i in index):
+            return None
+        index = (*index, *[slice(None)] * (dims + 2 - len(index)))
+        if any(isinstance(bound, fx.Node) for i in index for bound in (i.start, i.stop, i.step)):
+            raise _Refused("its bounds are computed while it runs")
+        if index[0] not in (slice(None), slice(0, None)):
+            raise _Refused("it selects samples of the batch")
+        stride, padding = [], []
+        for i in index[2:]:
+            start, stop = i.start or 0, i.stop
+            if start < 0 or (stop is not None and stop >= 0):
+                raise _Refused("its bounds select a part that depends on the size of the input")
+            stride.append(i.step or 1)
+            padding.append((-start, stop or 0))
+        kept = range(channels)[index[1]]
+        if kept == range(channels):
+            geometry = replace(Geometry.identity(channels, dims), stride=tuple(stride), padding=tuple(padding))
+
+            def load() -> AffineMap:
+                ones = torch.ones(channels, dtype=torch.float64)
+                return replace(AffineMap.scale(ones, None, dims), geometry=geometry)
+
+            return Operation(node, source, geometry, load)
+        return self._selection(node, source, len(kept), None, kept, tuple(stride), tuple(padding))
+
+    def _selection(
+        self,
+        node: fx.Node,
+        source: fx.Node,
+        out_channels: int,
+        rows: range | None,
+        columns: range | None,
+        stride: Ints | None,
+        padding: Padding,
+    ) -> Operation:
+        """Output channel rows[i] is input channel columns[i]; other output channels are zero."""
+        feature = self.features[source]
+        assert feature.channels is not None and feature.dims is not None
+        channels, dims = feature.channels, feature.dims
+        geometry = Geometry.pointwise(out_channels, channels, dims, stride=stride, padding=padding)
+
+        def load() -> AffineMap:
+            kernel = torch.zeros(out_channels, channels, dtype=torch.float64)
+            kernel[list(rows or range(out_channels)), list(columns or range(channels))] = 1
+            return AffineMap(geometry, kernel.view(out_channels, channels, *[1] * dims))
+
+        return Operation(node, source, geometry, load)
+
+    # Joins: several feature maps become one.
+
+    def summands(self, node: fx.Node) -> tuple[Term, Term] | None:
+        """The two summands of an addition or subtraction of feature maps, or None."""
+        name = function_name(node)
+        if name not in ADDS:
+            return None
+        arguments = signature_of(node)
+        left, right, alpha = arguments.get("input"), arguments.get("other"), arguments.get("alpha", 1)
+        if not (isinstance(left, fx.Node) and isinstance(right, fx.Node) and isinstance(alpha, int | float)):
+            return None
+        if self.constant(left) is not None or self.constant(right) is not None:
+            return None
+        return Term(left), Term(right, -alpha if "sub" in name else alpha)
+
+    def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
+        """The feature maps that a node concatenates along the channels, or None."""
+        if function_name(node) not in CONCATENATIONS or "out" in node.kwargs:
+            return None
+        arguments = signature_of(node)
+        tensors, axis = arguments.get("tensors"), arguments.get("dim", 0)
+        if not isinstance(tensors, tuple | list) or not all(isinstance(t, fx.Node) for t in tensors):
+            return None
+        dims = next((d for t in tensors if (d := self.features[t].dims) is not None), None)
+        if dims is None or len(tensors) < 2:
+            return None
+        if dims == 0:
+            rank = next((len(s) for t in tensors if (s := self.shapes.get(t))), 0)
+            return tuple(tensors) if axis == -1 or (rank and axis == rank - 1) else None
+        return tuple(tensors) if axis in (1, -dims - 1) else None
+
+    # What is known of the values: channels and axes, from the layers before and behind them.
+
+    def _interpret(self) -> None:
+        """Reads all nodes, twice: what a later layer says of its input completes what the first pass did not know."""
+        nodes = list(self.captured.graph.nodes)
+        for _ in range(2):
+            for node in nodes:
+                self._complete_from_shape(node)
+                if node not in self.operations and (operation := self._operation(node)) is not None:
+                    self.operations[node] = operation
+                if node in self.operations:
+                    geometry = self.operations[node].geometry
+                    self._learn(node, Feature(geometry.out_channels, geometry.dims))
+                else:
+                    for source in self._passes_on(node):
+                        self._learn(node, self.features[source])
+            for node in reversed(nodes):
+                if node in self.operations:
+                    geometry = self.operations[node].geometry
+                    self._learn(self.operations[node].source, Feature(geometry.in_channels, geometry.dims))
+                else:
+                    for source in self._passes_on(node):
+                        self._learn(source, self.features[node])
+
+    def _learn(self, node: fx.Node, feature: Feature) -> None:
+        self.features[node] = self.features[node].known(feature)
+
+    def _complete_from_shape(self, node: fx.Node) -> None:
+        shape, feature = self.shapes.get(node), self.features[node]
+        if not shape or len(shape) < 2:
+            return
+        dims = feature.dims if feature.dims is not None else (0 if len(shape) == 2 else None)
+        if dims is not None:
+            self.features[node] = feature.known(Feature(shape[1] if dims else shape[-1], dims))
+
+    def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The inputs that have the channels and axes of the output."""
+        name, inputs = function_name(node), node.all_input_nodes
+        if node.op == "call_module":
+            module = self.captured.get_submodule(str(node.target))
+            return tuple(inputs[:1]) if isinstance(module, KEEP_CHANNELS) else ()
+        if name in ADDS | SCALES | QUOTIENTS:
+            operands = [n for n in inputs if self.constant(n) is None]
+            return tuple(operands) if len(operands) == 1 or name in ADDS else ()
+        return tuple(inputs[:1]) if name in KEEP_CHANNELS_FUNCTIONS else ()
+
+
+KEEP_CHANNELS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.modules.pooling._MaxPoolNd),
+    *(nn.modules.pooling._AvgPoolNd, _BatchNorm),
+)
+KEEP_CHANNELS_FUNCTIONS = frozenset(
+    ("relu", "relu_", "gelu", "silu", "sigmoid", "tanh", "neg", "clone", "contiguous", "batch_norm")
+    + tuple(f"{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3))
+)
+
+
+class _Refused(Exception):
+    """An operation looks affine, but is not; the message is the reason."""
+
+
+def _computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module computes what torch's class computes: the class, or a subclass that overrides nothing of it."""
+    if not isinstance(module, cls) or "forward" in vars(module):
+        return False
+    own = type(module)
+    return all(getattr(own, name, None) is getattr(cls, name, None) for name in ("forward", "_conv_forward"))
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight as its forward would see it, parametrizations and weight norm applied."""
+    with torch.no_grad():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm) and hook.name == "weight":
+                return hook.compute_weight(module)  # type: ignore[no-any-return]
+            if isinstance(hook, SpectralNorm) and hook.name == "weight":
+                return hook.compute_weight(module, do_power_iteration=False)  # type: ignore[no-any-return]
+        return module.weight  # type: ignore[return-value]
+
+
+def _usable(*tensors: Tensor | None) -> bool:
+    present = [t for t in tensors if t is not None]
+    if not present or any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in present):
+        return False
+    dtypes = {t.dtype for t in present}
+    return len(dtypes) == 1 and all(d.is_floating_point or d.is_complex for d in dtypes)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in the data type that merges are computed in."""
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _vector(value: Any, channels: int) -> Tensor:
+    """A constant per channel as a vector. value: number, or a tensor of one or `channels` elements."""
+    if isinstance(value, Tensor):
+        return _wide(value).reshape(-1).expand(channels)
+    return torch.full((channels,), float(value), dtype=torch.float64)
+
+
+def _is_per_channel(value: Tensor, channels: int, dims: int) -> bool:
+    """Whether x + value adds one number per channel to x: [N, C, *spatial], or [..., C] where dims is 0."""
+    if value.numel() == 1:
+        return value.dim() <= (dims + 2 if dims else 1)
+    shape = (1,) * max(dims + 2 - value.dim(), 0) + tuple(value.shape)
+    axis = 1 if dims else len(shape) - 1
+    return (
+        len(shape) == dims + 2
+        and shape[axis] == channels == value.numel()
+        and value.dim() >= (dims + 1 if dims else 1)
+        and (dims > 0 or value.dim() == 1)
+    )
+
+
+def _per_axis(value: Any, dims: int) -> Ints:
+    if isinstance(value, tuple | list):
+        return tuple(value) if len(value) == dims else tuple(value) * dims
+    return (value,) * dims

@@ -1,0 +1,129 @@
+"""Modules that cannot be traced: what of them can be compiled all the same, and how they are copied.
+
+A child of such a module may be replaced by its compiled form only if all its parent does with it is to call it. That
+is read off the source of the parent's class; where the source is not clear, the child stays as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elc_fx.capture import has_hooks
+
+# What hands out children by other ways than their name.
+REFLECTION = frozenset(
+    ("children", "named_children", "modules", "named_modules", "_modules", "__dict__", "parameters", "named_parameters")
+    + ("get_submodule", "get_parameter", "state_dict", "apply", "items", "values", "keys", "__getattr__", "__iter__")
+)
+
+
+def replaceable_children(module: nn.Module) -> dict[str, nn.Module]:
+    """The children, and children of child lists, that may be replaced by another callable; by path."""
+    found: dict[str, nn.Module] = {}
+    if isinstance(module, torch.jit.ScriptModule):
+        return found
+    if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):
+        return {name: child for name, child in module.named_children() if _may_change(child)}
+    called = called_only(type(module))
+    if called is None or "forward" in vars(module):
+        return found
+    for name, child in module.named_children():
+        if name in called and called[name] == "called" and _may_change(child):
+            found[name] = child
+        elif called.get(name) == "elements called" and type(child) is nn.ModuleList:
+            found.update({f"{name}.{i}": element for i, element in enumerate(child) if _may_change(element)})
+    return found
+
+
+def _may_change(child: nn.Module) -> bool:
+    return not isinstance(child, nn.ModuleList | nn.ModuleDict | torch.jit.ScriptModule) and not has_hooks(child)
+
+
+@functools.lru_cache(maxsize=None)
+def called_only(cls: type[nn.Module]) -> dict[str, str] | None:
+    """Attributes of `self` that the class's methods only call ("called"), or whose elements they only call.
+
+    None where the source is missing, or uses `self` in ways that say nothing about its children.
+    """
+    uses: dict[str, set[str]] = {}
+    for owner in cls.__mro__:
+        if owner in (nn.Module, object) or owner.__module__.startswith("typing"):
+            continue
+        if owner.__module__.startswith("torch.nn."):
+            return None
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        except (OSError, TypeError, SyntaxError):
+            return None
+        for function in _methods(tree):
+            for name, use in _uses_of_self(function):
+                uses.setdefault(name, set()).add(use)
+    if "*" in uses or REFLECTION & set(uses):
+        return None
+    return {name: next(iter(kinds)) for name, kinds in uses.items() if len(kinds) == 1 and kinds != {"other"}}
+
+
+def _methods(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__" and node.args.args:
+            yield node
+
+
+def _uses_of_self(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
+    """(attribute, how it is used) for each `self.attribute` of a method; ("*", …) where self itself is handed on."""
+    me = function.args.args[0].arg
+    parents = {child: parent for parent in ast.walk(function) for child in ast.iter_child_nodes(parent)}
+    for node in ast.walk(function):
+        if not (isinstance(node, ast.Name) and node.id == me):
+            continue
+        parent = parents[node]
+        if isinstance(parent, ast.Attribute):
+            yield parent.attr, _use(parent, parents, function)
+        elif not _is_super(parent):
+            yield "*", "other"
+
+
+def _is_super(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def _use(attribute: ast.Attribute, parents: dict[ast.AST, ast.AST], function: ast.FunctionDef) -> str:
+    parent = parents[attribute]
+    if isinstance(parent, ast.Call) and parent.func is attribute:
+        return "called"
+    if isinstance(parent, ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in parent.ops):
+        return "called"  # `self.downsample is not None` stays true
+    if isinstance(parent, ast.Subscript) and parent.value is attribute:
+        grandparent = parents[parent]
+        return "elements called" if isinstance(grandparent, ast.Call) and grandparent.func is parent else "other"
+    if isinstance(parent, ast.For) and parent.iter is attribute and isinstance(parent.target, ast.Name):
+        return "elements called" if _only_called(parent.target.id, function, parents) else "other"
+    return "other"
+
+
+def _only_called(name: str, function: ast.FunctionDef, parents: dict[ast.AST, ast.AST]) -> bool:
+    uses = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == name]
+    loads = [node for node in uses if isinstance(node.ctx, ast.Load)]
+    return all(isinstance(p := parents[node], ast.Call) and p.func is node for node in loads)
+
+
+def clone(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy that shares no storage with the original. memo: what was copied already, or is to be kept, by id.
+
+    Tensors that a hook computed (old-style weight norm) are no leaves of autograd, which deepcopy refuses: their
+    values are copied.
+    """
+    for module in value.modules() if isinstance(value, nn.Module) else ():
+        for tensor in vars(module).values():
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None and id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(value, memo)

@@ -1,0 +1,180 @@
+"""The lossless mode: everything of a model that is exactly one affine map, and cheaper so, becomes one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from elc_fx.affine import Ints
+from elc_fx.capture import Capture, CaptureError, Refusal, capture, is_leaf
+from elc_fx.compiled import with_report
+from elc_fx.errors import InvalidInputError, VerificationError
+from elc_fx.fusion import Fusion, MergedRegion
+from elc_fx.inputs import ExampleInputs
+from elc_fx.interpret import Interpreter
+from elc_fx.islands import clone, replaceable_children
+from elc_fx.regions import Planner, find_chains
+from elc_fx.report import Report, Totals
+from elc_fx.verification import verify_merge, verify_outputs
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+class LosslessCompilation:
+    """One run over one model. memo: what of the model was copied or compiled already, by identity."""
+
+    def __init__(self, examples: ExampleInputs | None, *, verify: bool) -> None:
+        self.examples = examples
+        self.verify = verify
+        self.memo: dict[int, Any] = {}
+        self.merged: list[MergedRegion] = []
+        self.refused: list[Refusal] = []
+        self.opaque: list[Refusal] = []
+
+    def run(self, model: nn.Module) -> nn.Module:
+        """A compiled copy of `model`, with its report."""
+        expected, flops = (None, 0) if self.examples is None else _measured_call(model, self.examples)
+        given = None if self.examples is None else self.examples.bound(model)
+        compiled, depth = self._compile(model, "", given)
+        totals = Totals(
+            parameters=(_parameters(model), _parameters(compiled)),
+            convolutions=(_layers(model), _layers(compiled)),
+            depth=depth,
+        )
+        if self.examples is not None:
+            actual, flops_after = _measured_call(compiled, self.examples)
+            totals = replace(totals, flops=(flops, flops_after))
+            if self.verify:
+                totals = replace(totals, error=self._verify_outputs(expected, actual))
+        report = Report(tuple(self.merged), tuple(self.refused), tuple(self.opaque), totals)
+        return with_report(compiled, report)
+
+    def _verify_outputs(self, expected: Any, actual: Any) -> float:
+        try:
+            return verify_outputs(expected, actual)
+        except VerificationError as error:
+            suspect = f"; the first merged region is `{self.merged[0].name}`" if self.merged else ""
+            raise VerificationError(f"{error}{suspect}") from None
+
+    def _compile(
+        self, module: nn.Module, path: str, given: Mapping[str, Any] | None, *, bind_defaults: bool = True
+    ) -> tuple[nn.Module, tuple[int, int]]:
+        """The compiled module, and the depth before and after."""
+        try:
+            captured = capture(module, given, bind_defaults=bind_defaults)
+        except CaptureError as error:
+            self.opaque.append(Refusal(path or "the model", str(error)))
+            return self._compile_children(module, path)
+        self.opaque.extend(replace(r, where=_join(path, r.where)) for r in captured.opaque)
+        return self._merge(captured, path)
+
+    def _merge(self, captured: Capture, path: str) -> tuple[fx.GraphModule, tuple[int, int]]:
+        graph_module = captured.graph_module
+        shapes = _shapes(captured) if captured.inputs is not None else {}
+        interpreter = Interpreter(graph_module, shapes)
+        before = _depth(graph_module, interpreter)
+        chains, joins, refusals = find_chains(interpreter)
+        planner = Planner(interpreter)
+        steps = planner.plan(chains, joins)
+        fusion = Fusion(graph_module, verify_merge if self.verify else None)
+        for step in steps:
+            fusion.apply(step)
+        self.merged.extend(replace(m, name=_join(path, m.name)) for m in fusion.merged)
+        self.refused.extend(
+            replace(r, where=_join(path, r.where)) for r in (*refusals, *planner.refusals, *fusion.refusals)
+        )
+        for made in fusion.made:
+            self.memo[id(made)] = made
+        self._take_copies(graph_module, path)
+        result = fx.GraphModule(graph_module, graph_module.graph, type(graph_module).__name__)
+        result.training = False
+        result.graph.lint()
+        return result, (before, _depth(result))
+
+    def _take_copies(self, graph_module: fx.GraphModule, path: str) -> None:
+        """What still belongs to the caller's model is replaced by a copy; opaque modules by one with compiled children."""
+        nodes = [node for node in graph_module.graph.nodes if node.op in ("call_module", "get_attr")]
+        read = {str(node.target) for node in nodes if node.op == "get_attr"}
+        for target in dict.fromkeys(str(node.target) for node in nodes):
+            owner, _, name = target.rpartition(".")
+            holder = graph_module.get_submodule(owner)
+            value = getattr(holder, name)
+            if isinstance(value, nn.Module) and id(value) not in self.memo and not is_leaf(value):
+                if not any(other.startswith(f"{target}.") for other in read):
+                    self._compile_children(value, _join(path, target))
+            copied = clone(value, self.memo)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and name in holder._buffers:
+                holder._buffers[name] = copied
+            else:
+                setattr(holder, name, copied)
+
+    def _compile_children(self, module: nn.Module, path: str) -> tuple[nn.Module, tuple[int, int]]:
+        """A copy of a module that cannot be traced, with its children compiled where it does no more than call them."""
+        for name, child in replaceable_children(module).items():
+            if id(child) not in self.memo and not is_leaf(child):
+                compiled, _ = self._compile(child, _join(path, name), None, bind_defaults=False)
+                self.memo[id(child)] = compiled
+        copied = clone(module, self.memo)
+        return copied, (_layers(module), _layers(copied))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _measured_call(module: nn.Module, examples: ExampleInputs) -> tuple[Any, int]:
+    """The output on the example inputs, and the FLOPs. Raises `InvalidInputError` if the module does not run on them."""
+    try:
+        with FlopCounterMode(display=False) as counter:
+            output = examples.call(module)
+    except Exception as error:
+        # Whatever the caller's own forward raises: the inputs and the model do not go together.
+        raise InvalidInputError(
+            f"{type(module).__name__} does not run on the example_inputs: {type(error).__name__}: {error}"
+        ) from error
+    return output, counter.get_total_flops()
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.shapes: dict[fx.Node, Ints] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+        return value
+
+
+def _shapes(captured: Capture) -> dict[fx.Node, Ints]:
+    recorder = _ShapeRecorder(captured.graph_module)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        recorder.run(*(captured.inputs or ()))
+    return recorder.shapes
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if not isinstance(p, nn.parameter.UninitializedTensorMixin))
+
+
+def _layers(module: nn.Module) -> int:
+    return sum(isinstance(m, LAYERS) for m in module.modules())
+
+
+def _depth(graph_module: fx.GraphModule, interpreter: Interpreter | None = None) -> int:
+    """Convolutions and linear layers on the longest path. An opaque module counts with all that it has."""
+    operations = {} if interpreter is None else interpreter.operations
+    depth: dict[fx.Node, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            own = _layers(graph_module.get_submodule(str(node.target)))
+        else:
+            own = int(node in operations and operations[node].convolves)
+        depth[node] = max((depth[source] for source in node.all_input_nodes), default=0) + own
+    return max(depth.values(), default=0)

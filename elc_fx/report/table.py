@@ -1,0 +1,84 @@
+"""The report as a value of plain numbers; only `__str__` formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from elc_fx.capture import Refusal
+from elc_fx.fusion import MergedRegion
+
+MOST_ROWS = 40  # of refusals that the table prints; `Report.refused` has all
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Before and after. depth: convolutions and linear layers on the longest path. flops: with example inputs only.
+
+    error: the largest difference of the outputs on the example inputs, relative to the largest value.
+    """
+
+    parameters: tuple[int, int]
+    convolutions: tuple[int, int]
+    depth: tuple[int, int]
+    flops: tuple[int, int] | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compile` did. merged: the regions; refused: what stayed apart; opaque: what could not be looked into."""
+
+    merged: tuple[MergedRegion, ...]
+    refused: tuple[Refusal, ...]
+    opaque: tuple[Refusal, ...]
+    totals: Totals
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        sections = [self._merged_table(), self._totals_table()]
+        sections += [_refusals("Not merged", self.refused), _refusals("Not looked into", self.opaque)]
+        return "\n\n".join(section for section in sections if section)
+
+    def _merged_table(self) -> str:
+        if not self.merged:
+            return "Nothing was merged."
+        rows = []
+        for region in self.merged:
+            flops = ["", ""] if region.flops is None else [f"{n:,}" for n in region.flops]
+            rows.append([region.name, region.layers, region.result, *flops, "{} → {}".format(*region.launches)])
+        headers = ["region", "was", "is", "FLOPs before", "FLOPs after", "operations"]
+        if all(region.flops is None for region in self.merged):
+            headers, rows = headers[:3] + headers[5:], [row[:3] + row[5:] for row in rows]
+        return tabulate(rows, headers, disable_numparse=True, colalign=_align(headers))
+
+    def _totals_table(self) -> str:
+        t = self.totals
+        pairs = {"parameters": t.parameters, "convolutions and linear layers": t.convolutions, "depth": t.depth}
+        if t.flops is not None:
+            pairs["FLOPs"] = t.flops
+        rows = [[name, f"{a:,}", f"{b:,}", f"{b / a:.3f}×" if a else ""] for name, (a, b) in pairs.items()]
+        headers = ["total", "before", "after", "ratio"]
+        text = tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
+        if t.error is not None:
+            text += f"\n\nOutputs on the example inputs agree to {t.error:.1e} of the largest value."
+        return text
+
+
+def _align(headers: Sequence[str]) -> list[str]:
+    return ["right" if header.startswith("FLOPs") or header == "operations" else "left" for header in headers]
+
+
+def _refusals(title: str, refusals: Sequence[Refusal]) -> str:
+    if not refusals:
+        return ""
+    lines = [f"  {refusal}" for refusal in refusals[:MOST_ROWS]]
+    if len(refusals) > MOST_ROWS:
+        lines.append(f"  … and {len(refusals) - MOST_ROWS} more")
+    return "\n".join([f"{title}:", *lines])

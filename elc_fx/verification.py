@@ -1,0 +1,169 @@
+"""Verification: a merged convolution computes what its region computed, shown on random inputs in float64.
+
+One region at a time: only the weights of the region at hand are ever held in float64. The tolerance is not a number
+of taste: rounding a kernel to its data type changes the output by at most eps · (|K| ∗ |x| + |b|) at each position,
+and that is what may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from elc_fx.affine import AffineMap, Geometry
+from elc_fx.errors import VerificationError
+from elc_fx.interpret import weight_of
+from elc_fx.regions import Join, Merge
+
+SLACK = 64 * torch.finfo(torch.float64).eps  # of the float64 arithmetic itself, relative to the sum of magnitudes
+
+
+def verify_merge(
+    captured: fx.GraphModule,
+    merge: Merge,
+    source: fx.Node,
+    nodes: Sequence[fx.Node],
+    rounded: AffineMap,
+    dtype: torch.dtype,
+) -> None:
+    """Compares a merge with the nodes that it replaces, which read `source`, in the order of the graph.
+
+    rounded: the merged map with the numbers as they are stored. Raises `VerificationError`, naming the region.
+    """
+    if rounded.kernel.is_meta:
+        return
+    x = _random_input(merge.geometry, rounded.kernel)
+    expected, actual = _run_region(captured, merge, source, nodes, x.clone()), rounded(x)
+    if actual.shape != expected.shape:
+        difference = f"its output has shape {tuple(actual.shape)}, the region's {tuple(expected.shape)}"
+    else:
+        magnitude = x.abs().to(x.dtype)
+        rounding = torch.finfo(dtype).eps * rounded.map_tensors(lambda t: t.abs().to(t.dtype))(magnitude).abs()
+        fan_in = rounded.kernel[0].numel() + 2
+        rounding += torch.finfo(dtype).tiny * torch.finfo(dtype).eps * fan_in * (magnitude.abs().max() + 1)
+        if _agree(actual, expected, rounding):
+            return
+        # Intermediate results may be larger than the merged map shows, and cancel.
+        rounding += SLACK * merge.affine_map(magnitude=True)(magnitude).abs()
+        if _agree(actual, expected, rounding):
+            return
+        error = (actual - expected).abs()
+        difference = f"largest difference {error.max().item():.3g}, allowed {rounding.max().item():.3g}"
+    raise VerificationError(
+        f"merged region `{merge.name}` ({merge.geometry}) does not compute what its layers compute: {difference}"
+    )
+
+
+def _agree(actual: Tensor, expected: Tensor, rounding: Tensor) -> bool:
+    within = (actual - expected).abs() <= rounding
+    return bool((within | (~expected.isfinite() & ~actual.isfinite())).all())
+
+
+def _random_input(geometry: Geometry, kernel: Tensor) -> Tensor:
+    """Small enough that most positions see a border, large enough for every layer of the region."""
+    generator = torch.Generator().manual_seed(0)
+    size = [
+        e + s + max(*sides, 0) - min(*sides, 0) + axis
+        for axis, (e, s, sides) in enumerate(zip(geometry.extent, geometry.stride, geometry.padding, strict=True))
+    ]
+    shape = (2, geometry.in_channels, *size)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(kernel.device, kernel.dtype)
+
+
+def _run_region(captured: fx.GraphModule, merge: Merge, source: fx.Node, nodes: Sequence[fx.Node], x: Tensor) -> Tensor:
+    """The region's own nodes on x, in float64."""
+    values: dict[fx.Node, Any] = {source: x, merge.source: x}
+    with torch.no_grad():
+        for node in nodes:
+            values[node] = _run_node(captured, node, values)
+        if (output := merge.output) is not None:
+            return values[output]  # type: ignore[no-any-return]
+        return _join_branches(merge, values)
+
+
+def _join_branches(merge: Merge, values: dict[fx.Node, Any]) -> Tensor:
+    (join,) = merge.parts
+    assert isinstance(join, Join)
+    outputs = [branch.coefficient * values[branch.value] for branch in join.branches]
+    if join.concatenates:
+        return torch.cat(outputs, dim=1 if merge.geometry.dims else -1)
+    return torch.stack(outputs).sum(0)
+
+
+def _run_node(captured: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    x = next(iter(values.values()))
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+            return value.to(x.dtype if x.is_complex() else torch.float64)
+        return value
+
+    def load(source: fx.Node) -> Any:
+        if source not in values:
+            values[source] = _run_node(captured, source, values)
+        return values[source]
+
+    args, kwargs = fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
+    if node.op == "get_attr":
+        owner, _, name = str(node.target).rpartition(".")
+        return wide(getattr(captured.get_submodule(owner), name))
+    if node.op == "call_module":
+        module = captured.get_submodule(str(node.target))
+        return _call_in_float64(module, args, kwargs, wide)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index]
+    return node.target(*args, **kwargs)  # type: ignore[operator, misc]
+
+
+def _call_in_float64(module: nn.Module, args: Any, kwargs: Any, wide: Any) -> Any:
+    """The module's own forward with its parameters and buffers in float64; the module itself is not changed."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if module._forward_pre_hooks:  # old-style weight norm, whose hook computes the weight
+        plain = type(module).__new__(type(module))
+        plain.__dict__.update({**vars(module), "_forward_pre_hooks": {}, "weight": wide(weight_of(module))})
+        tensors = {k: v for k, v in tensors.items() if k == "bias"}
+        module = plain
+    return torch.func.functional_call(module, {k: wide(v) for k, v in tensors.items()}, args, kwargs)
+
+
+def verify_outputs(expected: Any, actual: Any) -> float:
+    """Compares the outputs of the original and the compiled model; returns the largest relative error.
+
+    Weights that were rounded again move the output by rounding errors, which deep networks amplify. Half the digits of
+    the data type must agree, relative to the largest value of each output. Raises `VerificationError`.
+    """
+    left, left_spec = pytree.tree_flatten(expected)
+    right, right_spec = pytree.tree_flatten(actual)
+    if len(left) != len(right) or left_spec != right_spec:
+        raise VerificationError(f"the compiled model returns {right_spec}, the original {left_spec}")
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        if not isinstance(a, Tensor) or a.is_meta:
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise VerificationError(
+                f"the compiled model returns {b.dtype} {tuple(b.shape)}, the original {a.dtype} {tuple(a.shape)}"
+            )
+        if a.numel() and (a.is_floating_point() or a.is_complex()):
+            worst = max(worst, relative_error(a, b))
+            if worst > torch.finfo(a.dtype).eps ** 0.5:
+                raise VerificationError(f"the compiled model's output differs by {worst:.3g} of its largest value")
+    return worst
+
+
+def relative_error(expected: Tensor, actual: Tensor) -> float:
+    """Largest difference over the largest finite value of `expected`; NaN and infinities must stand at equal places."""
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = expected.to(wide), actual.to(wide)
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    scale = a[finite].abs().max().item()
+    difference = (a - b)[finite].abs().max().item()
+    return difference / scale if scale else difference
