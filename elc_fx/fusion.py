@@ -57,6 +57,11 @@ class Fusion:
             if node.op in ("call_module", "get_attr"):
                 self.calls[str(node.target)] = self.calls.get(str(node.target), 0) + 1
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.constant: set[fx.Node] = set()  # attributes, and what is computed from them alone
+        for node in self.graph.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "get_attr" or (inputs and all(source in self.constant for source in inputs)):
+                self.constant.add(node)
 
     def apply(self, step: Step) -> None:
         if isinstance(step, Merge):
@@ -126,13 +131,8 @@ class Fusion:
             self.calls[str(node.target)] -= 1
         self.graph.erase_node(node)
         for source in inputs:
-            if source.op == "get_attr" or (source.op != "placeholder" and self._is_constant(source)):
+            if source in self.constant:
                 self._forget(source)
-
-    def _is_constant(self, node: fx.Node) -> bool:
-        return bool(node.all_input_nodes) and all(
-            source.op == "get_attr" or self._is_constant(source) for source in node.all_input_nodes
-        )
 
     def _insert(self, merge: Merge) -> fx.Node | None:
         """The merged layer, where the region first reads its source; None if its numbers do not allow the merge."""

@@ -430,7 +430,7 @@ class Planner:
     # Sizes.
 
     def _source_size(self, source: fx.Node, parts: Sequence[Part]) -> Ints:
-        dims = next((op.geometry.dims for op in operations_of(parts)), 0)
+        dims = next((op.geometry.dims for op in operations_of(parts)), self.interpreter.features[source].dims) or 0
         shape = self.interpreter.shapes.get(source)
         if shape is not None and dims and len(shape) == dims + 2:
             return tuple(shape[2:])

@@ -1,0 +1,215 @@
+"""The demo: a multi-branch network, trained on real handwritten digits, before and after compiling."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from elc_fx.api import compile, report_of
+from elc_fx.comparison import Comparison, compare
+from elc_fx.report import Report
+
+EPOCHS = 12
+BATCH = 64
+LEARNING_RATE = 4e-3
+TIMED_ROUNDS = 100
+
+
+class MultiBranch(nn.Module):
+    """The sum of five branches, each with batch norm, then ReLU: 3×3, 3×1, 1×3, 1×1 and, where it fits, the identity.
+
+    Input [N, in_channels, H, W], output [N, out_channels, ⌈H / stride⌉, ⌈W / stride⌉].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, (h, w), stride, padding=(h // 2, w // 2), bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+            for h, w in ((3, 3), (3, 1), (1, 3), (1, 1))
+        )
+        if in_channels == out_channels and stride == 1:
+            self.branches.append(nn.BatchNorm2d(in_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.branches
+        total = first(x)
+        for branch in others:
+            total = total + branch(x)
+        return torch.relu(total)
+
+
+def network() -> nn.Module:
+    """Grey images [N, 1, 8, 8] to the scores of ten digits, [N, 10]."""
+    return nn.Sequential(
+        MultiBranch(1, 16),
+        MultiBranch(16, 16),
+        MultiBranch(16, 32, stride=2),
+        MultiBranch(32, 32),
+        MultiBranch(32, 64, stride=2),
+        MultiBranch(64, 64),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+@dataclass(frozen=True)
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, a quarter of them for the test. images: [N, 1, 8, 8] in [0, 1]."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @classmethod
+    def load(cls) -> Digits:
+        """The split is the same each time, with equal shares of every digit."""
+        stored = load_digits()
+        parts = train_test_split(stored.images, stored.target, test_size=0.25, random_state=0, stratify=stored.target)
+        images = [torch.tensor(part, dtype=torch.float32).unsqueeze(1) / 16 for part in parts[:2]]
+        labels = [torch.tensor(part, dtype=torch.int64) for part in parts[2:]]
+        return cls(images[0], labels[0], images[1], labels[1])
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds for one batch: the median, and the quartiles around it."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.lower_quartile:.2f} to {self.upper_quartile:.2f})"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two networks."""
+
+    accuracy: float
+    milliseconds: Timing
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found; `str()` is what it shows."""
+
+    test_images: int
+    differing_predictions: int
+    before: Side
+    after: Side
+    report: Report
+    comparison: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return {
+            "test_images": self.test_images,
+            "differing_predictions": self.differing_predictions,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "report": self.report.to_dict(),
+            "comparison": self.comparison.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        sides = (self.before, self.after)
+        rows = [
+            (f"accuracy on {self.test_images} test images", *(f"{side.accuracy:.2%}" for side in sides)),
+            (f"milliseconds for a batch of {BATCH}", *(str(side.milliseconds) for side in sides)),
+        ]
+        table = tabulate(rows, ("", "before", "after"), disable_numparse=True)
+        ratio = self.before.milliseconds.median / self.after.milliseconds.median
+        summary = f"{self.differing_predictions} predictions differ; {ratio:.2f} times as fast"
+        return f"{self.report}\n\n{self.comparison}\n\n{table}\n{summary}"
+
+
+def run(epochs: int = EPOCHS, seed: int = 0) -> DemoResult:
+    """Trains, compiles and compares; a progress bar on stderr. The same seed gives the same network."""
+    digits = Digits.load()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        original = network()
+        train(original, digits, epochs)
+    compiled = compile(original, (digits.test_images[:BATCH],))
+    predictions = [_predictions(model, digits.test_images) for model in (original, compiled)]
+    times = interleaved_times([original, compiled], digits.test_images[:BATCH])
+    before, after = (
+        Side(float((predicted == digits.test_labels).float().mean()), timing)
+        for predicted, timing in zip(predictions, times, strict=True)
+    )
+    return DemoResult(
+        test_images=len(digits.test_labels),
+        differing_predictions=int((predictions[0] != predictions[1]).sum()),
+        before=before,
+        after=after,
+        report=report_of(compiled),
+        comparison=compare(original, compiled, (digits.test_images[:1],)),
+    )
+
+
+def train(model: nn.Module, digits: Digits, epochs: int) -> None:
+    """Adam with a one-cycle learning rate; leaves the model in eval mode."""
+    batches = -(-len(digits.train_labels) // BATCH)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * batches)
+    model.train()
+    for chosen in _tracked_batches(len(digits.train_labels), epochs):
+        loss = nn.functional.cross_entropy(model(digits.train_images[chosen]), digits.train_labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def interleaved_times(models: list[nn.Module], images: Tensor, rounds: int = TIMED_ROUNDS) -> list[Timing]:
+    """The models run in turn, so that a slow moment of the machine meets all of them alike."""
+    taken: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for round_number in range(-3, rounds):  # three to warm up
+            for model, times in zip(models, taken, strict=True):
+                elapsed = _milliseconds(lambda: model(images))  # noqa: B023 (called at once)
+                if round_number >= 0:
+                    times.append(elapsed)
+    return [_timing(times) for times in taken]
+
+
+def _timing(times: list[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(times, n=4)
+    return Timing(median, lower, upper)
+
+
+def _milliseconds(job: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    job()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _predictions(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(images).argmax(1)
+
+
+def _tracked_batches(images: int, epochs: int) -> Iterator[Tensor]:
+    """The indices of each batch of each epoch, in random order; the bar counts epochs."""
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for _ in progress.track(range(epochs)):
+            yield from torch.randperm(images).split(BATCH)

@@ -1,0 +1,70 @@
+"""A model as a file that runs without its source: torch.export, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from elc_fx.errors import ElcError
+
+
+class ExportError(ElcError):
+    """torch.export refuses the model, or its file cannot be written."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A program, and why its batch size is fixed (None: it takes any)."""
+
+    program: ExportedProgram
+    fixed_batch: str | None
+
+
+def export(model: nn.Module, inputs: Sequence[Tensor]) -> Exported:
+    """The model as a program that takes any batch size where the model allows, else the batch size of the inputs.
+
+    inputs: the positional arguments, each [N, ...] with one N. Raises ExportError.
+    """
+    inputs = tuple(inputs)
+    try:
+        return Exported(_with_any_batch(model, inputs), None)
+    except Exception as error:  # torch.export raises whatever the model's code runs into
+        reason = _first_line(error)
+    try:
+        return Exported(torch.export.export(model, inputs), reason)
+    except Exception as error:
+        raise ExportError(f"torch.export refuses the model: {_first_line(error)}") from error
+
+
+def save(exported: Exported, file: Path) -> None:
+    """Writes the program to a new file and renames it, so that a failure leaves the old file. Raises ExportError."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as stream:
+            torch.export.save(exported.program, stream)
+        unfinished.replace(file)
+    except OSError as error:
+        raise ExportError(f"cannot write {file}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _with_any_batch(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """Traced with two samples, because torch.export takes a batch of one for a constant; tried on the given inputs."""
+    several = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
+    batch = Dim("batch")
+    program = torch.export.export(model, several, dynamic_shapes=tuple({0: batch} for _ in inputs))
+    with torch.no_grad():
+        program.module()(*inputs)
+    return program
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
