@@ -25,6 +25,9 @@ from elc_fx.errors import NotAffineError
 
 Ints: TypeAlias = tuple[int, ...]
 Padding: TypeAlias = tuple[tuple[int, int], ...]
+SizeCondition: TypeAlias = tuple[int, int, int, int]  # (axis, a, b, stride): (n + a) // stride == (n + b) // stride
+
+FILL_TOLERANCE = 1e-5  # constants of a padding were computed in float32, maybe, from a batch norm's numbers
 
 CONV = {0: F.linear, 1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -36,7 +39,9 @@ class Geometry:
 
     padding: (low, high) per axis, signed: a negative entry crops. bias: a constant is added at every output position.
     ones: a further input channel, one everywhere inside the input and padded like it, carries a constant that must
-    stop at the border. transposed: a transposed convolution, which composes with pointwise maps only.
+    stop at the border. transposed: a transposed convolution, which composes with pointwise maps only. fill: the padding
+    holds a constant per channel, the one that the map before gives for zero input. sizes: conditions on the size of
+    the input, without which branches that were added differ in size.
     """
 
     out_channels: int
@@ -51,6 +56,8 @@ class Geometry:
     ones: bool = False
     transposed: bool = False
     output_padding: Ints = ()
+    fill: bool = False
+    sizes: tuple[SizeCondition, ...] = ()
 
     def __post_init__(self) -> None:
         if self.padding_mode != "zeros" and not self.padded:
@@ -147,6 +154,8 @@ class Geometry:
         if self.out_channels != second.in_channels or self.dims != second.dims:
             raise NotAffineError(f"{self} gives what {second} does not take")
         bias, ones = self.bias or second.bias, self.ones or second.ones
+        if second.sizes:
+            raise NotAffineError("the sizes of its branches agree for some inputs only")
         if self.transposed or second.transposed:
             return _compose_transposed(self, second)
         if self.confines_before(second):
@@ -171,6 +180,7 @@ class Geometry:
             padding_mode=self.padding_mode if self.padding_mode != "zeros" else second.padding_mode,
             bias=bias,
             ones=ones,
+            sizes=self.sizes,
         )
 
     def confines_before(self, second: Geometry) -> bool:
@@ -178,6 +188,8 @@ class Geometry:
 
         Raises `NotAffineError` where what `second` sees in its padding is not what this map gives there.
         """
+        if self.fill or (second.fill and (self.ones or self.padded)):
+            raise NotAffineError("a padding with constants merges with a pointwise map before it only")
         if second.padding_mode != "zeros":
             if not self.is_pointwise or self.ones:
                 raise NotAffineError(
@@ -200,7 +212,7 @@ class Geometry:
                     )
                 if any(q > 0 and p < 0 for p, q in zip(inner, outer, strict=True)):
                     raise NotAffineError("a crop is followed by zero padding: what was cropped would come back")
-        if not (self.bias or second.ones):
+        if not (self.bias or second.ones) or second.fill:
             return False
         if self.interior_tap(second) is None:
             raise NotAffineError("a bias stands before zero padding, and no tap of its map stays inside the input")
@@ -280,18 +292,24 @@ def _overlay(a: Geometry, b: Geometry, out_channels: int, groups: int) -> Geomet
         return replace(a, groups=groups, bias=a.bias or b.bias)
     if a.stride != b.stride:
         raise NotAffineError(f"strides differ: {_short(a.stride)} and {_short(b.stride)}")
+    if a.fill or b.fill:
+        raise NotAffineError("a padding with constants merges with a pointwise map before it only")
     kernel_size, dilation, padding = [], [], []
-    for k1, k2, d1, d2, (low1, high1), (low2, high2) in zip(
-        a.kernel_size, b.kernel_size, a.dilation, b.dilation, a.padding, b.padding, strict=True
+    sizes = {*a.sizes, *b.sizes}
+    for axis, (k1, k2, d1, d2, (low1, high1), (low2, high2)) in enumerate(
+        zip(a.kernel_size, b.kernel_size, a.dilation, b.dilation, a.padding, b.padding, strict=True)
     ):
         last1, last2 = d1 * (k1 - 1) - low1, d2 * (k2 - 1) - low2
-        if high1 - last1 != high2 - last2:
-            raise NotAffineError("the outputs of the branches differ in size for some inputs")
+        beyond1, beyond2 = high1 - last1, high2 - last2  # the output has (n - 1 + beyond) // stride + 1 positions
+        if beyond1 != beyond2:
+            if a.stride[axis] == 1:
+                raise NotAffineError("the outputs of the branches differ in size")
+            sizes.add((axis, min(beyond1, beyond2) - 1, max(beyond1, beyond2) - 1, a.stride[axis]))
         unit = math.gcd(d1 if k1 > 1 else 0, d2 if k2 > 1 else 0, low1 - low2) or 1
         low, last = max(low1, low2), max(last1, last2)
         kernel_size.append((last + low) // unit + 1)
         dilation.append(unit)
-        padding.append((low, high1 - last1 + last))
+        padding.append((low, max(beyond1, beyond2) + last))
     return Geometry(
         out_channels,
         a.in_channels,
@@ -303,6 +321,7 @@ def _overlay(a: Geometry, b: Geometry, out_channels: int, groups: int) -> Geomet
         padding_mode=_common_padding_mode(a, b),
         bias=a.bias or b.bias,
         ones=a.ones or b.ones,
+        sizes=tuple(sorted(sizes)),
     )
 
 
@@ -322,13 +341,15 @@ class AffineMap:
     """A geometry with its numbers, in float64 (complex128 for complex weights).
 
     kernel: [out_channels, in_channels // groups, *kernel_size], also where the map is transposed. bias: [out_channels]
-    or None. ones: [out_channels, *kernel_size], the kernel of the channel of ones (see `Geometry`), or None.
+    or None. ones: [out_channels, *kernel_size], the kernel of the channel of ones (see `Geometry`), or None. fill:
+    [in_channels], what the padding holds (see `Geometry`), or None.
     """
 
     geometry: Geometry
     kernel: Tensor
     bias: Tensor | None = None
     ones: Tensor | None = None
+    fill: Tensor | None = None
 
     @classmethod
     def scale(cls, weight: Tensor, bias: Tensor | None, dims: int) -> AffineMap:
@@ -344,6 +365,8 @@ class AffineMap:
     def then(self, second: AffineMap) -> AffineMap:
         """`second` after this map. Raises `NotAffineError` as `Geometry.then` does."""
         first, geometry = self, self.geometry.then(second.geometry)
+        if second.fill is not None and not self._gives_for_zeros(second.fill):
+            raise NotAffineError("the constants of the padding are not what the map before it gives for zero input")
         if not (first.geometry.transposed or second.geometry.transposed):
             if first.geometry.confines_before(second.geometry):
                 first = first._confined(second)
@@ -352,6 +375,14 @@ class AffineMap:
             passed = _apply_to_constant(second, first.bias)
             bias = passed if bias is None else bias + passed
         return AffineMap(geometry, _compose(first, second, geometry), bias, _compose_ones(first, second, geometry))
+
+    def _gives_for_zeros(self, fill: Tensor) -> bool:
+        """Whether the bias is `fill`, up to the rounding of the data type that `fill` was computed in."""
+        if fill.is_meta:
+            return True
+        bias = torch.zeros_like(fill) if self.bias is None else self.bias
+        scale = torch.maximum(bias.abs().max(), fill.abs().max())
+        return bool(((bias - fill).abs() <= FILL_TOLERANCE * scale).all())
 
     def _confined(self, second: AffineMap) -> AffineMap:
         """The same map with its bias carried by the channel of ones; where `second` uses ones, a row of ones below."""
@@ -386,7 +417,8 @@ class AffineMap:
         """The map with another kernel, bias and ones: function of each that there is."""
         bias = None if self.bias is None else function(self.bias)
         ones = None if self.ones is None else function(self.ones)
-        return AffineMap(self.geometry, function(self.kernel), bias, ones)
+        fill = None if self.fill is None else function(self.fill)
+        return AffineMap(self.geometry, function(self.kernel), bias, ones, fill)
 
     def dense(self) -> Tensor:
         """The kernel with all channels connected: [out_channels, in_channels, *kernel_size]."""
@@ -475,9 +507,10 @@ def _compose(first: AffineMap, second: AffineMap, geometry: Geometry) -> Tensor:
 
 def _compose_pointwise(inner: Tensor, outer: Tensor, groups: int) -> Tensor:
     """The same where one of the kernels has a single tap. inner: [mid, in / g, *k₁], outer: [out, mid / g, *k₂]."""
-    rows, columns = outer.unflatten(0, (groups, -1)), inner.unflatten(0, (groups, -1))
+    rows, columns = (t.unflatten(0, (groups, -1)) for t in (outer, inner))
+    rows, columns = (t.reshape(*t.shape[:3], -1) for t in (rows, columns))
     size = inner.shape[2:] if inner[0, 0].numel() > 1 else outer.shape[2:]
-    composed = torch.einsum("gomv,gmiu->goiuv", rows.flatten(3), columns.flatten(3)).flatten(0, 1)
+    composed = torch.einsum("gomv,gmiu->goiuv", rows, columns).flatten(0, 1)
     return composed.reshape(*composed.shape[:2], *size)
 
 

@@ -80,7 +80,7 @@ def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_de
     that nothing is known about. Raises `CaptureError`.
     """
     refused: dict[nn.Module, Refusal] = {}
-    root = nn.Sequential(model) if is_leaf(model) and not has_hooks(model) else model
+    root = nn.Sequential(model).train(model.training) if is_leaf(model) and not has_hooks(model) else model
     for name, module in root.named_modules():
         if reason := _cannot_be_entered(module):
             refused[module] = Refusal(name, reason)
@@ -166,7 +166,7 @@ class _Proxy(fx.Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """x[index] = value, recorded; from here on this name stands for the tensor after the assignment."""
-        assigned = self.tracer.create_proxy("call_function", assign, (self, index, value), {})
+        assigned = self.tracer.create_proxy("call_function", ASSIGN, (self, index, value), {})
         assigned.node.meta["is_wrapped"] = True
         self.node = assigned.node
 
@@ -180,6 +180,9 @@ def assign(tensor: Tensor, index: Any, value: Any) -> Tensor:
     """`tensor[index] = value` as an expression: changes tensor, and returns it."""
     tensor[index] = value
     return tensor
+
+
+ASSIGN = assign  # while fx traces, it puts its own wrapper in the place of the name `assign`
 
 
 class _Tracer(fx.Tracer):

@@ -65,11 +65,9 @@ class Dtype(str, Enum):
 class _OneLineErrors(TyperGroup):
     """Says what is wrong with the arguments in one line, as every other error."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+    def main(self, *args: Any, **options: Any) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **{**options, "standalone_mode": False})
         except _UsageError as error:
             _complain(f"{error.format_message()} (see {error.ctx.command_path if error.ctx else 'elc-fx'} --help)")
             sys.exit(MISUSED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -22,11 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdRef
 
 from elc_fx.errors import InvalidInputError, TrainingModeError
+from elc_fx.inputs import ExampleInputs
 
 aten = torch.ops.aten
 
-ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
-_Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+_Given: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 
 # Autograd is off while measuring, so the convolutions of every module and function arrive as the first of these; the
 # others come from TorchScript and from frozen cuDNN graphs.
@@ -90,18 +90,18 @@ class Comparison:
         return f"{table}\nlargest error: {errors}, in {self.dtype}"
 
 
-def compare(a: nn.Module, b: nn.Module, example_inputs: ExampleInputs) -> Comparison:
+def compare(a: nn.Module, b: nn.Module, example_inputs: _Given) -> Comparison:
     """Runs both models once on the same inputs and measures what differs. Neither model is changed.
 
     example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments. Both models run
     from the same state of the random generators; in float64 (copies of them) where their parameters are real numbers
     and their code allows it, else as they are. Raises TrainingModeError where batch norm or dropout would train, and
-    InvalidInputError where the outputs are not of one structure and shape.
+    InvalidInputError where a model does not take the inputs, or the outputs are not of one structure and shape.
     """
     for model in (a, b):
         _require_eval(model)
-    call = _as_call(example_inputs)
-    (output_a, before), (output_b, after) = _runs_in_float64((a, b), call) or _runs_as_they_are((a, b), call)
+        examples = ExampleInputs.of(model, example_inputs)
+    (output_a, before), (output_b, after) = _runs_in_float64((a, b), examples) or _runs_as_they_are((a, b), examples)
     reference, other = _tensors(output_a), _tensors(output_b)
     _require_equal_structure(reference, other)
     errors = [_errors(reference[path], other[path]) for path in reference]
@@ -109,7 +109,7 @@ def compare(a: nn.Module, b: nn.Module, example_inputs: ExampleInputs) -> Compar
     return Comparison(max_abs_error, max_rel_error, _dtype_of(reference.values()), before, after)
 
 
-def measure(model: nn.Module, example_inputs: ExampleInputs) -> Measurement:
+def measure(model: nn.Module, example_inputs: _Given) -> Measurement:
     """Runs the model once, in its own dtype and without autograd, and counts. The model is not changed.
 
     example_inputs: as for `compare`. Works on the meta device too. Attention is counted as the matrix products it
@@ -117,7 +117,7 @@ def measure(model: nn.Module, example_inputs: ExampleInputs) -> Measurement:
     Raises TrainingModeError where batch norm or dropout would train.
     """
     _require_eval(model)
-    return _run(_with_own_buffers(model), _as_call(example_inputs))[1]
+    return _run(_with_own_buffers(model), ExampleInputs.of(model, example_inputs))[1]
 
 
 def _require_eval(model: nn.Module) -> None:
@@ -132,34 +132,22 @@ def _require_eval(model: nn.Module) -> None:
             )
 
 
-def _as_call(example_inputs: ExampleInputs) -> _Call:
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    found = type(example_inputs).__name__
-    raise InvalidInputError(f"example_inputs is a {found}, expected a tensor, a tuple or list of them, or a dict")
-
-
 # Running
 
 
-def _runs_in_float64(models: Iterable[nn.Module], call: _Call) -> list[tuple[Any, Measurement]] | None:
+def _runs_in_float64(models: Sequence[nn.Module], examples: ExampleInputs) -> list[tuple[Any, Measurement]] | None:
     """None where a parameter is not a real number, or where a model cannot be copied or does not run in float64."""
-    models = tuple(models)
     if not all(parameter.is_floating_point() for model in models for parameter in model.parameters()):
         return None
-    doubled = tree_map_only(Tensor, lambda value: value.double() if value.is_floating_point() else value, call)
+    doubled = _mapped(examples, lambda value: value.double() if value.is_floating_point() else value)
     try:
         return [_run(copy.deepcopy(model).double(), doubled) for model in models]
     except Exception:  # whatever is wrong besides the dtype is raised when they run as they are
         return None
 
 
-def _runs_as_they_are(models: Iterable[nn.Module], call: _Call) -> list[tuple[Any, Measurement]]:
-    return [_run(_with_own_buffers(model), call) for model in models]
+def _runs_as_they_are(models: Sequence[nn.Module], examples: ExampleInputs) -> list[tuple[Any, Measurement]]:
+    return [_run(_with_own_buffers(model), examples) for model in models]
 
 
 def _with_own_buffers(model: nn.Module) -> nn.Module:
@@ -170,15 +158,19 @@ def _with_own_buffers(model: nn.Module) -> nn.Module:
         return model
 
 
-def _run(model: nn.Module, call: _Call) -> tuple[Any, Measurement]:
+def _run(model: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
     """The model's output and what it cost."""
-    args, kwargs = tree_map_only(Tensor, lambda value: value.detach().clone(), call)
-    layers = _Layers(tree_leaves((args, kwargs)))
+    examples = _mapped(examples, lambda value: value.detach().clone())  # which the model may overwrite
+    layers = _Layers(tree_leaves((examples.args, examples.kwargs)))
     flops = FlopCounterMode(display=False)
     with torch.no_grad(), _same_random_numbers(), _attention_as_products(), flops, layers:
-        output = model(*args, **kwargs)
+        output = model(*examples.args, **examples.kwargs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return output, Measurement(int(flops.get_total_flops()), parameters, layers.convolutions, layers.depth)
+
+
+def _mapped(examples: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
+    return ExampleInputs(*tree_map_only(Tensor, change, (examples.args, examples.kwargs)))
 
 
 def _same_random_numbers() -> contextlib.AbstractContextManager[None]:

@@ -154,6 +154,8 @@ class Fusion:
         with self.graph.inserting_before(first):
             if any(op.batched_rows for op in operations):
                 self._insert_rank_check(source)
+            for condition in merge.geometry.sizes:
+                self._insert_size_check(source, *condition)
             value = self._insert_input(merge.geometry, source)
             value = self.graph.call_module(self._register(layer, operations, merge), (value,))
         self._place(value, first)
@@ -172,6 +174,16 @@ class Fusion:
             "elc_fx merged a linear layer with a batch norm for inputs of 2 axes; compile with example_inputs for more"
         )
         self.graph.call_function(torch._assert, (self.graph.call_function(operator.eq, (rank, 2)), message))
+
+    def _insert_size_check(self, source: fx.Node, axis: int, a: int, b: int, stride: int) -> None:
+        """An error for the sizes at which the branches that were merged did not fit each other."""
+        size = self.graph.call_method("size", (source, axis + 2))
+        counts = [
+            self.graph.call_function(operator.floordiv, (self.graph.call_function(operator.add, (size, c)), stride))
+            for c in (a, b)
+        ]
+        message = f"the merged branches differ in size for this input: along axis {axis + 2}, stride {stride}"
+        self.graph.call_function(torch._assert, (self.graph.call_function(operator.eq, tuple(counts)), message))
 
     def _insert_input(self, geometry: Geometry, source: fx.Node) -> fx.Node:
         if geometry.ones:

@@ -19,7 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight
-from elc_fx.capture import has_hooks, materialisable
+from elc_fx.capture import assign, has_hooks, materialisable
 from elc_fx.graph import function_name, overwritten_argument, signature_of
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -64,7 +64,8 @@ class Feature:
 class Operation:
     """One node as an affine map of `source`. dtype, device: of its weights, None where it has none.
 
-    convolves: it is a convolution or linear layer, which costs FLOPs; elementwise operations count none.
+    convolves: it is a convolution or linear layer, which costs FLOPs; elementwise operations count none. inner: further
+    nodes that it stands for, between `source` and `node`.
     batched_rows: it reads [N, C] as an affine map, but would read an input of more axes otherwise.
     """
 
@@ -75,6 +76,7 @@ class Operation:
     dtype: torch.dtype | None = None
     device: torch.device | None = None
     convolves: bool = False
+    inner: tuple[fx.Node, ...] = ()
     batched_rows: bool = False
 
 
@@ -212,6 +214,8 @@ class Interpreter:
     def _function(self, node: fx.Node) -> Operation | None:
         name, arguments = function_name(node), signature_of(node)
         home = getattr(node.target, "__module__", None) or ""
+        if node.target is assign:
+            return self._filled_padding(node)
         if node.op == "call_function" and home and not home.startswith(("torch", "_operator")):
             return None
         if name in ADDS | SCALES | QUOTIENTS | {"neg", "negative", "neg_", "rsub"}:
@@ -506,6 +510,36 @@ class Interpreter:
 
         return Operation(node, source, geometry, load)
 
+    def _filled_padding(self, node: fx.Node) -> Operation | None:
+        """pad(x) whose border is then assigned a constant per channel, side after side, until no zeros are left."""
+        assigned = [node]
+        while (padded := assigned[-1].args[0]).target is assign:  # type: ignore[union-attr]
+            assigned.append(padded)  # type: ignore[arg-type]
+        operation = self.operations.get(padded)  # type: ignore[arg-type]
+        if operation is None or function_name(padded) != "pad" or operation.geometry.padding_mode != "zeros":  # type: ignore[arg-type]
+            return None
+        geometry, dims = operation.geometry, operation.geometry.dims
+        if geometry.groups != geometry.out_channels or any(len(n.users) != 1 for n in (padded, *assigned[1:])):  # type: ignore[union-attr]
+            return None
+        written = {_border_side(n.args[1], geometry.padding) for n in assigned}
+        expected = {(axis, side) for axis, sides in enumerate(geometry.padding) for side in (0, 1) if sides[side] > 0}
+        values = [self.constant(n.args[2]) for n in assigned]
+        if written != expected or any(p < 0 for sides in geometry.padding for p in sides):
+            return None
+        tensor = values[0]
+        if not isinstance(tensor, Tensor) or not _is_per_channel(tensor, geometry.in_channels, dims):
+            return None
+        if any(value is not tensor and not (isinstance(value, Tensor) and torch.equal(value, tensor)) for value in values):
+            return None
+
+        def load() -> AffineMap:
+            plain = operation.load()
+            filled = replace(plain.geometry, fill=True)
+            return replace(plain, geometry=filled, fill=_vector(tensor, geometry.in_channels))
+
+        inner = (padded, *reversed(assigned[1:]))
+        return replace(operation, node=node, geometry=replace(geometry, fill=True), load=load, inner=inner)  # type: ignore[arg-type]
+
     def _slice(self, node: fx.Node, source: fx.Node, index: Any) -> Operation | None:
         """x[:, a:b, ::s, c:-e] with bounds that count from the ends: a strided, cropped, pointwise map."""
         feature = self.features[source]
@@ -708,6 +742,23 @@ def _is_per_channel(value: Tensor, channels: int, dims: int) -> bool:
         and value.dim() >= (dims + 1 if dims else 1)
         and (dims > 0 or value.dim() == 1)
     )
+
+
+def _border_side(index: Any, padding: Padding) -> tuple[int, int] | None:
+    """(axis, 0 or 1) of the border that x[index] is, for x padded so, or None."""
+    if not isinstance(index, tuple):
+        return None
+    index = (*index, *[slice(None)] * (len(padding) + 2 - len(index)))
+    restricted = [(axis - 2, i) for axis, i in enumerate(index) if i != slice(None)]
+    if len(restricted) != 1 or len(index) != len(padding) + 2 or not isinstance(restricted[0][1], slice):
+        return None
+    axis, part = restricted[0]
+    if axis < 0 or part.step not in (None, 1):
+        return None
+    low, high = padding[axis]
+    if part.start in (None, 0) and part.stop == low > 0:
+        return axis, 0
+    return (axis, 1) if part.stop is None and high > 0 and part.start == -high else None
 
 
 def _per_axis(value: Any, dims: int) -> Ints:

@@ -152,7 +152,7 @@ def nodes_of(parts: Sequence[Part]) -> Iterator[fx.Node]:
         if isinstance(part, Join):
             for branch in part.branches:
                 yield from nodes_of(branch.chain.parts)
-            yield from part.inner
+        yield from part.inner
         if isinstance(part, Operation) or not part.partial:
             yield part.node
 
@@ -232,6 +232,11 @@ class _Finder:
 
     def _append(self, node: fx.Node, operation: Operation) -> None:
         source = operation.source
+        if operation.inner and operation.inner[0] in self.chains:  # it continues where its first node began
+            inner = self.chains.pop(operation.inner[0])
+            inner.parts.pop()
+            if inner.parts:
+                self.chains[source] = inner
         chain = self.chains.get(source)
         if chain is not None and self.uses[source] == 1:
             del self.chains[source]

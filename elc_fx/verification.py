@@ -70,6 +70,9 @@ def _random_input(geometry: Geometry, kernel: Tensor) -> Tensor:
         e + s + max(*sides, 0) - min(*sides, 0) + axis
         for axis, (e, s, sides) in enumerate(zip(geometry.extent, geometry.stride, geometry.padding, strict=True))
     ]
+    for axis, a, b, stride in geometry.sizes:
+        while (size[axis] + a) // stride != (size[axis] + b) // stride:
+            size[axis] += 1
     shape = (2, geometry.in_channels, *size)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(kernel.device, kernel.dtype)
 
