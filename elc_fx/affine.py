@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,8 @@ SizeCondition: TypeAlias = tuple[int, int, int, int]  # (axis, a, b, stride): (n
 
 FILL_TOLERANCE = 1e-5  # constants of a padding were computed in float32, maybe, from a batch norm's numbers
 
-CONV = {0: F.linear, 1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+CONV: dict[int, Any] = {0: F.linear, 1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV_TRANSPOSE: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Geometry:
             if any(q > 0 for q in outer):
                 if extent > 1:
                     raise NotAffineError(
-                        f"zero padding {_sides(outer)} stands behind a kernel of extent {extent}: the border would differ"
+                        f"zero padding {_sides(outer)} follows a kernel of extent {extent}: the border would differ"
                     )
                 if any(q > 0 and p < 0 for p, q in zip(inner, outer, strict=True)):
                     raise NotAffineError("a crop is followed by zero padding: what was cropped would come back")
@@ -367,9 +367,9 @@ class AffineMap:
         first, geometry = self, self.geometry.then(second.geometry)
         if second.fill is not None and not self._gives_for_zeros(second.fill):
             raise NotAffineError("the constants of the padding are not what the map before it gives for zero input")
-        if not (first.geometry.transposed or second.geometry.transposed):
-            if first.geometry.confines_before(second.geometry):
-                first = first._confined(second)
+        transposes = first.geometry.transposed or second.geometry.transposed
+        if not transposes and first.geometry.confines_before(second.geometry):
+            first = first._confined(second)
         bias = second.bias
         if first.bias is not None:
             passed = _apply_to_constant(second, first.bias)
@@ -388,14 +388,15 @@ class AffineMap:
         """The same map with its bias carried by the channel of ones; where `second` uses ones, a row of ones below."""
         tap = self.geometry.interior_tap(second.geometry)
         assert tap is not None  # Geometry.confines_before refuses otherwise
+        at = _flat_index(tap, self.geometry.kernel_size)
         rows = self.geometry.out_channels + (second.ones is not None)
         ones = self.kernel.new_zeros(rows, *self.geometry.kernel_size)
         if self.ones is not None:
             ones[: self.geometry.out_channels] += self.ones
         if self.bias is not None:
-            ones[(slice(self.geometry.out_channels), *tap)] += self.bias
+            ones[: self.geometry.out_channels].flatten(1)[:, at] += self.bias
         if second.ones is not None:
-            ones[(-1, *tap)] = 1
+            ones[-1].flatten()[at] = 1
         return AffineMap(replace(self.geometry, bias=False, ones=True), self.kernel, None, ones)
 
     def __add__(self, other: AffineMap) -> AffineMap:
@@ -407,7 +408,7 @@ class AffineMap:
         )
 
     def beside(self, other: AffineMap) -> AffineMap:
-        """Both maps of one input, concatenated along the channels. Raises `NotAffineError` as `Geometry.beside` does."""
+        """Both maps of one input, concatenated along the channels. Raises as `Geometry.beside` does."""
         geometry = self.geometry.beside(other.geometry)
         bias = _stack(self.bias, other.bias, self, other) if geometry.bias else None
         ones = _stack(_ones(self, geometry), _ones(other, geometry), self, other) if geometry.ones else None
@@ -477,7 +478,7 @@ def regroup(kernel: Tensor, groups: int, target: int) -> Tensor:
 
 
 def transposed_weight(kernel: Tensor, groups: int) -> Tensor:
-    """The weight of a transposed convolution for a kernel, and back: [out, in // groups, *k] ↔ [in, out // groups, *k]."""
+    """The weight of a transposed convolution, from a kernel and back: [out, in // g, *k] ↔ [in, out // g, *k]."""
     out, width, *size = kernel.shape
     return (
         kernel.view(groups, out // groups, width, *size).transpose(1, 2).reshape(groups * width, out // groups, *size)
@@ -531,7 +532,7 @@ def _compose_ones(first: AffineMap, second: AffineMap, geometry: Geometry) -> Te
 
 
 def _apply_to_constant(second: AffineMap, constant: Tensor) -> Tensor:
-    """What `second`'s kernel makes of a constant feature map: Σᵥ K₂[·, ·, v] · constant. constant, result: [channels]."""
+    """What `second`'s kernel makes of a constant feature map: Σᵥ K₂[·, ·, v] · constant, for [channels]."""
     groups = second.geometry.groups
     summed = second.kernel.flatten(2).sum(2) if second.geometry.dims else second.kernel
     return (summed.unflatten(0, (groups, -1)) @ constant.view(groups, -1, 1)).flatten()
@@ -550,13 +551,20 @@ def _on_grid(kernel: Tensor, geometry: Geometry, grid: Geometry) -> Tensor:
     if kernel.shape[kernel.dim() - grid.dims :] == grid.kernel_size:
         return kernel
     placed = kernel.new_zeros(*kernel.shape[: kernel.dim() - grid.dims], *grid.kernel_size)
-    index = []
+    index: list[Any] = [...]
     for axis, (k, unit) in enumerate(zip(geometry.kernel_size, grid.dilation, strict=True)):
         start = (grid.padding[axis][0] - geometry.padding[axis][0]) // unit
         step = max(geometry.dilation[axis] // unit, 1)
         index.append(slice(start, start + step * (k - 1) + 1, step))
-    placed[(..., *index)] = kernel
+    placed[tuple(index)] = kernel
     return placed
+
+
+def _flat_index(tap: Ints, kernel_size: Ints) -> int:
+    index = 0
+    for u, k in zip(tap, kernel_size, strict=True):
+        index = index * k + u
+    return index
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -76,8 +76,8 @@ class _UntruthfulError(Exception):
 def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_defaults: bool = True) -> Capture:
     """The graph of `model`, which is in eval mode.
 
-    given: example arguments by parameter name of `forward`; they decide which of its arguments are inputs. Others are bound to their defaults (a call with anything else is then an error), or, without `bind_defaults`, stay inputs
-    that nothing is known about. Raises `CaptureError`.
+    given: example arguments by parameter name of `forward`; they decide which of its arguments are inputs. Others are
+    bound to their defaults (a call with anything else is then an error), or, without `bind_defaults`, stay inputs that nothing is known about. Raises `CaptureError`.
     """
     refused: dict[nn.Module, Refusal] = {}
     root = nn.Sequential(model).train(model.training) if is_leaf(model) and not has_hooks(model) else model
@@ -325,9 +325,8 @@ class _Tracer(fx.Tracer):
         self.examples.append(default)
         node = self.create_node("placeholder", name, (default,), {})
         message = f"`{name}` was bound to its default {default!r} by elc_fx; compile with example_inputs that give it"
-        compared = self.create_node(
-            "call_function", *((_is_none, (node,)) if default is None else (_equals, (node, default))), {}
-        )
+        check, arguments = (_is_none, (node,)) if default is None else (_equals, (node, default))
+        compared = self.create_node("call_function", check, arguments, {})
         compared.meta["is_wrapped"] = True
         self.create_node("call_function", torch._assert, (compared, message), {})
 
@@ -406,7 +405,7 @@ class _Watch:
         return type(value) is dict and any(self._uncertain(item) for item in value.values())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tested_for_none(code: types.CodeType) -> frozenset[str]:
     """Names of the local variables that a function compares with None by `is`; "*" for anything less plain."""
     if "/torch/" in code.co_filename.replace("\\", "/"):
@@ -496,7 +495,7 @@ def _with_constants(root: nn.Module, constants: dict[str, Tensor]) -> nn.Module:
 
 
 def _mark_eval(captured: fx.GraphModule, root: nn.Module) -> None:
-    """Containers that GraphModule made anew are in eval mode, as the model is; the model's own modules stay as they are."""
+    """Containers that GraphModule made anew are in eval mode, as the model is; the model's own modules are left alone."""
     own = set(root.modules())
     for module in captured.modules():
         if module not in own:

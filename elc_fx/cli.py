@@ -103,9 +103,9 @@ def elc_fx_command(
         raise typer.Exit(MISUSED)
 
 
-@app.command("compile", help=COMPILE_HELP)
+@app.command("compile", help=COMPILE_HELP, short_help="Merge what merges exactly, and show what that saves.")
 def compile_command(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="The model.", show_default=False)],
+    spec: Annotated[str, typer.Argument(help="The model.", show_default=False)],
     shapes: Annotated[
         list[str] | None,
         typer.Option("--input", metavar="SHAPE", help="Shape of an input, as 1x3x224x224; once for each input."),
@@ -140,7 +140,7 @@ def compile_command(
             typer.echo("\n\n".join(str(part) for part in (report, comparison) if part is not None))
 
 
-@app.command("demo", help=DEMO_HELP)
+@app.command("demo", help=DEMO_HELP, short_help="Train a small network on real digits and compile it.")
 def demo_command(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = demo.EPOCHS,
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the images.")] = 0,

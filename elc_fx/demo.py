@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -79,6 +77,9 @@ class Digits:
     @classmethod
     def load(cls) -> Digits:
         """The split is the same each time, with equal shares of every digit."""
+        from sklearn.datasets import load_digits  # takes a second, which the other commands need not wait
+        from sklearn.model_selection import train_test_split
+
         stored = load_digits()
         parts = train_test_split(stored.images, stored.target, test_size=0.25, random_state=0, stratify=stored.target)
         images = [torch.tensor(part, dtype=torch.float32).unsqueeze(1) / 16 for part in parts[:2]]

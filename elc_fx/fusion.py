@@ -98,7 +98,7 @@ class Fusion:
         if coefficient != 1.0:
             total = self.graph.call_function(torch.mul, (total, coefficient))
         for value, coefficient in values[1:]:
-            kwargs = {} if coefficient == 1.0 else {"alpha": coefficient}
+            kwargs: dict[str, Any] = {} if coefficient == 1.0 else {"alpha": coefficient}
             total = self.graph.call_function(torch.add, (total, value), kwargs)
         return total
 
@@ -215,10 +215,10 @@ class Fusion:
         return layer
 
     def _register(self, layer: nn.Module, operations: list[Operation], merge: Merge) -> str:
-        """Puts the layer in the place of the first convolution that it replaces, under a new name if others call that."""
+        """Puts the layer where the first convolution that it replaces was, under a new name if others call that."""
         named = [op for op in operations if op.node.op == "call_module" and op.convolves]
         path = str(named[0].node.target) if named else merge.parts[-1].node.name
-        if path in self.calls and self.calls[path] > 1 or (not named and hasattr(self.captured, path)):
+        if (path in self.calls and self.calls[path] > 1) or (not named and hasattr(self.captured, path)):
             path = next(p for i in range(len(self.calls) + 2) if not self._exists(p := f"{path}_merged{i or ''}"))
         owner, _, name = path.rpartition(".")
         setattr(self.captured.get_submodule(owner), name, layer)

@@ -76,9 +76,9 @@ def overwritten_argument(captured: fx.GraphModule, node: fx.Node) -> fx.Node | N
         if isinstance(out := node.kwargs.get("out"), fx.Node):
             return out
         target: Callable[..., Any] = node.target  # type: ignore[assignment]
-        if name == "assign" or getattr(target, "__module__", "") == "_operator" and name in IN_PLACE_OPERATORS:
+        if name == "assign" or (getattr(target, "__module__", "") == "_operator" and name in IN_PLACE_OPERATORS):
             return first
-        if name.endswith("_") and not name.endswith("__") or node.kwargs.get("inplace") is True:
+        if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True:
             return first
         if inspect.isfunction(target) and signature_of(node).get("inplace") is True:
             return first

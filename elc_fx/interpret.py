@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -47,7 +48,7 @@ RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "poisson", "e
 
 @dataclass(frozen=True)
 class Feature:
-    """What is known of a value: channels, and spatial axes (0: the channels are the last axis, as for linear layers)."""
+    """What is known of a value: channels, and spatial axes (0: the channels are last, as for linear layers)."""
 
     channels: int | None = None
     dims: int | None = None
@@ -153,25 +154,28 @@ class Interpreter:
         if has_hooks(module) and not materialisable(module):
             return None
         source = node.args[0]
-        for classes, read in (
+        readers: tuple[tuple[dict[Any, Any], Callable[..., Operation]], ...] = (
             (CONVOLUTIONS, self._convolution_module),
             (TRANSPOSED, self._convolution_module),
             (BATCH_NORMS, self._batch_norm_module),
             (AVERAGE_POOLS, self._average_pool_module),
-        ):
-            for cls, dims in classes.items():  # type: ignore[attr-defined]
+            ({nn.Linear: 0}, self._linear_module),
+        )
+        for classes, read in readers:
+            for cls, dims in classes.items():
                 if _computes_as(module, cls):
                     return read(node, source, module, dims)
-        if _computes_as(module, nn.Linear):
-            weight = weight_of(module)
-            return self._linear(node, source, weight, module.bias)
-        mode = PADS.get(type(module).__name__)
-        if mode and type(module).__module__ == "torch.nn.modules.padding":
-            if getattr(module, "value", 0) != 0:
-                raise _Refused(f"it pads with {module.value}, not with zeros")
-            padding = tuple(int(p) for p in module.padding)
-            return self._pad(node, source, padding, mode)
+        if type(module).__name__ in PADS and type(module).__module__ == "torch.nn.modules.padding":
+            return self._pad_module(node, source, module)
         return None
+
+    def _linear_module(self, node: fx.Node, source: fx.Node, module: Any, dims: int) -> Operation:
+        return self._linear(node, source, weight_of(module), module.bias)
+
+    def _pad_module(self, node: fx.Node, source: fx.Node, module: Any) -> Operation:
+        if getattr(module, "value", 0) != 0:
+            raise _Refused(f"it pads with {module.value}, not with zeros")
+        return self._pad(node, source, tuple(int(p) for p in module.padding), PADS[type(module).__name__])
 
     def _convolution_module(self, node: fx.Node, source: fx.Node, module: Any, dims: int) -> Operation:
         transposed = isinstance(module, _ConvTransposeNd)
@@ -529,7 +533,9 @@ class Interpreter:
         tensor = values[0]
         if not isinstance(tensor, Tensor) or not _is_per_channel(tensor, geometry.in_channels, dims):
             return None
-        if any(value is not tensor and not (isinstance(value, Tensor) and torch.equal(value, tensor)) for value in values):
+        if any(
+            value is not tensor and not (isinstance(value, Tensor) and torch.equal(value, tensor)) for value in values
+        ):
             return None
 
         def load() -> AffineMap:
@@ -682,8 +688,19 @@ KEEP_CHANNELS = (
     *(nn.modules.pooling._AvgPoolNd, _BatchNorm),
 )
 KEEP_CHANNELS_FUNCTIONS = frozenset(
-    ("relu", "relu_", "gelu", "silu", "sigmoid", "tanh", "neg", "clone", "contiguous", "batch_norm")
-    + tuple(f"{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3))
+    (
+        "relu",
+        "relu_",
+        "gelu",
+        "silu",
+        "sigmoid",
+        "tanh",
+        "neg",
+        "clone",
+        "contiguous",
+        "batch_norm",
+        *tuple(f"{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)),
+    )
 )
 
 
@@ -712,7 +729,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def _usable(*tensors: Tensor | None) -> bool:
     present = [t for t in tensors if t is not None]
-    if not present or any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in present):
+    if not present or any(is_lazy(t) for t in present):
         return False
     dtypes = {t.dtype for t in present}
     return len(dtypes) == 1 and all(d.is_floating_point or d.is_complex for d in dtypes)

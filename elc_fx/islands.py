@@ -21,8 +21,25 @@ from elc_fx.capture import has_hooks
 
 # What hands out children by other ways than their name.
 REFLECTION = frozenset(
-    ("children", "named_children", "modules", "named_modules", "_modules", "__dict__", "parameters", "named_parameters")
-    + ("get_submodule", "get_parameter", "state_dict", "apply", "items", "values", "keys", "__getattr__", "__iter__")
+    (
+        "children",
+        "named_children",
+        "modules",
+        "named_modules",
+        "_modules",
+        "__dict__",
+        "parameters",
+        "named_parameters",
+        "get_submodule",
+        "get_parameter",
+        "state_dict",
+        "apply",
+        "items",
+        "values",
+        "keys",
+        "__getattr__",
+        "__iter__",
+    )
 )
 
 
@@ -33,7 +50,8 @@ def replaceable_children(module: nn.Module) -> dict[str, nn.Module]:
         return found
     if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):
         return {name: child for name, child in module.named_children() if _may_change(child)}
-    called = called_only(type(module))
+    cls: Any = type(module)
+    called = called_only(cls)
     if called is None or "forward" in vars(module):
         return found
     for name, child in module.named_children():
@@ -48,8 +66,8 @@ def _may_change(child: nn.Module) -> bool:
     return not isinstance(child, nn.ModuleList | nn.ModuleDict | torch.jit.ScriptModule) and not has_hooks(child)
 
 
-@functools.lru_cache(maxsize=None)
-def called_only(cls: type[nn.Module]) -> dict[str, str] | None:
+@functools.cache
+def called_only(cls: Any) -> dict[str, str] | None:
     """Attributes of `self` that the class's methods only call ("called"), or whose elements they only call.
 
     None where the source is missing, or uses `self` in ways that say nothing about its children.

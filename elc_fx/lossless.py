@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from elc_fx.affine import Ints
@@ -97,16 +98,16 @@ class LosslessCompilation:
         return result, (before, _depth(result))
 
     def _take_copies(self, graph_module: fx.GraphModule, path: str) -> None:
-        """What still belongs to the caller's model is replaced by a copy; opaque modules by one with compiled children."""
+        """Copies what still belongs to the caller's model; opaque modules are copied with compiled children."""
         nodes = [node for node in graph_module.graph.nodes if node.op in ("call_module", "get_attr")]
         read = {str(node.target) for node in nodes if node.op == "get_attr"}
         for target in dict.fromkeys(str(node.target) for node in nodes):
             owner, _, name = target.rpartition(".")
             holder = graph_module.get_submodule(owner)
             value = getattr(holder, name)
-            if isinstance(value, nn.Module) and id(value) not in self.memo and not is_leaf(value):
-                if not any(other.startswith(f"{target}.") for other in read):
-                    self._compile_children(value, _join(path, target))
+            opaque = isinstance(value, nn.Module) and id(value) not in self.memo and not is_leaf(value)
+            if opaque and not any(other.startswith(f"{target}.") for other in read):
+                self._compile_children(value, _join(path, target))
             copied = clone(value, self.memo)
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and name in holder._buffers:
                 holder._buffers[name] = copied
@@ -128,7 +129,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _measured_call(module: nn.Module, examples: ExampleInputs) -> tuple[Any, int]:
-    """The output on the example inputs, and the FLOPs. Raises `InvalidInputError` if the module does not run on them."""
+    """Output and FLOPs on the example inputs. Raises `InvalidInputError` if the module does not run on them."""
     try:
         with FlopCounterMode(display=False) as counter:
             output = examples.call(module)
@@ -160,7 +161,7 @@ def _shapes(captured: Capture) -> dict[fx.Node, Ints]:
 
 
 def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if not isinstance(p, nn.parameter.UninitializedTensorMixin))
+    return sum(p.numel() for p in module.parameters() if not is_lazy(p))
 
 
 def _layers(module: nn.Module) -> int:

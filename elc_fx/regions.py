@@ -469,7 +469,7 @@ class Planner:
     # Chains.
 
     def _split(self, chain: Chain, size: Ints) -> list[_Block]:
-        """The cheapest partition of a chain into blocks. At most LONGEST_SPAN blocks merge at once, so until no more do."""
+        """The cheapest partition of a chain into blocks; LONGEST_SPAN at most merge at once, so until no more do."""
         key = (id(chain), size)
         if key not in self._splits:
             at, blocks = size, []
@@ -676,7 +676,7 @@ def _add_cost(a: Cost, b: Cost) -> Cost:
 def _best_subsets(
     branches: list[Branch], alone: list[Cost], merged: Callable[[Sequence[int]], Merge | None]
 ) -> tuple[Cost, Groups]:
-    """All partitions of up to MOST_BRANCHES branches, by dynamic programming over subsets; joins count one launch each."""
+    """All partitions of up to MOST_BRANCHES branches, by dynamic programming over subsets; a join is one launch."""
     count = len(branches)
     options: dict[int, tuple[Cost, Merge | None]] = {1 << i: (alone[i], None) for i in range(count)}
     for subset in range(1, 1 << count):
@@ -720,11 +720,11 @@ def _greedy_groups(
     """Very many branches: each joins the group that grows least by it."""
     groups: list[tuple[list[int], Cost, Merge | None]] = []
     for index in range(len(branches)):
-        options = [(_add_cost(alone[index], (0, 1)), -1, None)]
+        options: list[tuple[Cost, int, Merge | None]] = [(_add_cost(alone[index], (0, 1)), -1, None)]
         for at, (members, cost, _) in enumerate(groups):
             if (merge := merged([*members, index])) is not None:
                 growth = (merge.after[0] - cost[0], merge.after[1] - cost[1])
-                options.append((growth, at, merge))  # type: ignore[arg-type]
+                options.append((growth, at, merge))
         _, at, merge = min(options, key=lambda option: option[0])
         if at < 0:
             groups.append(([index], alone[index], None))
