@@ -77,10 +77,14 @@ def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_de
     """The graph of `model`, which is in eval mode.
 
     given: example arguments by parameter name of `forward`; they decide which of its arguments are inputs. Others are
-    bound to their defaults (a call with anything else is then an error), or, without `bind_defaults`, stay inputs that nothing is known about. Raises `CaptureError`.
+    bound to their defaults (a call with anything else is then an error), or, without `bind_defaults`, stay inputs that
+    nothing is known about. Raises `CaptureError`.
     """
     refused: dict[nn.Module, Refusal] = {}
-    root = nn.Sequential(model).train(model.training) if is_leaf(model) and not has_hooks(model) else model
+    root = model
+    if is_leaf(model) and not has_hooks(model):  # its `forward` is not entered, so it needs somebody to call it
+        root = nn.Sequential(model)
+        root.training = model.training
     for name, module in root.named_modules():
         if reason := _cannot_be_entered(module):
             refused[module] = Refusal(name, reason)
@@ -495,7 +499,7 @@ def _with_constants(root: nn.Module, constants: dict[str, Tensor]) -> nn.Module:
 
 
 def _mark_eval(captured: fx.GraphModule, root: nn.Module) -> None:
-    """Containers that GraphModule made anew are in eval mode, as the model is; the model's own modules are left alone."""
+    """Containers that GraphModule made are in eval mode, as the model is; the model's own modules are left alone."""
     own = set(root.modules())
     for module in captured.modules():
         if module not in own:

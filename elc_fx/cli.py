@@ -105,7 +105,7 @@ def elc_fx_command(
 
 @app.command("compile", help=COMPILE_HELP, short_help="Merge what merges exactly, and show what that saves.")
 def compile_command(
-    spec: Annotated[str, typer.Argument(help="The model.", show_default=False)],
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="The model.", show_default=False)],
     shapes: Annotated[
         list[str] | None,
         typer.Option("--input", metavar="SHAPE", help="Shape of an input, as 1x3x224x224; once for each input."),
@@ -158,7 +158,7 @@ def main() -> None:
     """The console script. What the working directory holds can be imported, as with `python -m`."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    app()
+    app(prog_name="elc-fx")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -231,8 +232,7 @@ class Fusion:
         return path in self.calls or hasattr(self.captured.get_submodule(owner), name)
 
     def _record(self, merge: Merge, operations: list[Operation], nodes: Sequence[fx.Node]) -> None:
-        convolutions = [op.geometry for op in operations if op.convolves]
-        counts = {str(g): convolutions.count(g) for g in convolutions}
+        counts = Counter(str(op.geometry) for op in operations if op.convolves)
         layers = ", ".join(f"{count} × ({text})" if count > 1 else text for text, count in counts.items())
         self.merged.append(
             MergedRegion(

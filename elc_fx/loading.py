@@ -57,16 +57,15 @@ def load_weights(model: nn.Module, file: Path) -> None:
     The file is .safetensors, or anything that torch.save wrote and `weights_only=True` reads: a state dict, or a dict
     that holds one as "state_dict", "model_state_dict" or "model". Raises LoadingError that lists what does not fit.
     """
-    state = _state_dict(file)
-    own = model.state_dict()
-    shapes = {key: (tuple(value.shape), tuple(own[key].shape)) for key, value in state.items() if _is_tensor(own, key)}
-    differing = [f"{key} ({found}, expected {wanted})" for key, (found, wanted) in shapes.items() if found != wanted]
-    missing, unexpected = [], []
-    if not differing:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    problems = {"other shapes": differing, "missing": missing, "unexpected": unexpected}
+    state, own = _state_dict(file), model.state_dict()
+    shapes = {key: (list(value.shape), list(own[key].shape)) for key, value in state.items() if _is_tensor(own, key)}
+    differing = {key: f"{key} {found}, expected {wanted}" for key, (found, wanted) in shapes.items() if found != wanted}
+    fitting = {key: value for key, value in state.items() if key not in differing}
+    missing, unexpected = model.load_state_dict(fitting, strict=False)
+    missing = [key for key in missing if key not in differing]
+    problems = {"wrong shapes": list(differing.values()), "missing": missing, "unexpected": unexpected}
     if any(problems.values()):
-        listed = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+        listed = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
         raise LoadingError(f"the weights in {file} do not fit the model: {listed}")
 
 

@@ -8,7 +8,6 @@ each chain where that is cheapest: FLOPs first, and at equal FLOPs the number of
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -96,7 +95,8 @@ class Merge:
         """The region's layers, for people: its convolutions, else all its operations."""
         operations = list(self.operations())
         named = [label(op.node) for op in operations if op.convolves] or [label(op.node) for op in operations]
-        return " + ".join(dict.fromkeys(named))
+        named = list(dict.fromkeys(named))
+        return " + ".join(named) if len(named) <= 6 else f"{named[0]} + … + {named[-1]} ({len(named)} layers)"
 
     def operations(self) -> Iterator[Operation]:
         return operations_of(self.parts)
@@ -405,13 +405,33 @@ class _Block:
 
     parts: tuple[Part, ...]
     geometry: Geometry | None  # None: not an affine map, as a whole
-    why_not: str
     cost: Cost
-    merged: bool
+    kinds: frozenset[object]  # data types and devices of the weights
+    merged: bool = False
+    why_not: str = ""
     step: Regroup | None = None
 
     def output_size(self, size: Ints) -> Ints:
         return self.geometry.output_size(size) if self.geometry else size
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The cheapest way to reach a block: over the blocks from `start`, as one convolution unless geometry is None."""
+
+    cost: Cost
+    start: int
+    geometry: Geometry | None = None
+    own_cost: Cost = (0, 0)
+
+
+def _kinds(parts: Sequence[Part]) -> frozenset[object]:
+    return frozenset(k for op in operations_of(parts) for k in (op.dtype, op.device) if k is not None)
+
+
+def _fit_one_layer(kinds: frozenset[object]) -> bool:
+    """Whether weights have one data type and one device."""
+    return sum(isinstance(k, torch.dtype) for k in kinds) <= 1 and sum(isinstance(k, torch.device) for k in kinds) <= 1
 
 
 class Planner:
@@ -448,15 +468,10 @@ class Planner:
 
     def _geometry(self, parts: Sequence[Part], source: fx.Node) -> Geometry:
         """The parts as one map. Raises `NotAffineError`."""
-        operations = list(operations_of(parts))
-        if any(
-            b.coefficient != 1 and b.scale is None for part in parts if isinstance(part, Join) for b in part.branches
-        ):
+        joins = [part for part in parts if isinstance(part, Join)]
+        if any(b.coefficient != 1 and b.scale is None for join in joins for b in join.branches):
             raise NotAffineError("the number of channels is not known; give example_inputs")
-        if (
-            len({op.dtype for op in operations if op.dtype}) > 1
-            or len({op.device for op in operations if op.device}) > 1
-        ):
+        if not _fit_one_layer(_kinds(parts)):
             raise NotAffineError("the layers differ in data type or device")
         return interpret(parts, lambda op: op.geometry, lambda: self._identity(parts, source))
 
@@ -482,62 +497,56 @@ class Planner:
         return self._splits[key]
 
     def _single(self, part: Part, size: Ints, source: fx.Node) -> _Block:
+        kinds = _kinds([part])
         if isinstance(part, Operation):
             flops = part.geometry.flops(size) if part.convolves else 0
             padded = part.geometry.padding_mode != "zeros" and part.convolves
-            return _Block((part,), part.geometry, "", (flops, 1 + padded), merged=False)
+            return _Block((part,), part.geometry, (flops, 1 + padded), kinds)
         cost, regroup = self._regroup(part, size)
         try:
             geometry = self._geometry([part], part.branches[0].chain.source)
-            whole = len(regroup.blocks) == 1
-            return _Block((part,), geometry, "", cost, merged=whole, step=None if whole else regroup)
         except NotAffineError as error:
-            return _Block((part,), None, str(error), cost, merged=False, step=regroup)
+            return _Block((part,), None, cost, kinds, why_not=str(error), step=regroup)
+        whole = len(regroup.blocks) == 1
+        return _Block((part,), geometry, cost, kinds, merged=whole, step=None if whole else regroup)
 
     def _partition(self, blocks: list[_Block], size: Ints) -> list[_Block]:
         """best[j] = min over i < j of best[i] + cost of blocks i…j−1 as one: a shortest path."""
         sizes = [size]
         for block in blocks:
             sizes.append(block.output_size(sizes[-1]))
-        best: list[tuple[Cost, int, _Block | None]] = [((0, 0), 0, None)]
-        best += [((math.inf, 0), 0, None)] * len(blocks)  # type: ignore[list-item]
+        best: list[_Span | None] = [_Span((0, 0), 0)] + [None] * len(blocks)
         for start, first in enumerate(blocks):
-            self._relax(best, start, start + 1, first)
-            geometry = first.geometry
-            dtypes = {op.dtype for op in operations_of(first.parts) if op.dtype}
-            devices = {op.device for op in operations_of(first.parts) if op.device}
-            parts = first.parts
-            for end in range(start + 1, min(start + LONGEST_SPAN, len(blocks)) + 1):
-                if end > start + 1:
-                    block = blocks[end - 1]
-                    dtypes |= {op.dtype for op in operations_of(block.parts) if op.dtype}
-                    devices |= {op.device for op in operations_of(block.parts) if op.device}
-                    if geometry is None or block.geometry is None or len(dtypes) > 1 or len(devices) > 1:
-                        break
-                    try:
-                        geometry = geometry.then(block.geometry)
-                    except NotAffineError:
-                        break
-                    parts = (*parts, *block.parts)
-                if geometry is None or (len(parts) == 1 and isinstance(parts[0], Operation)):
-                    continue
+            before = best[start]
+            assert before is not None
+            _relax(best, start + 1, _Span(_add_cost(before.cost, first.cost), start))
+            for end, geometry in self._spans(blocks, start):
                 cost = merged_cost(geometry, sizes[start])
-                self._relax(best, start, end, _Block(parts, geometry, "", cost, merged=True))
+                _relax(best, end, _Span(_add_cost(before.cost, cost), start, geometry, cost))
         chosen: list[_Block] = []
         end = len(blocks)
         while end:
-            _, start, last = best[end]
-            assert last is not None
-            chosen.append(last)
-            end = start
+            span = best[end]
+            assert span is not None
+            chosen.append(_join_blocks(blocks[span.start : end], span))
+            end = span.start
         return chosen[::-1]
 
-    @staticmethod
-    def _relax(best: list[tuple[Cost, int, _Block | None]], start: int, end: int, block: _Block) -> None:
-        flops, launches = best[start][0]
-        cost = (flops + block.cost[0], launches + block.cost[1])
-        if cost < best[end][0]:
-            best[end] = (cost, start, block)
+    def _spans(self, blocks: list[_Block], start: int) -> Iterator[tuple[int, Geometry]]:
+        """The blocks from `start` that can be one convolution: where they end, and its geometry."""
+        geometry, kinds = blocks[start].geometry, blocks[start].kinds
+        if geometry is not None and isinstance(blocks[start].parts[0], Join):
+            yield start + 1, geometry
+        for end in range(start + 2, min(start + LONGEST_SPAN, len(blocks)) + 1):
+            block = blocks[end - 1]
+            kinds |= block.kinds
+            if geometry is None or block.geometry is None or not _fit_one_layer(kinds):
+                return
+            try:
+                geometry = geometry.then(block.geometry)
+            except NotAffineError:
+                return
+            yield end, geometry
 
     # Joins.
 
@@ -642,6 +651,20 @@ class Planner:
         self.refusals.append(
             Refusal(where, f"merging costs more: {first.geometry} and {second.geometry} give {merged}")
         )
+
+
+def _relax(best: list[_Span | None], end: int, span: _Span) -> None:
+    known = best[end]
+    if known is None or span.cost < known.cost:
+        best[end] = span
+
+
+def _join_blocks(blocks: list[_Block], span: _Span) -> _Block:
+    if span.geometry is None:
+        return blocks[0]
+    parts = tuple(part for block in blocks for part in block.parts)
+    kinds = frozenset[object]().union(*(block.kinds for block in blocks))
+    return _Block(parts, span.geometry, span.own_cost, kinds, merged=True)
 
 
 def merged_cost(geometry: Geometry, size: Ints) -> Cost:
