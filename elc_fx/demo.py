@@ -144,13 +144,10 @@ class DemoResult:
 def run(epochs: int = EPOCHS, seed: int = 0) -> DemoResult:
     """Trains, compiles and compares; a progress bar on stderr. The same seed gives the same network."""
     digits = Digits.load()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        original = network()
-        train(original, digits, epochs)
+    original = trained_network(digits, epochs, seed)
     compiled = compile(original, (digits.test_images[:BATCH],))
     predictions = [_predictions(model, digits.test_images) for model in (original, compiled)]
-    times = interleaved_times([original, compiled], digits.test_images[:BATCH])
+    times = interleaved_times([original, compiled], digits.test_images[:BATCH], TIMED_ROUNDS)
     before, after = (
         Side(float((predicted == digits.test_labels).float().mean()), timing)
         for predicted, timing in zip(predictions, times, strict=True)
@@ -165,8 +162,17 @@ def run(epochs: int = EPOCHS, seed: int = 0) -> DemoResult:
     )
 
 
-def train(model: nn.Module, digits: Digits, epochs: int) -> None:
-    """Adam with a one-cycle learning rate; leaves the model in eval mode."""
+def trained_network(digits: Digits, epochs: int, seed: int) -> nn.Module:
+    """A network in eval mode, whose weights and order of images come from the seed."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = network()
+        _train(model, digits, epochs)
+    return model.eval()
+
+
+def _train(model: nn.Module, digits: Digits, epochs: int) -> None:
+    """Adam with a one-cycle learning rate."""
     batches = -(-len(digits.train_labels) // BATCH)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * batches)
@@ -177,10 +183,9 @@ def train(model: nn.Module, digits: Digits, epochs: int) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
-    model.eval()
 
 
-def interleaved_times(models: list[nn.Module], images: Tensor, rounds: int = TIMED_ROUNDS) -> list[Timing]:
+def interleaved_times(models: list[nn.Module], images: Tensor, rounds: int) -> list[Timing]:
     """The models run in turn, so that a slow moment of the machine meets all of them alike."""
     taken: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():

@@ -24,6 +24,10 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("div", "divide", "truediv", "true_divide", "itruediv", "div_"), (*_BINARY[:2], "rounding_mode")),
     **dict.fromkeys(("neg", "negative", "neg_"), ("input",)),
     **dict.fromkeys(("cat", "concat", "concatenate"), _CAT),
+    "batch_norm": (
+        *("input", "weight", "bias", "running_mean", "running_var"),
+        *("training", "momentum", "eps", "cudnn_enabled"),
+    ),
     "linear": ("input", "weight", "bias"),
     "pad": ("input", "pad", "mode", "value"),
     "dropout": ("input", "p", "train"),

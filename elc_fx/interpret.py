@@ -609,7 +609,7 @@ class Interpreter:
     def summands(self, node: fx.Node) -> tuple[Term, Term] | None:
         """The two summands of an addition or subtraction of feature maps, or None."""
         name = function_name(node)
-        if name not in ADDS:
+        if name not in ADDS and name != "rsub":
             return None
         arguments = signature_of(node)
         left, right, alpha = arguments.get("input"), arguments.get("other"), arguments.get("alpha", 1)
@@ -617,6 +617,8 @@ class Interpreter:
             return None
         if self.constant(left) is not None or self.constant(right) is not None:
             return None
+        if name == "rsub":
+            return Term(left, -alpha), Term(right)
         return Term(left), Term(right, -alpha if "sub" in name else alpha)
 
     def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -676,9 +678,9 @@ class Interpreter:
         if node.op == "call_module":
             module = self.captured.get_submodule(str(node.target))
             return tuple(inputs[:1]) if isinstance(module, KEEP_CHANNELS) else ()
-        if name in ADDS | SCALES | QUOTIENTS:
+        if name in ADDS | SCALES | QUOTIENTS | {"rsub"}:
             operands = [n for n in inputs if self.constant(n) is None]
-            return tuple(operands) if len(operands) == 1 or name in ADDS else ()
+            return tuple(operands) if len(operands) == 1 or self.summands(node) else ()
         return tuple(inputs[:1]) if name in KEEP_CHANNELS_FUNCTIONS else ()
 
 

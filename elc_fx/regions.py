@@ -318,37 +318,43 @@ class _Finder:
         return False
 
 
+@dataclass(eq=False)
+class _Storage:
+    """Values that may share memory. shared: with a view, an input, an attribute or an opaque value among them."""
+
+    members: list[fx.Node]
+    shared: bool = False
+
+
 class _Aliases:
     """Which values may share memory, erring on the safe side: what is not known to allocate its output, may."""
 
     def __init__(self, interpreter: Interpreter) -> None:
         self.interpreter = interpreter
         self.captured = interpreter.captured
-        self.group: dict[fx.Node, list[fx.Node]] = {}
-        self.shared: set[int] = set()  # ids of groups with a view, an input, an attribute or an opaque value
+        self.storage: dict[fx.Node, _Storage] = {}
         for node in self.captured.graph.nodes:
             self._add(node)
 
     def _add(self, node: fx.Node) -> None:
-        self.group[node] = [node]
+        self.storage[node] = _Storage([node])
         written = overwritten_argument(self.captured, node)
         if written is not None:
             self._unite(node, written)
-        elif not self._allocates(node):
-            self.shared.add(id(self.group[node]))
+        elif node.op != "output" and not self._allocates(node):
+            self.storage[node].shared = True
             for source in node.all_input_nodes:
                 if source.op != "get_attr":
                     self._unite(node, source)
 
     def _unite(self, a: fx.Node, b: fx.Node) -> None:
-        small, large = sorted((self.group[a], self.group[b]), key=len)
+        small, large = sorted((self.storage[a], self.storage[b]), key=lambda s: len(s.members))
         if small is large:
             return
-        if id(small) in self.shared:
-            self.shared.add(id(large))
-        large.extend(small)
-        for node in small:
-            self.group[node] = large
+        large.shared |= small.shared
+        large.members.extend(small.members)
+        for node in small.members:
+            self.storage[node] = large
 
     def _allocates(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -360,11 +366,11 @@ class _Aliases:
         return node in self.interpreter.operations or name in ALLOCATING
 
     def of(self, node: fx.Node) -> list[fx.Node]:
-        return self.group[node]
+        return self.storage[node].members
 
     def is_private(self, node: fx.Node) -> bool:
         """Whether the value's memory is seen only through the value and in-place operations on it."""
-        return id(self.group[node]) not in self.shared
+        return not self.storage[node].shared
 
     def may_overwrite(self, node: fx.Node) -> bool:
         if overwritten_argument(self.captured, node) is not None:
