@@ -141,10 +141,10 @@ class Geometry:
         return 2 * positions * self.out_channels * inputs * math.prod(self.kernel_size)
 
     @property
-    def parameters(self) -> int:
-        """Number of weights and biases of the convolution that this map becomes."""
-        taps = math.prod(self.kernel_size) * (self.in_channels // self.groups + self.ones)
-        return self.out_channels * (taps + self.bias)
+    def weights(self) -> int:
+        """Number of elements of the kernel."""
+        inputs = self.in_channels // self.groups + self.ones
+        return self.out_channels * inputs * math.prod(self.kernel_size)
 
     def then(self, second: Geometry) -> Geometry:
         """The geometry of `second` after this one: kernel taps at s₁·d₂·v + d₁·u, stride s₁·s₂, padding p₁ + s₁·p₂.
@@ -493,17 +493,29 @@ def _compose(first: AffineMap, second: AffineMap, geometry: Geometry) -> Tensor:
     if a.is_scale:  # scales each input channel
         scale = first.kernel.view(b.groups, 1, -1, *[1] * b.dims)
         return (second.kernel.unflatten(0, (b.groups, -1)) * scale).flatten(0, 1)
-    groups = geometry.groups
-    inner = regroup(first.kernel, a.groups, groups)  # [mid, in / groups, *k₁]
-    outer = regroup(second.kernel, b.groups, groups)  # [out, mid / groups, *k₂]
-    if geometry.dims == 0 or a.transposed or b.transposed:  # one of both is pointwise: a matrix product
-        return _compose_pointwise(inner, outer, groups)
+    depthwise_first = a.groups == a.in_channels == a.out_channels
+    depthwise_second = b.groups == b.in_channels == b.out_channels
+    one_pointwise = geometry.dims == 0 or a.transposed or b.transposed
+    if one_pointwise or not (depthwise_first or depthwise_second):
+        inner = regroup(first.kernel, a.groups, geometry.groups)  # [mid, in / groups, *k₁]
+        outer = regroup(second.kernel, b.groups, geometry.groups)  # [out, mid / groups, *k₂]
+        if one_pointwise:
+            return _compose_pointwise(inner, outer, geometry.groups)
+    # One factor is the input of a transposed convolution, its batch what the other factor does not know of.
     step = [s * d for s, d in zip(a.stride, b.dilation, strict=True)]
-    stride = [t // unit if k > 1 else 1 for t, unit, k in zip(step, geometry.dilation, b.kernel_size, strict=True)]
-    dilation = [d // u if k > 1 else 1 for d, u, k in zip(a.dilation, geometry.dilation, a.kernel_size, strict=True)]
-    batch = outer.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)  # [out / groups, mid, *k₂]
-    composed = CONV_TRANSPOSE[geometry.dims](batch, inner, stride=stride, dilation=dilation, groups=groups)
-    return composed.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+    second_taps = [t // u if k > 1 else 1 for t, u, k in zip(step, geometry.dilation, b.kernel_size, strict=True)]
+    first_taps = [d // u if k > 1 else 1 for d, u, k in zip(a.dilation, geometry.dilation, a.kernel_size, strict=True)]
+    convolution = CONV_TRANSPOSE[geometry.dims]
+    if depthwise_first or not depthwise_second:
+        groups = geometry.groups
+        if depthwise_first:
+            inner, outer, groups = first.kernel, second.kernel, b.groups
+        batch = outer.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)  # [out / groups, mid, *k₂]
+        at_once = a.groups if depthwise_first else groups
+        composed = convolution(batch, inner, stride=second_taps, dilation=first_taps, groups=at_once)
+        return composed.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+    batch = first.kernel.transpose(0, 1)  # [in / groups, mid, *k₁]
+    return convolution(batch, second.kernel, stride=first_taps, dilation=second_taps, groups=b.groups).transpose(0, 1)
 
 
 def _compose_pointwise(inner: Tensor, outer: Tensor, groups: int) -> Tensor:

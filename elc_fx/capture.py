@@ -384,22 +384,40 @@ class _Watch:
         self.tracer = tracer
 
     def __enter__(self) -> None:
-        self.previous = sys.getprofile()
-        sys.setprofile(self._event)
+        self.previous = sys.gettrace()  # a debugger's or a coverage tool's, which goes on seeing what it saw
+        sys.settrace(self._enter)
 
     def __exit__(self, *_: object) -> None:
-        sys.setprofile(self.previous)
+        sys.settrace(self.previous)
 
-    def _event(self, frame: types.FrameType, event: str, argument: object) -> None:
-        if event in ("call", "return") and (names := tested_for_none(frame.f_code)):
-            values = frame.f_locals
-            for name in names:
-                tested = values.values() if name == "*" else [values.get(name)]
-                if any(self._uncertain(value) for value in tested):
-                    what = "a value" if name == "*" else f"`{name}`"
-                    self.tracer.untruthful = (
-                        f"`{frame.f_code.co_name}` asks whether {what} is None; give example_inputs if it never is"
-                    )
+    def _enter(self, frame: types.FrameType, event: Any, argument: object) -> Any:
+        theirs = self.previous(frame, event, argument) if self.previous is not None else None
+        names = tested_for_none(frame.f_code)
+        if not names:
+            return theirs
+        self._look(frame, names)
+        if theirs is None:
+            frame.f_trace_lines = False
+
+        def leave(frame: types.FrameType, event: Any, argument: object) -> Any:
+            nonlocal theirs
+            if theirs is not None:
+                theirs = theirs(frame, event, argument)
+            if event == "return":
+                self._look(frame, names)
+            return leave
+
+        return leave
+
+    def _look(self, frame: types.FrameType, names: frozenset[str]) -> None:
+        values = frame.f_locals
+        for name in names:
+            tested = values.values() if name == "*" else [values.get(name)]
+            if any(self._uncertain(value) for value in tested):
+                what = "a value" if name == "*" else f"`{name}`"
+                self.tracer.untruthful = (
+                    f"`{frame.f_code.co_name}` asks whether {what} is None; give example_inputs if it never is"
+                )
 
     def _uncertain(self, value: Any) -> bool:
         if type(value) is _Proxy:

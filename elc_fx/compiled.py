@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from elc_fx.report import Report
 
@@ -15,7 +15,7 @@ REPORT = "elc_fx_report"
 class CompiledModule(fx.GraphModule):
     """A GraphModule with a report. GraphModule's own attributes are lost in a copy, its `meta` in a pickle."""
 
-    elc_fx_report: Report
+    elc_fx_report: Report | None = None  # a compiled part of a model that cannot be traced has none of its own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied = super().__deepcopy__(memo)
@@ -28,17 +28,11 @@ class CompiledModule(fx.GraphModule):
         return _rebuild, (function, arguments, self.training, self.elc_fx_report)
 
 
-def with_report(module: nn.Module, report: Report) -> nn.Module:
-    """The module, which keeps the report from now on."""
-    if isinstance(module, fx.GraphModule) and not isinstance(module, CompiledModule):
-        training = module.training
-        module = CompiledModule(module, module.graph, type(module).__name__)
-        module.training = training
+def _rebuild(
+    function: Callable[..., Any], arguments: tuple[Any, ...], training: bool, report: Report | None
+) -> CompiledModule:
+    plain = function(*arguments)
+    module = CompiledModule(plain, plain.graph, type(plain).__name__)
+    module.training = training
     setattr(module, REPORT, report)
     return module
-
-
-def _rebuild(function: Callable[..., Any], arguments: tuple[Any, ...], training: bool, report: Report) -> nn.Module:
-    module = function(*arguments)
-    module.training = training
-    return with_report(module, report)

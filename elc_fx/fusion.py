@@ -141,7 +141,7 @@ class Fusion:
         dtype = next(op.dtype for op in operations if op.dtype is not None)
         try:
             exact = merge.affine_map()
-            rounded = _rounded(exact, dtype)
+            stored = _stored(exact, dtype)
         except NotAffineError as error:
             self.refusals.append(Refusal(merge.name, str(error)))
             return None
@@ -149,9 +149,12 @@ class Fusion:
         source = self._now(merge.source)
         nodes = sorted(merge.nodes(), key=lambda node: self.position[node])
         if self.check is not None:
+            rounded = stored.map_tensors(lambda t: t.to(exact.kernel.dtype))
+            del exact
             self.check(self.captured, merge, source, nodes, rounded, dtype)
+            del rounded
         first = next(node for node in nodes if source in node.all_input_nodes)
-        layer = self._like_the_original(layer_of(rounded, dtype), operations)
+        layer = self._like_the_original(layer_of(stored, dtype), operations)
         with self.graph.inserting_before(first):
             if any(op.batched_rows for op in operations):
                 self._insert_rank_check(source)
@@ -241,21 +244,21 @@ class Fusion:
                 layers=layers or "elementwise",
                 result=str(merge.geometry),
                 flops=(merge.before[0], merge.after[0]) if merge.exact_size else None,
-                launches=(merge.before[1], merge.after[1]),
+                launches=(merge.before[2], merge.after[2]),
             )
         )
 
 
-def _rounded(exact: AffineMap, dtype: torch.dtype) -> AffineMap:
-    """The map with its numbers as they will be stored, still in float64. Raises `NotAffineError` on overflow."""
+def _stored(exact: AffineMap, dtype: torch.dtype) -> AffineMap:
+    """The map with its numbers as they will be stored. Raises `NotAffineError` on overflow."""
 
-    def rounded(t: Tensor) -> Tensor:
-        stored = t.to(dtype).to(t.dtype)
-        if not t.is_meta and not torch.equal(stored.isfinite(), t.isfinite()):
+    def stored(t: Tensor) -> Tensor:
+        s = t.to(dtype)
+        if not t.is_meta and not bool(s.sum(dtype=t.dtype).isfinite()) and not torch.equal(s.isfinite(), t.isfinite()):
             raise NotAffineError(f"its merged weights do not fit into {dtype}")
-        return stored
+        return s
 
-    return exact.map_tensors(rounded)
+    return exact.map_tensors(stored)
 
 
 def layer_of(affine: AffineMap, dtype: torch.dtype) -> nn.Module:

@@ -25,7 +25,8 @@ LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chai
 MOST_BRANCHES = 8  # up to here all ways to group the branches of a sum are compared
 NOMINAL_SIZE = 1 << 20  # positions per axis where no example says: large, so that borders do not count
 
-Cost: TypeAlias = tuple[int, int]  # FLOPs, launches
+Cost: TypeAlias = tuple[int, int, int]  # FLOPs, weights, launches: compared in this order
+NOTHING: Cost = (0, 0, 0)
 
 
 @dataclass
@@ -428,7 +429,7 @@ class _Span:
     cost: Cost
     start: int
     geometry: Geometry | None = None
-    own_cost: Cost = (0, 0)
+    own_cost: Cost = NOTHING
 
 
 def _kinds(parts: Sequence[Part]) -> frozenset[object]:
@@ -505,9 +506,7 @@ class Planner:
     def _single(self, part: Part, size: Ints, source: fx.Node) -> _Block:
         kinds = _kinds([part])
         if isinstance(part, Operation):
-            flops = part.geometry.flops(size) if part.convolves else 0
-            padded = part.geometry.padding_mode != "zeros" and part.convolves
-            return _Block((part,), part.geometry, (flops, 1 + padded), kinds)
+            return _Block((part,), part.geometry, operation_cost(part, size), kinds)
         cost, regroup = self._regroup(part, size)
         try:
             geometry = self._geometry([part], part.branches[0].chain.source)
@@ -521,14 +520,14 @@ class Planner:
         sizes = [size]
         for block in blocks:
             sizes.append(block.output_size(sizes[-1]))
-        best: list[_Span | None] = [_Span((0, 0), 0)] + [None] * len(blocks)
+        best: list[_Span | None] = [_Span(NOTHING, 0)] + [None] * len(blocks)
         for start, first in enumerate(blocks):
             before = best[start]
             assert before is not None
-            _relax(best, start + 1, _Span(_add_cost(before.cost, first.cost), start))
+            _relax(best, start + 1, _Span(_add(before.cost, first.cost), start))
             for end, geometry in self._spans(blocks, start):
                 cost = merged_cost(geometry, sizes[start])
-                _relax(best, end, _Span(_add_cost(before.cost, cost), start, geometry, cost))
+                _relax(best, end, _Span(_add(before.cost, cost), start, geometry, cost))
         chosen: list[_Block] = []
         end = len(blocks)
         while end:
@@ -559,7 +558,7 @@ class Planner:
     def _regroup(self, join: Join, size: Ints | None = None) -> tuple[Cost, Regroup]:
         """The cheapest way to merge some branches of a join with each other and leave the others as they are."""
         blocks: list[tuple[list[Branch], Merge | None]] = []
-        cost = (0, 0)
+        cost = NOTHING
         if join.concatenates:
             runs = [list(run) for _, run in itertools.groupby(join.branches, key=lambda b: b.chain.source)]
         else:
@@ -567,10 +566,10 @@ class Planner:
         for run in runs:
             at = size or self._source_size(run[0].chain.source, [part for b in run for part in b.chain.parts])
             run_cost, groups = self._group(run, at, ordered=join.concatenates)
-            cost = (cost[0] + run_cost[0], cost[1] + run_cost[1])
+            cost = _add(cost, run_cost)
             blocks.extend(groups)
         joins = (len(blocks) > 1) if join.concatenates else len(blocks) - 1
-        return (cost[0], cost[1] + joins), Regroup(join, blocks)
+        return _add(cost, _launches(joins)), Regroup(join, blocks)
 
     def _group(
         self, branches: list[Branch], size: Ints, *, ordered: bool
@@ -586,7 +585,7 @@ class Planner:
                 geometry = self._geometry([join], source)
             except NotAffineError:
                 return None
-            before = (sum(alone[i][0] for i in indices), sum(alone[i][1] for i in indices) + len(indices) - 1)
+            before = _add(*(alone[i] for i in indices), _launches(len(indices) - 1))
             after = merged_cost(geometry, size)
             return Merge(source, (join,), geometry, size, before, after, self._knows(source))
 
@@ -599,7 +598,7 @@ class Planner:
     def _cost_alone(self, branch: Branch, size: Ints) -> Cost:
         blocks = self._split(branch.chain, size)
         scaled = branch.scale is not None
-        return sum(b.cost[0] for b in blocks), sum(b.cost[1] for b in blocks) + scaled
+        return _add(*(block.cost for block in blocks), _launches(scaled))
 
     # From blocks to steps.
 
@@ -627,19 +626,16 @@ class Planner:
             self.steps.append(regroup)
 
     def _original_cost(self, parts: Sequence[Part], size: Ints) -> Cost:
-        flops = launches = 0
+        cost = NOTHING
         for part in parts:
             if isinstance(part, Operation):
-                flops += part.geometry.flops(size) if part.convolves else 0
-                launches += 1
+                cost = _add(cost, operation_cost(part, size))
                 size = part.geometry.output_size(size)
             else:
-                for branch in part.branches:
-                    cost = self._original_cost(branch.chain.parts, size)
-                    flops, launches = flops + cost[0], launches + cost[1]
-                launches += 1 if part.concatenates else len(part.branches) - 1
+                branches = [self._original_cost(branch.chain.parts, size) for branch in part.branches]
+                cost = _add(cost, *branches, _launches(1 if part.concatenates else len(branches) - 1))
                 size = self._geometry([part], part.branches[0].chain.source).output_size(size)
-        return flops, launches
+        return cost
 
     def _explain(self, first: _Block, second: _Block) -> None:
         """Notes why two neighbours stayed apart."""
@@ -673,12 +669,20 @@ def _join_blocks(blocks: list[_Block], span: _Span) -> _Block:
     return _Block(parts, span.geometry, span.own_cost, kinds, merged=True)
 
 
+def operation_cost(operation: Operation, size: Ints) -> Cost:
+    """What an operation costs as it is, for one sample of spatial size `size`."""
+    geometry = operation.geometry
+    if not operation.convolves:
+        return (0, 0, 1)
+    return geometry.flops(size), geometry.weights, 1 + (geometry.padding_mode != "zeros")
+
+
 def merged_cost(geometry: Geometry, size: Ints) -> Cost:
     """What the convolution of a geometry costs, with the padding or the channel of ones that must go before it."""
     explicit = needs_explicit_padding(geometry) or geometry.padding_mode != "zeros"
     if geometry.ones:  # all outputs read that channel, so there is but one group
         geometry = replace(geometry, groups=1)
-    return geometry.flops(size), 1 + explicit + geometry.ones
+    return geometry.flops(size), geometry.weights, 1 + explicit + geometry.ones
 
 
 def needs_explicit_padding(geometry: Geometry) -> bool:
@@ -698,8 +702,12 @@ def is_same_padding(geometry: Geometry) -> bool:
 Groups: TypeAlias = list[tuple[list[Branch], Merge | None]]
 
 
-def _add_cost(a: Cost, b: Cost) -> Cost:
-    return a[0] + b[0], a[1] + b[1]
+def _add(*costs: Cost) -> Cost:
+    return sum(c[0] for c in costs), sum(c[1] for c in costs), sum(c[2] for c in costs)
+
+
+def _launches(count: int) -> Cost:
+    return 0, 0, count
 
 
 def _best_subsets(
@@ -712,33 +720,33 @@ def _best_subsets(
         indices = [i for i in range(count) if subset >> i & 1]
         if len(indices) > 1 and (merge := merged(indices)) is not None:
             options[subset] = (merge.after, merge)
-    best: dict[int, tuple[Cost, list[int]]] = {0: ((0, -1), [])}
+    best: dict[int, tuple[Cost, list[int]]] = {0: (_launches(-1), [])}  # the first block needs no addition
     for subset in range(1, 1 << count):
         lowest, candidates = subset & -subset, []
         block = subset
         while block:
             if block & lowest and block in options:
                 cost, blocks = best[subset ^ block]
-                candidates.append((_add_cost(_add_cost(cost, options[block][0]), (0, 1)), [*blocks, block]))
+                candidates.append((_add(cost, options[block][0], _launches(1)), [*blocks, block]))
             block = (block - 1) & subset
         best[subset] = min(candidates)
     cost, blocks = best[(1 << count) - 1]
     groups = [([branches[i] for i in range(count) if b >> i & 1], options[b][1]) for b in sorted(blocks)]
-    return (cost[0], cost[1] - len(blocks) + 1), groups
+    return _add(cost, _launches(1 - len(blocks))), groups
 
 
 def _best_intervals(
     branches: list[Branch], alone: list[Cost], merged: Callable[[Sequence[int]], Merge | None]
 ) -> tuple[Cost, Groups]:
     """The cheapest partition of neighbours: a shortest path, as for chains."""
-    best: list[tuple[Cost, Groups]] = [((0, 0), [])]
+    best: list[tuple[Cost, Groups]] = [(NOTHING, [])]
     for end in range(1, len(branches) + 1):
         cost, groups = best[end - 1]
-        choice = (_add_cost(cost, alone[end - 1]), [*groups, ([branches[end - 1]], None)])
+        choice = (_add(cost, alone[end - 1]), [*groups, ([branches[end - 1]], None)])
         for start in range(max(end - LONGEST_SPAN, 0), end - 1):
             merge = merged(range(start, end))
-            if merge is not None and _add_cost(best[start][0], merge.after) < choice[0]:
-                choice = (_add_cost(best[start][0], merge.after), [*best[start][1], (branches[start:end], merge)])
+            if merge is not None and _add(best[start][0], merge.after) < choice[0]:
+                choice = (_add(best[start][0], merge.after), [*best[start][1], (branches[start:end], merge)])
         best.append(choice)
     return best[-1]
 
@@ -749,16 +757,17 @@ def _greedy_groups(
     """Very many branches: each joins the group that grows least by it."""
     groups: list[tuple[list[int], Cost, Merge | None]] = []
     for index in range(len(branches)):
-        options: list[tuple[Cost, int, Merge | None]] = [(_add_cost(alone[index], (0, 1)), -1, None)]
+        options: list[tuple[Cost, int, Merge | None]] = [(_add(alone[index], _launches(1)), -1, None)]
         for at, (members, cost, _) in enumerate(groups):
             if (merge := merged([*members, index])) is not None:
-                growth = (merge.after[0] - cost[0], merge.after[1] - cost[1])
-                options.append((growth, at, merge))
+                growth = tuple(after - before for after, before in zip(merge.after, cost, strict=True))
+                options.append((growth, at, merge))  # type: ignore[arg-type]
         _, at, merge = min(options, key=lambda option: option[0])
         if at < 0:
             groups.append(([index], alone[index], None))
         else:
             assert merge is not None
             groups[at] = ([*groups[at][0], index], merge.after, merge)
-    total = (sum(cost[0] for _, cost, _ in groups), sum(cost[1] for _, cost, _ in groups))
-    return total, [([branches[i] for i in members], merge) for members, _, merge in groups]
+    return _add(*(cost for _, cost, _ in groups)), [
+        ([branches[i] for i in members], merge) for members, _, merge in groups
+    ]

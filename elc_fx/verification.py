@@ -32,7 +32,7 @@ def verify_merge(
 ) -> None:
     """Compares a merge with the nodes that it replaces, which read `source`, in the order of the graph.
 
-    rounded: the merged map with the numbers as they are stored. Raises `VerificationError`, naming the region.
+    rounded: the merged map with its numbers as stored, in float64. Raises `VerificationError`, naming the region.
     """
     if rounded.kernel.is_meta:
         return
@@ -41,14 +41,12 @@ def verify_merge(
     if actual.shape != expected.shape:
         difference = f"its output has shape {tuple(actual.shape)}, the region's {tuple(expected.shape)}"
     else:
-        magnitude = x.abs().to(x.dtype)
-        rounding = torch.finfo(dtype).eps * rounded.map_tensors(lambda t: t.abs().to(t.dtype))(magnitude).abs()
-        fan_in = rounded.kernel[0].numel() + 2
-        rounding += torch.finfo(dtype).tiny * torch.finfo(dtype).eps * fan_in * (magnitude.abs().max() + 1)
+        rounding = torch.finfo(dtype).eps * _largest_outputs(rounded)
+        rounding += torch.finfo(dtype).tiny * torch.finfo(dtype).eps * (rounded.kernel[0].numel() + 2)
         if _agree(actual, expected, rounding):
             return
         # Intermediate results may be larger than the merged map shows, and cancel.
-        rounding += SLACK * merge.affine_map(magnitude=True)(magnitude).abs()
+        rounding += SLACK * _largest_outputs(merge.affine_map(magnitude=True))
         if _agree(actual, expected, rounding):
             return
         error = (actual - expected).abs()
@@ -64,17 +62,28 @@ def _agree(actual: Tensor, expected: Tensor, rounding: Tensor) -> bool:
 
 
 def _random_input(geometry: Geometry, kernel: Tensor) -> Tensor:
-    """Small enough that most positions see a border, large enough for every layer of the region."""
-    generator = torch.Generator().manual_seed(0)
-    size = [
-        e + s + max(*sides, 0) - min(*sides, 0) + axis
-        for axis, (e, s, sides) in enumerate(zip(geometry.extent, geometry.stride, geometry.padding, strict=True))
-    ]
+    """Values in [−1, 1] at a size so small that borders matter most, yet large enough for every layer of the region."""
+    size = []
+    for axis, (e, s, sides) in enumerate(zip(geometry.extent, geometry.stride, geometry.padding, strict=True)):
+        low, high = sides
+        enough = max(e - min(low, 0) - min(high, 0), low + 1, high + 1)
+        size.append(enough + (s if low <= 0 or high <= 0 else s - 1) + (axis == 0))
     for axis, a, b, stride in geometry.sizes:
         while (size[axis] + a) // stride != (size[axis] + b) // stride:
             size[axis] += 1
-    shape = (2, geometry.in_channels, *size)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(kernel.device, kernel.dtype)
+    shape = (1 if size else 2, geometry.in_channels, *size)
+    generator = torch.Generator().manual_seed(0)
+    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1).to(kernel.device, kernel.dtype)
+
+
+def _largest_outputs(affine: AffineMap) -> Tensor:
+    """Σ|K| + |b| per output channel, which bounds the output for inputs in [−1, 1]: [out_channels, 1, …]."""
+    g = affine.geometry
+    bound = affine.kernel.flatten(1).abs().sum(1)
+    for constant in (affine.bias, affine.ones):
+        if constant is not None:
+            bound = bound + constant.reshape(g.out_channels, -1).abs().sum(1)
+    return bound.view(-1, *[1] * g.dims)
 
 
 def _run_region(captured: fx.GraphModule, merge: Merge, source: fx.Node, nodes: Sequence[fx.Node], x: Tensor) -> Tensor:
