@@ -8,12 +8,11 @@ node; tracing goes on around it. The captured graph shares its modules with the 
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import sys
-import types
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.fx.proxy import ParameterProxy
 
 from elc_fx.errors import ElcError
 from elc_fx.graph import overwritten_argument, signature_of
+from elc_fx.nonetests import Watch, may_ask_for_none
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -93,8 +93,9 @@ def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_de
     while True:
         tracer = _Tracer(refused, given, bind_defaults)
         before = _Attributes(root)
+        watch = Watch(tracer.note_none_test) if any(may_ask_for_none(m) for m in root.modules()) else nullcontext()
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), _Watch(tracer):
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), watch:
                 graph = tracer.trace(root)
             tracer.check_truthful(root)
         except Exception as error:
@@ -248,6 +249,19 @@ class _Tracer(fx.Tracer):
             self.refused[m] = Refusal(self.path_of_module(m), _reason(error))
             return super().call_module(m, forward, args, kwargs)
 
+    def note_none_test(self, function: str, name: str, value: Any) -> None:
+        """`function` asks whether `value` is None: no stand-in is, but the value of an uncertain one may be."""
+        if self._is_uncertain(value):
+            what = "a value" if name == "*" else f"`{name}`"
+            self.untruthful = f"`{function}` asks whether {what} is None; give example_inputs if it never is"
+
+    def _is_uncertain(self, value: Any) -> bool:
+        if type(value) is _Proxy:
+            return value.node in self.uncertain
+        if type(value) in (tuple, list):
+            return any(self._is_uncertain(item) for item in value)
+        return type(value) is dict and any(self._is_uncertain(item) for item in value.values())
+
     def check_truthful(self, module: nn.Module) -> None:
         if self.untruthful:
             raise _UntruthfulError(self.untruthful)
@@ -371,93 +385,6 @@ def _reason(error: Exception) -> str:
         return str(error)
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
-
-
-class _Watch:
-    """Notes `is None` asked of a value that may be None: a stand-in never is, so the wrong side would be recorded.
-
-    Neither stand-in nor tracer can see the question. So each Python function that runs during tracing is looked at
-    once for such tests in its bytecode, and when it is entered and left, the values it tests are looked at.
-    """
-
-    def __init__(self, tracer: _Tracer) -> None:
-        self.tracer = tracer
-
-    def __enter__(self) -> None:
-        self.previous = sys.gettrace()  # a debugger's or a coverage tool's, which goes on seeing what it saw
-        sys.settrace(self._enter)
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self.previous)
-
-    def _enter(self, frame: types.FrameType, event: Any, argument: object) -> Any:
-        theirs = self.previous(frame, event, argument) if self.previous is not None else None
-        names = tested_for_none(frame.f_code)
-        if not names:
-            return theirs
-        self._look(frame, names)
-        if theirs is None:
-            frame.f_trace_lines = False
-
-        def leave(frame: types.FrameType, event: Any, argument: object) -> Any:
-            nonlocal theirs
-            if theirs is not None:
-                theirs = theirs(frame, event, argument)
-            if event == "return":
-                self._look(frame, names)
-            return leave
-
-        return leave
-
-    def _look(self, frame: types.FrameType, names: frozenset[str]) -> None:
-        values = frame.f_locals
-        for name in names:
-            tested = values.values() if name == "*" else [values.get(name)]
-            if any(self._uncertain(value) for value in tested):
-                what = "a value" if name == "*" else f"`{name}`"
-                self.tracer.untruthful = (
-                    f"`{frame.f_code.co_name}` asks whether {what} is None; give example_inputs if it never is"
-                )
-
-    def _uncertain(self, value: Any) -> bool:
-        if type(value) is _Proxy:
-            return value.node in self.tracer.uncertain
-        if type(value) in (tuple, list):
-            return any(self._uncertain(item) for item in value)
-        return type(value) is dict and any(self._uncertain(item) for item in value.values())
-
-
-@functools.cache
-def tested_for_none(code: types.CodeType) -> frozenset[str]:
-    """Names of the local variables that a function compares with None by `is`; "*" for anything less plain."""
-    if "/torch/" in code.co_filename.replace("\\", "/"):
-        return frozenset()
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "NOP")]
-    names = set()
-    for index, instruction in enumerate(instructions):
-        if instruction.opname.startswith("POP_JUMP") and instruction.opname.endswith("NONE"):
-            names.add(_origin(instructions[:index]))
-        elif instruction.opname == "IS_OP":
-            operands = instructions[max(index - 2, 0) : index]
-            nones = [o for o in operands if o.opname == "LOAD_CONST" and o.argval is None]
-            if nones:
-                rest = instructions[:index]
-                rest.remove(nones[-1])
-                names.add(_origin(rest))
-    return frozenset(name for name in names if name)
-
-
-def _origin(instructions: list[dis.Instruction]) -> str:
-    """The variable whose value, or attribute, the last of the instructions leaves on the stack."""
-    for instruction in reversed(instructions):
-        name = instruction.opname
-        if name in ("LOAD_ATTR", "COPY", "DUP_TOP", "TO_BOOL"):
-            continue
-        if name.startswith(("LOAD_FAST", "LOAD_DEREF", "STORE_FAST")):
-            value = instruction.argval
-            return str(value[-1] if isinstance(value, tuple) else value)
-        return "" if name in ("LOAD_GLOBAL", "LOAD_NAME") else "*"
-    return "*"
 
 
 @dataclass
