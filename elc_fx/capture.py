@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
 from elc_fx.errors import ElcError
-from elc_fx.graph import overwritten_argument, signature_of
+from elc_fx.graph import module_of, overwritten_argument, signature_of
 from elc_fx.nonetests import Watch, may_ask_for_none
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -461,7 +461,7 @@ def _drop_identities(captured: fx.GraphModule) -> None:
 
 def is_identity(captured: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
-        module = captured.get_submodule(str(node.target))
+        module = module_of(captured, node)
         off = type(module) is nn.Identity or not module.training
         return type(module) in IDENTITY_MODULES_EVAL and off and not has_hooks(module)
     if node.op == "call_function" and getattr(node.target, "__name__", "") in DROPOUT_FUNCTIONS:

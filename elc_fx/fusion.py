@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from elc_fx.affine import AffineMap, Geometry, flat_padding, regroup, transposed_weight
 from elc_fx.capture import Refusal
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import label
+from elc_fx.graph import label, module_of
 from elc_fx.interpret import Operation
 from elc_fx.regions import Merge, Regroup, Step, is_same_padding, needs_explicit_padding
 
@@ -208,7 +208,7 @@ class Fusion:
         """Device, memory format and requires_grad of the layers that are merged."""
         for op in operations:
             if op.node.op == "call_module" and op.convolves:
-                original = self.captured.get_submodule(str(op.node.target))
+                original = module_of(self.captured, op.node)
                 weight = next(original.parameters(), None)
                 if weight is not None:
                     layer.requires_grad_(any(p.requires_grad for p in original.parameters()))

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -36,6 +36,12 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 IN_PLACE_OPERATORS = frozenset(
     name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
 )
+
+
+def module_of(captured: fx.GraphModule, node: fx.Node) -> nn.Module:
+    """The module that a node calls."""
+    module: nn.Module = operator.attrgetter(str(node.target))(captured)
+    return module
 
 
 def label(node: fx.Node) -> str:
@@ -74,7 +80,7 @@ def overwritten_argument(captured: fx.GraphModule, node: fx.Node) -> fx.Node | N
         name = str(node.target)
         return first if name.endswith("_") and not name.endswith("__") else None
     if node.op == "call_module":
-        return first if getattr(captured.get_submodule(str(node.target)), "inplace", False) is True else None
+        return first if getattr(module_of(captured, node), "inplace", False) is True else None
     if node.op == "call_function":
         name = function_name(node)
         if isinstance(out := node.kwargs.get("out"), fx.Node):

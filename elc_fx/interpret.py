@@ -21,7 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight
 from elc_fx.capture import assign, has_hooks, materialisable
-from elc_fx.graph import function_name, overwritten_argument, signature_of
+from elc_fx.graph import function_name, module_of, overwritten_argument, signature_of
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -148,7 +148,7 @@ class Interpreter:
     # Modules.
 
     def _module(self, node: fx.Node) -> Operation | None:
-        module = self.captured.get_submodule(str(node.target))
+        module = module_of(self.captured, node)
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             return None
         if has_hooks(module) and not materialisable(module):
@@ -676,7 +676,7 @@ class Interpreter:
         """The inputs that have the channels and axes of the output."""
         name, inputs = function_name(node), node.all_input_nodes
         if node.op == "call_module":
-            module = self.captured.get_submodule(str(node.target))
+            module = module_of(self.captured, node)
             return tuple(inputs[:1]) if isinstance(module, KEEP_CHANNELS) else ()
         if name in ADDS | SCALES | QUOTIENTS | {"rsub"}:
             operands = [n for n in inputs if self.constant(n) is None]

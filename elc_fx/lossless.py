@@ -16,6 +16,7 @@ from elc_fx.capture import Capture, CaptureError, Refusal, capture, is_leaf
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
+from elc_fx.graph import module_of
 from elc_fx.inputs import ExampleInputs
 from elc_fx.interpret import Interpreter
 from elc_fx.islands import clone, replaceable_children
@@ -175,7 +176,7 @@ def _depth(graph_module: fx.GraphModule, interpreter: Interpreter | None = None)
     depth: dict[fx.Node, int] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
-            own = _layers(graph_module.get_submodule(str(node.target)))
+            own = _layers(module_of(graph_module, node))
         else:
             own = int(node in operations and operations[node].convolves)
         depth[node] = max((depth[source] for source in node.all_input_nodes), default=0) + own

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from elc_fx.affine import AffineMap, Geometry, Ints
 from elc_fx.capture import Refusal, is_leaf
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import function_name, label, overwritten_argument
+from elc_fx.graph import function_name, label, module_of, overwritten_argument
 from elc_fx.interpret import Interpreter, Operation
 
 LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chains are merged step by step
@@ -359,7 +359,7 @@ class _Aliases:
 
     def _allocates(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            module = self.captured.get_submodule(str(node.target))
+            module = module_of(self.captured, node)
             return is_leaf(module) and not isinstance(module, nn.Flatten | nn.Unflatten | nn.Identity)
         name = function_name(node)
         if name == "getitem":
@@ -377,7 +377,7 @@ class _Aliases:
         if overwritten_argument(self.captured, node) is not None:
             return True
         if node.op == "call_module":
-            return not is_leaf(self.captured.get_submodule(str(node.target)))
+            return not is_leaf(module_of(self.captured, node))
         home = getattr(node.target, "__module__", None) or ""
         return node.op == "call_function" and not home.startswith(("torch", "_operator", "builtins", "math"))
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry
 from elc_fx.errors import VerificationError
+from elc_fx.graph import module_of
 from elc_fx.interpret import weight_of
 from elc_fx.regions import Join, Merge
 
@@ -124,7 +125,7 @@ def _run_node(captured: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any
         owner, _, name = str(node.target).rpartition(".")
         return wide(getattr(captured.get_submodule(owner), name))
     if node.op == "call_module":
-        module = captured.get_submodule(str(node.target))
+        module = module_of(captured, node)
         return _call_in_float64(module, args, kwargs, wide)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index]
