@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.fx.proxy import ParameterProxy
 
 from elc_fx.errors import ElcError
 from elc_fx.graph import module_of, overwritten_argument, signature_of
-from elc_fx.nonetests import Watch, may_ask_for_none
+from elc_fx.questions import Question, Watch, may_ask
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -82,7 +83,7 @@ def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_de
     """
     refused: dict[nn.Module, Refusal] = {}
     root = model
-    if is_leaf(model) and not has_hooks(model):  # its `forward` is not entered, so it needs somebody to call it
+    if (is_leaf(model) and not has_hooks(model)) or calls_differently(model):  # it needs somebody to call it
         root = nn.Sequential(model)
         root.training = model.training
     for name, module in root.named_modules():
@@ -92,12 +93,12 @@ def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_de
         raise CaptureError(refused[root].reason)
     while True:
         tracer = _Tracer(refused, given, bind_defaults)
-        before = _Attributes(root)
-        watch = Watch(tracer.note_none_test) if any(may_ask_for_none(m) for m in root.modules()) else nullcontext()
+        before, state = Attributes(root), _global_state()
+        watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), watch:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), watch, _no_question_of_grad_mode():
                 graph = tracer.trace(root)
-            tracer.check_truthful(root)
+                tracer.check_truthful(state)
         except Exception as error:
             # Whatever user code raises when it meets a stand-in for a tensor means the same: it cannot be traced.
             raise CaptureError(_reason(error)) from error
@@ -126,12 +127,25 @@ def has_hooks(module: nn.Module) -> bool:
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module computes what torch.nn's `forward` of its class says, and is kept whole."""
     forward = type(module).forward
-    if "forward" in vars(module) or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+    if (
+        calls_differently(module)
+        or "forward" in vars(module)
+        or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    ):
         return False
     convolves = getattr(type(module), "_conv_forward", None)
     return all(
-        getattr(f, "__module__", "").startswith(("torch.nn.", "torch.ao.nn.")) for f in (forward, convolves) if f
+        (getattr(f, "__module__", None) or "").startswith(("torch.nn.", "torch.ao.nn."))
+        for f in (forward, convolves)
+        if f
     ) and not type(module).__module__.startswith("torch.fx.")
+
+
+def calls_differently(module: nn.Module) -> bool:
+    """Whether calling the module does more than its `forward` and hooks: a class of it has a `__call__` of its own."""
+    return any(
+        "__call__" in vars(cls) for cls in type(module).__mro__ if cls not in (nn.Module, object, fx.GraphModule)
+    )
 
 
 def _cannot_be_entered(module: nn.Module) -> str | None:
@@ -153,6 +167,33 @@ def materialisable(module: nn.Module) -> bool:
 
     others = any(getattr(module, hooks, None) for hooks in HOOKS if hooks != "_forward_pre_hooks")
     return not others and all(type(h) in (WeightNorm, SpectralNorm) for h in module._forward_pre_hooks.values())
+
+
+def _global_state() -> tuple[Any, ...]:
+    """The state of the random number generators that a model may draw from."""
+    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+
+
+def _autocast_state() -> tuple[bool, ...]:
+    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+
+
+@contextmanager
+def _no_question_of_grad_mode() -> Iterator[None]:
+    """While tracing, `torch.is_grad_enabled()` has no answer for the model: the graph runs in either mode."""
+    original = torch.is_grad_enabled
+
+    def answer() -> bool:
+        asker = sys._getframe(1)
+        if not asker.f_globals.get("__name__", "").startswith(ANSWERS_TYPE):
+            raise _UntruthfulError(f"`{asker.f_code.co_name}` asks whether gradients are enabled")
+        return original()
+
+    torch.is_grad_enabled = answer
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = original
 
 
 class _Proxy(fx.Proxy):
@@ -198,6 +239,7 @@ class _Tracer(fx.Tracer):
         self.refused = refused
         self.given = given
         self.bind_defaults = bind_defaults
+        self.autocast = _autocast_state()
         self.examples: list[Any] = []  # of the placeholders, in order
         self.constants: dict[str, Tensor] = {}
         self.uncertain: set[fx.Node] = set()  # values that may be None when the graph runs
@@ -234,14 +276,14 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
         last, stack = next(iter(reversed(self.graph.nodes)), None), dict(self.module_stack)
-        random = torch.get_rng_state()
+        state = _global_state()
         try:
             result = super().call_module(m, forward, args, kwargs)
-            if not torch.equal(random, torch.get_rng_state()):
-                self.untruthful = "it draws random numbers that tracing would freeze"
-            self.check_truthful(m)
+            self.check_truthful(state)
             return result
         except Exception as error:
+            if calls_differently(m):  # what its `__call__` adds is recorded around it, and would be done twice
+                raise
             self.untruthful = None
             self.module_stack.clear()
             self.module_stack.update(stack)
@@ -249,22 +291,27 @@ class _Tracer(fx.Tracer):
             self.refused[m] = Refusal(self.path_of_module(m), _reason(error))
             return super().call_module(m, forward, args, kwargs)
 
-    def note_none_test(self, function: str, name: str, value: Any) -> None:
-        """`function` asks whether `value` is None: no stand-in is, but the value of an uncertain one may be."""
-        if self._is_uncertain(value):
-            what = "a value" if name == "*" else f"`{name}`"
+    def note_question(self, function: str, question: Question, value: Any) -> None:
+        """`function` asks something of `value` that a stand-in answers wrongly, or may."""
+        what = "a value" if question.variable == "*" else f"`{question.variable}`"
+        if question.kind == "None" and any(p.node in self.uncertain for p in _proxies(value)):
             self.untruthful = f"`{function}` asks whether {what} is None; give example_inputs if it never is"
+        elif question.kind == "type" and any(_proxies(value)):
+            self.untruthful = f"`{function}` asks for the type of {what}"
+        elif question.kind == "exception" and any(_proxies(value)):
+            self.untruthful = f"`{function}` handles exceptions, which tracing does not raise"
 
-    def _is_uncertain(self, value: Any) -> bool:
-        if type(value) is _Proxy:
-            return value.node in self.uncertain
-        if type(value) in (tuple, list):
-            return any(self._is_uncertain(item) for item in value)
-        return type(value) is dict and any(self._is_uncertain(item) for item in value.values())
-
-    def check_truthful(self, module: nn.Module) -> None:
-        if self.untruthful:
+    def check_truthful(self, state: tuple[Any, ...]) -> None:
+        """Raises if something was recorded since `state` that the code would not always do."""
+        if self.untruthful is None and _global_state() != state:
+            self.untruthful = "it draws random numbers that tracing would freeze"
+        if self.untruthful is not None:
             raise _UntruthfulError(self.untruthful)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self.autocast != _autocast_state():
+            raise _UntruthfulError("it switches autocast, which a graph does not record")
+        return super().create_node(*args, **kwargs)
 
     def _forget_after(self, last: fx.Node | None) -> None:
         for node in reversed(self.graph.nodes):
@@ -376,6 +423,18 @@ def _equals(value: Any, expected: Any) -> bool:
     return value is expected or bool(value == expected)
 
 
+def _proxies(value: Any) -> Iterator[fx.Proxy]:
+    """The stand-ins among a variable's value and the elements of containers."""
+    if type(value) is _Proxy:
+        yield value
+    elif type(value) in (tuple, list):
+        for item in value:
+            yield from _proxies(item)
+    elif type(value) is dict:
+        for item in value.values():
+            yield from _proxies(item)
+
+
 def _reads_uncertain(node: fx.Node, uncertain: set[fx.Node]) -> bool:
     return any(source in uncertain for source in node.all_input_nodes)
 
@@ -388,18 +447,25 @@ def _reason(error: Exception) -> str:
 
 
 @dataclass
-class _Attributes:
-    """The attributes of every submodule before tracing, so that what `forward` stores on them can be undone."""
+class Attributes:
+    """The attributes of every submodule before its forward runs, so that what that stores on them can be undone.
+
+    Of tensors, the values of all but parameters are kept too.
+    """
 
     root: nn.Module
     saved: list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]] = field(init=False)
+    tensors: list[tuple[str, nn.Module, Tensor, int, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.saved = []
+        self.saved, self.tensors = [], []
         for name, module in self.root.named_modules():
             attributes = dict(vars(module))
             containers = {k: _shallow(v) for k, v in attributes.items() if type(v) in (dict, list, set)}
             self.saved.append((name, module, attributes, containers))
+            for value in (*attributes.values(), *module._buffers.values()):
+                if isinstance(value, Tensor) and not value.is_inference():
+                    self.tensors.append((name, module, value, value._version, value.detach().clone()))
 
     def restore(self) -> list[tuple[str, nn.Module]]:
         """Undoes all changes, and returns the modules that had any."""
@@ -417,6 +483,11 @@ class _Attributes:
                     (container.extend if isinstance(container, list) else container.update)(before)
                     same = False
             if not same:
+                changed.append((name, module))
+        for name, module, tensor, version, values in self.tensors:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(values)
                 changed.append((name, module))
         return changed
 

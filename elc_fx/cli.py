@@ -44,7 +44,7 @@ Exit codes: 0 fine, 1 failed, 2 wrong usage.
 """
 DEMO_HELP = """Train a small multi-branch network on real handwritten digits, compile it, and compare the two.
 
-Takes about 20 seconds. Exit codes: 0 when both networks predict the same on every test image, 1 otherwise.
+Takes about 15 seconds. Exit codes: 0 when both networks predict the same on every test image, 1 otherwise.
 
 \b
 Examples:

@@ -17,6 +17,12 @@ class CompiledModule(fx.GraphModule):
 
     elc_fx_report: Report | None = None  # a compiled part of a model that cannot be traced has none of its own
 
+    def __copy__(self) -> fx.GraphModule:
+        copied = CompiledModule(self, self.graph, type(self).__name__)
+        copied.training = self.training
+        setattr(copied, REPORT, self.elc_fx_report)
+        return copied
+
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied = super().__deepcopy__(memo)
         copied.training = self.training

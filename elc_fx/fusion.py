@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -54,9 +55,12 @@ class Fusion:
         self.refusals: list[Refusal] = []
         self.position = {node: index for index, node in enumerate(self.graph.nodes)}
         self.calls: dict[str, int] = {}
+        self.read: set[str] = set()  # paths of modules whose attributes the graph reads
         for node in self.graph.nodes:
             if node.op in ("call_module", "get_attr"):
                 self.calls[str(node.target)] = self.calls.get(str(node.target), 0) + 1
+            if node.op == "get_attr":
+                self.read.update(itertools.accumulate(str(node.target).split("."), "{}.{}".format))
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.constant: set[fx.Node] = set()  # attributes, and what is computed from them alone
         for node in self.graph.nodes:
@@ -156,8 +160,8 @@ class Fusion:
         first = next(node for node in nodes if source in node.all_input_nodes)
         layer = self._like_the_original(layer_of(stored, dtype), operations)
         with self.graph.inserting_before(first):
-            if any(op.batched_rows for op in operations):
-                self._insert_rank_check(source)
+            if (rank := merge.rank) is not None:
+                self._insert_rank_check(source, rank)
             for condition in merge.geometry.sizes:
                 self._insert_size_check(source, *condition)
             value = self._insert_input(merge.geometry, source)
@@ -172,12 +176,11 @@ class Fusion:
         for source in value.all_input_nodes:
             self.position.setdefault(source, self.position[first])
 
-    def _insert_rank_check(self, source: fx.Node) -> None:
-        rank = self.graph.call_method("dim", (source,))
-        message = (
-            "elc_fx merged a linear layer with a batch norm for inputs of 2 axes; compile with example_inputs for more"
-        )
-        self.graph.call_function(torch._assert, (self.graph.call_function(operator.eq, (rank, 2)), message))
+    def _insert_rank_check(self, source: fx.Node, rank: int) -> None:
+        """An error for inputs with more or fewer axes, which the layers would have read in another way."""
+        message = f"elc_fx merged layers for inputs of {rank} axes; compile with example_inputs for others"
+        axes = self.graph.call_method("dim", (source,))
+        self.graph.call_function(torch._assert, (self.graph.call_function(operator.eq, (axes, rank)), message))
 
     def _insert_size_check(self, source: fx.Node, axis: int, a: int, b: int, stride: int) -> None:
         """An error for the sizes at which the branches that were merged did not fit each other."""
@@ -222,7 +225,8 @@ class Fusion:
         """Puts the layer where the first convolution that it replaces was, under a new name if others call that."""
         named = [op for op in operations if op.node.op == "call_module" and op.convolves]
         path = str(named[0].node.target) if named else merge.parts[-1].node.name
-        if (path in self.calls and self.calls[path] > 1) or (not named and hasattr(self.captured, path)):
+        taken = self.calls.get(path, 0) > 1 or path in self.read or (not named and hasattr(self.captured, path))
+        if taken:
             path = next(p for i in range(len(self.calls) + 2) if not self._exists(p := f"{path}_merged{i or ''}"))
         owner, _, name = path.rpartition(".")
         setattr(self.captured.get_submodule(owner), name, layer)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from elc_fx.errors import InvalidInputError
@@ -37,7 +39,7 @@ class ExampleInputs:
                 f"example_inputs is a {type(given).__name__}, expected a tensor, a sequence of arguments or a mapping"
             )
         try:
-            inspect.signature(model.forward).bind(*examples.args, **examples.kwargs)
+            examples.bound(model)
         except TypeError as error:
             raise InvalidInputError(
                 f"forward of {type(model).__name__} does not take the example_inputs: {error}"
@@ -45,12 +47,30 @@ class ExampleInputs:
         return examples
 
     def bound(self, model: nn.Module) -> dict[str, Any]:
-        """The given arguments by parameter name of `model.forward`."""
-        return dict(inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments)
+        """The given arguments by parameter name of `model.forward`; by position where it has no Python signature.
+
+        Raises `TypeError` where `forward` does not take them.
+        """
+        try:
+            signature = inspect.signature(model.forward)
+        except ValueError:  # TorchScript
+            return {**{str(i): value for i, value in enumerate(self.args)}, **self.kwargs}
+        return dict(signature.bind(*self.args, **self.kwargs).arguments)
 
     def call(self, module: nn.Module) -> Any:
-        """The module's output, without gradients and with the same random numbers each time."""
+        """The module's output on copies of the inputs, without gradients, with the same random numbers each time."""
         devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
+        args, kwargs = fresh((self.args, self.kwargs))
+        state = random.getstate()
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
-            return module(*self.args, **self.kwargs)
+            random.seed(0)
+            try:
+                return module(*args, **kwargs)
+            finally:
+                random.setstate(state)
+
+
+def fresh(inputs: Any) -> Any:
+    """The same inputs with tensors of their own, since a model may overwrite what it is given."""
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(memory_format=torch.preserve_format), inputs)

@@ -67,7 +67,7 @@ class Operation:
 
     convolves: it is a convolution or linear layer, which costs FLOPs; elementwise operations count none. inner: further
     nodes that it stands for, between `source` and `node`.
-    batched_rows: it reads [N, C] as an affine map, but would read an input of more axes otherwise.
+    rank: the number of axes for which it is that map, if it would take others but be another map then.
     """
 
     node: fx.Node
@@ -78,7 +78,7 @@ class Operation:
     device: torch.device | None = None
     convolves: bool = False
     inner: tuple[fx.Node, ...] = ()
-    batched_rows: bool = False
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Interpreter:
         self.captured = captured
         self.shapes = shapes or {}
         self._constants: dict[fx.Node, Any] = {}
+        self._written = self._overwritten_attributes()
         self.operations: dict[fx.Node, Operation] = {}
         self.refusals: dict[fx.Node, str] = {}  # operations that look affine but are not, with the reason
         self.features: dict[fx.Node, Feature] = {node: Feature() for node in captured.graph.nodes}
@@ -125,6 +126,8 @@ class Interpreter:
 
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
+            if node.target in self._written:
+                return None
             owner, _, name = str(node.target).rpartition(".")
             found = getattr(self.captured.get_submodule(owner), name)
             return found.detach() if isinstance(found, Tensor) else None
@@ -144,6 +147,17 @@ class Interpreter:
         if node.op == "call_function" and (home.startswith(("torch", "_operator")) or home == ""):
             return node.target(*args, **kwargs)  # type: ignore[operator, misc]
         return None
+
+    def _overwritten_attributes(self) -> set[Any]:
+        """Attributes that the graph changes in place, maybe through a view, and that are no constants therefore."""
+        written = set()
+        for node in self.captured.graph.nodes:
+            value = overwritten_argument(self.captured, node)
+            while value is not None and value.op != "get_attr":
+                value = next(iter(value.all_input_nodes), None)
+            if value is not None:
+                written.add(value.target)
+        return written
 
     # Modules.
 
@@ -337,6 +351,8 @@ class Interpreter:
         if complex_number:
             raise _Refused("its constant changes the data type")
         geometry = replace(Geometry.identity(channels, dims), bias=bias is not None)
+        adds_axes = dims > 0 and any(value.dim() == dims + 2 for value in tensors)
+        rank = dims + 2 if adds_axes and source not in self.shapes else None
         devices = {value.device for value in tensors if value.dim() > 0}
 
         def load() -> AffineMap:
@@ -346,7 +362,7 @@ class Interpreter:
             offset = None if bias is None else shift * _vector(bias, channels)
             return AffineMap.scale(scale, offset, dims)
 
-        return Operation(node, source, geometry, load, next(iter(dtypes), None), next(iter(devices), None))
+        return Operation(node, source, geometry, load, next(iter(dtypes), None), next(iter(devices), None), rank=rank)
 
     # The operations themselves, however they were spelled.
 
@@ -438,8 +454,10 @@ class Interpreter:
             offset = -_wide(mean) * scale
             return AffineMap.scale(scale, offset if bias is None else offset + _wide(bias), dims)
 
-        rows = dims == 0 and len(self.shapes.get(source, ())) != 2
-        return Operation(node, source, geometry, load, None, mean.device, batched_rows=rows)
+        axes = len(self.shapes.get(source, ()))
+        if dims == 0 and axes not in (0, 2):
+            raise _Refused(f"the batch norm normalises axis 1 of {axes}, not the last one")
+        return Operation(node, source, geometry, load, None, mean.device, rank=2 if dims == 0 and not axes else None)
 
     def _average_pool(
         self,
@@ -571,6 +589,7 @@ class Interpreter:
             stride.append(i.step or 1)
             padding.append((-start, stop or 0))
         kept = range(channels)[index[1]]
+        rank = dims + 2 if source not in self.shapes else None
         if kept == range(channels):
             geometry = replace(Geometry.identity(channels, dims), stride=tuple(stride), padding=tuple(padding))
 
@@ -578,8 +597,9 @@ class Interpreter:
                 ones = torch.ones(channels, dtype=torch.float64)
                 return replace(AffineMap.scale(ones, None, dims), geometry=geometry)
 
-            return Operation(node, source, geometry, load)
-        return self._selection(node, source, len(kept), None, kept, tuple(stride), tuple(padding))
+            return Operation(node, source, geometry, load, rank=rank)
+        selection = self._selection(node, source, len(kept), None, kept, tuple(stride), tuple(padding))
+        return replace(selection, rank=rank)
 
     def _selection(
         self,

@@ -10,6 +10,7 @@ import ast
 import copy
 import functools
 import inspect
+import pickle
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -144,4 +145,19 @@ def clone(value: Any, memo: dict[int, Any]) -> Any:
         for tensor in vars(module).values():
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None and id(tensor) not in memo:
                 memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(value, memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+        _keep_what_has_no_copy(value, memo)
+        return copy.deepcopy(value, memo)
+
+
+def _keep_what_has_no_copy(value: Any, memo: dict[int, Any]) -> None:
+    """Locks, generators and the like, which attributes of modules may hold, are shared with the original."""
+    for module in value.modules() if isinstance(value, nn.Module) else ():
+        for name, attribute in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    copy.deepcopy(attribute, dict(memo))
+                except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+                    memo[id(attribute)] = attribute

@@ -12,12 +12,12 @@ from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from elc_fx.affine import Ints
-from elc_fx.capture import Capture, CaptureError, Refusal, capture, is_leaf
+from elc_fx.capture import Attributes, Capture, CaptureError, Refusal, capture, is_leaf
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
 from elc_fx.graph import module_of
-from elc_fx.inputs import ExampleInputs
+from elc_fx.inputs import ExampleInputs, fresh
 from elc_fx.interpret import Interpreter
 from elc_fx.islands import clone, replaceable_children
 from elc_fx.regions import Planner, find_chains
@@ -79,6 +79,12 @@ class LosslessCompilation:
     def _merge(self, captured: Capture, path: str) -> tuple[fx.GraphModule, tuple[int, int]]:
         graph_module = captured.graph_module
         shapes = _shapes(captured) if captured.inputs is not None else {}
+        with torch.device("cpu"):  # where nothing else is said; the merged layers are where their weights were
+            return self._merge_regions(graph_module, path, shapes)
+
+    def _merge_regions(
+        self, graph_module: fx.GraphModule, path: str, shapes: dict[fx.Node, Ints]
+    ) -> tuple[fx.GraphModule, tuple[int, int]]:
         interpreter = Interpreter(graph_module, shapes)
         before = _depth(graph_module, interpreter)
         chains, joins, refusals = find_chains(interpreter)
@@ -132,6 +138,7 @@ def _join(path: str, name: str) -> str:
 
 def _measured_call(module: nn.Module, examples: ExampleInputs) -> tuple[Any, int]:
     """Output and FLOPs on the example inputs. Raises `InvalidInputError` if the module does not run on them."""
+    before = Attributes(module)
     try:
         with FlopCounterMode(display=False) as counter:
             output = examples.call(module)
@@ -140,6 +147,8 @@ def _measured_call(module: nn.Module, examples: ExampleInputs) -> tuple[Any, int
         raise InvalidInputError(
             f"{type(module).__name__} does not run on the example_inputs: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        before.restore()
     return output, counter.get_total_flops()
 
 
@@ -156,9 +165,10 @@ class _ShapeRecorder(fx.Interpreter):
 
 
 def _shapes(captured: Capture) -> dict[fx.Node, Ints]:
-    recorder = _ShapeRecorder(captured.graph_module)
+    recorder, before = _ShapeRecorder(captured.graph_module), Attributes(captured.graph_module)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        recorder.run(*(captured.inputs or ()))
+        recorder.run(*fresh(captured.inputs or ()))
+    before.restore()
     return recorder.shapes
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from elc_fx.affine import AffineMap, Geometry, Ints
 from elc_fx.capture import Refusal, is_leaf
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import function_name, label, module_of, overwritten_argument
-from elc_fx.interpret import Interpreter, Operation
+from elc_fx.graph import function_name, label, module_of, overwritten_argument, signature_of
+from elc_fx.interpret import Feature, Interpreter, Operation
 
 LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chains are merged step by step
 MOST_BRANCHES = 8  # up to here all ways to group the branches of a sum are compared
@@ -55,6 +55,12 @@ class Join:
     concatenates: bool = False
     inner: list[fx.Node] = field(default_factory=list)
     partial: bool = False
+
+    @property
+    def counts_axes(self) -> bool:
+        """Whether it names the axis of the channels by its number from the front."""
+        axis = signature_of(self.node).get("dim", 0) if self.concatenates and not self.partial else 0
+        return axis > 0
 
     @property
     def sources(self) -> list[fx.Node]:
@@ -98,6 +104,14 @@ class Merge:
         named = [label(op.node) for op in operations if op.convolves] or [label(op.node) for op in operations]
         named = list(dict.fromkeys(named))
         return " + ".join(named) if len(named) <= 6 else f"{named[0]} + … + {named[-1]} ({len(named)} layers)"
+
+    @property
+    def rank(self) -> int | None:
+        """The number of axes that the source must have, if its layers take others and would do something else."""
+        ranks = [op.rank for op in self.operations() if op.rank is not None]
+        if not ranks and any(join.counts_axes for join in _joins(self.parts)) and not self.exact_size:
+            ranks = [self.geometry.dims + 2]
+        return ranks[0] if ranks else None
 
     def operations(self) -> Iterator[Operation]:
         return operations_of(self.parts)
@@ -146,6 +160,14 @@ def operations_of(parts: Sequence[Part]) -> Iterator[Operation]:
         else:
             for branch in part.branches:
                 yield from operations_of(branch.chain.parts)
+
+
+def _joins(parts: Sequence[Part]) -> Iterator[Join]:
+    for part in parts:
+        if isinstance(part, Join):
+            yield part
+            for branch in part.branches:
+                yield from _joins(branch.chain.parts)
 
 
 def nodes_of(parts: Sequence[Part]) -> Iterator[fx.Node]:
@@ -232,14 +254,15 @@ class _Finder:
             self._close(Join(node, [self._branch(value) for value in values], concatenates=True))
 
     def _append(self, node: fx.Node, operation: Operation) -> None:
-        source = operation.source
+        source, geometry = operation.source, operation.geometry
         if operation.inner and operation.inner[0] in self.chains:  # it continues where its first node began
             inner = self.chains.pop(operation.inner[0])
             inner.parts.pop()
             if inner.parts:
                 self.chains[source] = inner
         chain = self.chains.get(source)
-        if chain is not None and self.uses[source] == 1:
+        fits = self.interpreter.features[source] == Feature(geometry.in_channels, geometry.dims)
+        if chain is not None and self.uses[source] == 1 and fits:
             del self.chains[source]
             chain.parts.append(operation)
         else:
@@ -480,7 +503,12 @@ class Planner:
             raise NotAffineError("the number of channels is not known; give example_inputs")
         if not _fit_one_layer(_kinds(parts)):
             raise NotAffineError("the layers differ in data type or device")
-        return interpret(parts, lambda op: op.geometry, lambda: self._identity(parts, source))
+        geometry = interpret(parts, lambda op: op.geometry, lambda: self._identity(parts, source))
+        shape = self.interpreter.shapes.get(source)
+        for axis, a, b, stride in geometry.sizes if shape is not None else ():
+            if (shape[axis + 2] + a) // stride != (shape[axis + 2] + b) // stride:
+                raise NotAffineError("the branches differ in size for the example_inputs")
+        return geometry
 
     def _identity(self, parts: Sequence[Part], source: fx.Node) -> Geometry:
         feature = self.interpreter.features[source]
@@ -596,6 +624,8 @@ class Planner:
         return _greedy_groups(branches, alone, merged)
 
     def _cost_alone(self, branch: Branch, size: Ints) -> Cost:
+        if any(op.geometry.dims != len(size) for op in operations_of(branch.parts)):
+            size = self._source_size(branch.chain.source, branch.parts)
         blocks = self._split(branch.chain, size)
         scaled = branch.scale is not None
         return _add(*(block.cost for block in blocks), _launches(scaled))

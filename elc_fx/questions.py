@@ -1,8 +1,9 @@
-"""Which code asks `is None` of its values, found in its bytecode.
+"""Questions that code asks of its values without the values noticing, found in its bytecode.
 
-A stand-in for a tensor is never None, so symbolic tracing would take the wrong side of `if skip is None` where the
-value may be None when the graph runs. Neither stand-in nor tracer can see the question. So the code that a module may
-run is looked through for such tests, once; where there are any, a trace function looks at the tested values.
+A stand-in for a tensor is never None and never a `Tensor`, so symbolic tracing would take the wrong side of
+`if skip is None` or `if type(x) is Tensor`; and it raises errors of its own, which `except` would swallow. Neither
+stand-in nor tracer can see these questions. So the code that a module may run is looked through for them, once; where
+there are any, a trace function looks at the values that are asked.
 """
 
 from __future__ import annotations
@@ -12,17 +13,29 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-Note = Callable[[str, str, Any], None]  # function, variable, value
-_tests: dict[int, tuple[frozenset[str], types.CodeType]] = {}  # by identity: a code object hashes all that it holds
+
+@dataclass(frozen=True)
+class Question:
+    """kind: "None", "type" or "exception". variable: whose value is asked; "*" for any, where that is less plain."""
+
+    kind: str
+    variable: str
+
+
+Note = Callable[[str, Question, Any], None]  # function, question, value
+_questions: dict[
+    int, tuple[frozenset[Question], types.CodeType]
+] = {}  # by identity: a code object hashes all that it holds
 _classes: dict[type, bool] = {}
 
 
 class Watch:
-    """While active, reports the values that functions compare with None, when they are entered and left."""
+    """While active, reports the values that functions ask, when they are entered and left."""
 
     def __init__(self, note: Note) -> None:
         self.note = note
@@ -36,10 +49,10 @@ class Watch:
 
     def _enter(self, frame: types.FrameType, event: Any, argument: object) -> Any:
         theirs = self.previous(frame, event, argument) if self.previous is not None else None
-        names = tested_for_none(frame.f_code)
-        if not names:
+        questions = questions_of(frame.f_code)
+        if not questions:
             return theirs
-        self._look(frame, names)
+        self._look(frame, questions)
         if theirs is None:
             frame.f_trace_lines = False
 
@@ -48,20 +61,21 @@ class Watch:
             if theirs is not None:
                 theirs = theirs(frame, event, argument)
             if event == "return":
-                self._look(frame, names)
+                self._look(frame, questions)
             return leave
 
         return leave
 
-    def _look(self, frame: types.FrameType, names: frozenset[str]) -> None:
+    def _look(self, frame: types.FrameType, questions: frozenset[Question]) -> None:
         values = frame.f_locals
-        for name in names:
-            for value in values.values() if name == "*" else (values.get(name),):
-                self.note(frame.f_code.co_name, name, value)
+        for question in questions:
+            asked = list(values.values()) if question.variable == "*" else [values.get(question.variable)]
+            for value in asked:
+                self.note(frame.f_code.co_name, question, value)
 
 
-def may_ask_for_none(module: nn.Module) -> bool:
-    """Whether a test for None stands anywhere in the code that the module's `forward` may run by itself.
+def may_ask(module: nn.Module) -> bool:
+    """Whether a question stands anywhere in the code that the module's `forward` may run by itself.
 
     Errs on the side of yes. What torch's own functions ask does not count, nor what is asked of `self`'s attributes.
     """
@@ -87,7 +101,7 @@ def _functions_of(value: Any) -> Iterator[types.FunctionType]:
 
 
 def _any_asks(functions: list[Any], owner: type) -> bool:
-    """Whether any of the functions, or of those that they name, has a test; `owner` has their methods."""
+    """Whether any of the functions, or of those that they name, asks; `owner` has their methods."""
     queue = [f for value in functions for f in _functions_of(value)]
     seen: set[int] = set()
     while queue:
@@ -100,7 +114,7 @@ def _any_asks(functions: list[Any], owner: type) -> bool:
         if _is_torch(function.__code__):
             continue
         codes = list(_nested(function.__code__))
-        if any(tested_for_none(code) - {"self"} for code in codes):
+        if any(question.variable != "self" for code in codes for question in questions_of(code)):
             return True
         names = {name for code in codes for name in code.co_names}
         for name in names:
@@ -130,26 +144,34 @@ def _is_torch(code: types.CodeType) -> bool:
     return "/torch/" in code.co_filename.replace("\\", "/")
 
 
-def tested_for_none(code: types.CodeType) -> frozenset[str]:
-    """Names of the local variables that a function compares with None by `is`; "*" for anything less plain."""
-    if id(code) not in _tests:
-        _tests[id(code)] = (frozenset() if _is_torch(code) else _tested_for_none(code), code)
-    return _tests[id(code)][0]
+def questions_of(code: types.CodeType) -> frozenset[Question]:
+    """What a function asks of its local variables."""
+    if id(code) not in _questions:
+        _questions[id(code)] = (frozenset() if _is_torch(code) else frozenset(_find_questions(code)), code)
+    return _questions[id(code)][0]
 
 
-def _tested_for_none(code: types.CodeType) -> frozenset[str]:
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "NOP")]
-    names = set()
+def _find_questions(code: types.CodeType) -> Iterator[Question]:
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in SKIPPED]
     for index, instruction in enumerate(instructions):
-        if instruction.opname.startswith("POP_JUMP") and instruction.opname.endswith("NONE"):
-            names.add(_origin(instructions[:index]))
-        elif instruction.opname == "IS_OP":
-            rest = instructions[:index]
-            nones = [o for o in rest[-2:] if o.opname == "LOAD_CONST" and o.argval is None]
-            if nones:
-                rest.remove(nones[-1])
-                names.add(_origin(rest))
-    return frozenset(name for name in names if name)
+        name, before = instruction.opname, instructions[:index]
+        if name.startswith("POP_JUMP") and name.endswith("NONE"):
+            yield from _about("None", _origin(before))
+        elif name == "IS_OP" and (nones := [o for o in before[-2:] if o.opname == "LOAD_CONST" and o.argval is None]):
+            before.remove(nones[-1])
+            yield from _about("None", _origin(before))
+        elif name in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval == "type":
+            yield from _about("type", _origin(instructions[index + 1 : index + 2]))
+        elif name in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH"):
+            yield Question("exception", "*")
+
+
+SKIPPED = ("CACHE", "EXTENDED_ARG", "NOP", "PUSH_NULL")
+
+
+def _about(kind: str, variable: str) -> Iterator[Question]:
+    if variable:
+        yield Question(kind, variable)
 
 
 def _origin(instructions: list[dis.Instruction]) -> str:
