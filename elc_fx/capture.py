@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -104,7 +106,7 @@ def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_de
             raise CaptureError(_reason(error)) from error
         finally:
             changed = before.restore()
-        if not changed:
+        if all(module in refused for _, module in changed):
             break
         for name, module in changed:
             if module is root:
@@ -217,6 +219,34 @@ class _Proxy(fx.Proxy):
         self.node = assigned.node
 
 
+def _in_place(name: str) -> Callable[[_Proxy, Any], fx.Proxy]:
+    """x += y changes the tensor x, which torch.fx records as x = x + y. A number it cannot change becomes a new one."""
+
+    def method(self: _Proxy, other: Any) -> fx.Proxy:
+        target = getattr(operator, name if _is_number(self.node) else f"i{name}")
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and_",
+    "or_",
+    "xor",
+    "lshift",
+    "rshift",
+    "matmul",
+):
+    setattr(_Proxy, f"__i{_name.rstrip('_')}__", _in_place(_name.rstrip("_") if _name.endswith("_") else _name))
+
+
 class _ParameterProxy(ParameterProxy, _Proxy):
     """The same for a parameter, whose shape is known."""
 
@@ -277,14 +307,16 @@ class _Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         last, stack = next(iter(reversed(self.graph.nodes)), None), dict(self.module_stack)
         state = _global_state()
+        asked_outside, self.untruthful = self.untruthful, None
         try:
             result = super().call_module(m, forward, args, kwargs)
             self.check_truthful(state)
+            self.untruthful = asked_outside
             return result
         except Exception as error:
             if calls_differently(m):  # what its `__call__` adds is recorded around it, and would be done twice
                 raise
-            self.untruthful = None
+            self.untruthful = asked_outside
             self.module_stack.clear()
             self.module_stack.update(stack)
             self._forget_after(last)
@@ -294,11 +326,12 @@ class _Tracer(fx.Tracer):
     def note_question(self, function: str, question: Question, value: Any) -> None:
         """`function` asks something of `value` that a stand-in answers wrongly, or may."""
         what = "a value" if question.variable == "*" else f"`{question.variable}`"
-        if question.kind == "None" and any(p.node in self.uncertain for p in _proxies(value)):
+        nodes = [proxy.node for proxy in _proxies(value)]
+        if question.kind == "None" and any(node in self.uncertain for node in nodes):
             self.untruthful = f"`{function}` asks whether {what} is None; give example_inputs if it never is"
-        elif question.kind == "type" and any(_proxies(value)):
+        elif question.kind == "type" and nodes:
             self.untruthful = f"`{function}` asks for the type of {what}"
-        elif question.kind == "exception" and any(_proxies(value)):
+        elif question.kind == "exception" and nodes:
             self.untruthful = f"`{function}` handles exceptions, which tracing does not raise"
 
     def check_truthful(self, state: tuple[Any, ...]) -> None:
@@ -338,11 +371,14 @@ class _Tracer(fx.Tracer):
         if isinstance(a, Tensor):
             name = self._names.get(id(a))
             if name is None:
-                name = f"_tensor_constant{len(self.constants)}"
+                name = next(n for i in itertools.count() if not self._has(n := f"_tensor_constant{i}"))
                 self.constants[name] = a
                 self._names[id(a)] = name
             return self.create_node("get_attr", name, (), {})
         return super().create_arg(a)
+
+    def _has(self, name: str) -> bool:
+        return name in self.constants or hasattr(self.root, name)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -435,6 +471,18 @@ def _proxies(value: Any) -> Iterator[fx.Proxy]:
             yield from _proxies(item)
 
 
+def _is_number(node: fx.Node) -> bool:
+    """Whether a value is a Python number that was computed from sizes."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel", "stride", "item", "__len__")
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    home = getattr(node.target, "__module__", None)
+    return home in ("_operator", "math") and all(_is_number(source) for source in node.all_input_nodes)
+
+
 def _reads_uncertain(node: fx.Node, uncertain: set[fx.Node]) -> bool:
     return any(source in uncertain for source in node.all_input_nodes)
 
@@ -485,11 +533,17 @@ class Attributes:
             if not same:
                 changed.append((name, module))
         for name, module, tensor, version, values in self.tensors:
-            if tensor._version != version:
+            # Batch norm updates its statistics without a new version.
+            if not tensor.is_meta and (tensor._version != version or not _equal(tensor, values)):
                 with torch.no_grad():
                     tensor.copy_(values)
                 changed.append((name, module))
         return changed
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Equal, where NaN equals NaN."""
+    return torch.equal(a, b) or bool(((a == b) | (a != a)).all())
 
 
 def _shallow(container: Any) -> Any:

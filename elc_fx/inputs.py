@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,17 +58,23 @@ class ExampleInputs:
         return dict(signature.bind(*self.args, **self.kwargs).arguments)
 
     def call(self, module: nn.Module) -> Any:
-        """The module's output on copies of the inputs, without gradients, with the same random numbers each time."""
-        devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
-        args, kwargs = fresh((self.args, self.kwargs))
-        state = random.getstate()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            random.seed(0)
-            try:
-                return module(*args, **kwargs)
-            finally:
-                random.setstate(state)
+        """The module's output; see `call_reproducibly`."""
+        return call_reproducibly(module, self.args, self.kwargs)
+
+
+def call_reproducibly(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """function(*args, **kwargs) on copies of the inputs, without gradients, with the same random numbers each time."""
+    args, kwargs = fresh((args, kwargs))
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    devices = list({t.device for t in tensors if t.device.type == "cuda"})
+    state = random.getstate()
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        random.seed(0)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            random.setstate(state)
 
 
 def fresh(inputs: Any) -> Any:

@@ -352,6 +352,8 @@ class Interpreter:
             raise _Refused("its constant changes the data type")
         geometry = replace(Geometry.identity(channels, dims), bias=bias is not None)
         adds_axes = dims > 0 and any(value.dim() == dims + 2 for value in tensors)
+        if adds_axes and not self._may_be_batched(source, dims):
+            raise _Refused("its input has no batch axis")
         rank = dims + 2 if adds_axes and source not in self.shapes else None
         devices = {value.device for value in tensors if value.dim() > 0}
 
@@ -568,7 +570,7 @@ class Interpreter:
         """x[:, a:b, ::s, c:-e] with bounds that count from the ends: a strided, cropped, pointwise map."""
         feature = self.features[source]
         dims, channels = feature.dims, feature.channels
-        if not dims or channels is None:
+        if not dims or channels is None or not self._may_be_batched(source, dims):
             return None
         index = index if isinstance(index, tuple) else (index,)
         if Ellipsis in index:
@@ -650,7 +652,7 @@ class Interpreter:
         if not isinstance(tensors, tuple | list) or not all(isinstance(t, fx.Node) for t in tensors):
             return None
         dims = next((d for t in tensors if (d := self.features[t].dims) is not None), None)
-        if dims is None or len(tensors) < 2:
+        if dims is None or len(tensors) < 2 or (axis > 0 and not self._may_be_batched(tensors[0], dims)):
             return None
         if dims == 0:
             rank = next((len(s) for t in tensors if (s := self.shapes.get(t))), 0)
@@ -683,6 +685,10 @@ class Interpreter:
 
     def _learn(self, node: fx.Node, feature: Feature) -> None:
         self.features[node] = self.features[node].known(feature)
+
+    def _may_be_batched(self, node: fx.Node, dims: int) -> bool:
+        """Whether a value has a batch axis, as far as is known: convolutions take one sample without it too."""
+        return len(self.shapes.get(node, (0,) * (dims + 2))) == dims + 2 or not dims
 
     def _complete_from_shape(self, node: fx.Node) -> None:
         shape, feature = self.shapes.get(node), self.features[node]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from elc_fx.capture import has_hooks
 
+UNCOPYABLE = (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError)
 # What hands out children by other ways than their name.
 REFLECTION = frozenset(
     (
@@ -145,11 +146,16 @@ def clone(value: Any, memo: dict[int, Any]) -> Any:
         for tensor in vars(module).values():
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None and id(tensor) not in memo:
                 memo[id(tensor)] = tensor.detach().clone()
+    trial = dict(memo)  # a copy that fails leaves halves in its memo
     try:
-        return copy.deepcopy(value, memo)
-    except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+        copied = copy.deepcopy(value, trial)
+    except UNCOPYABLE:
         _keep_what_has_no_copy(value, memo)
         return copy.deepcopy(value, memo)
+    alive = trial.pop(id(trial), [])  # what deepcopy keeps, so that no id in the memo is used again
+    memo.update(trial)
+    memo.setdefault(id(memo), []).extend(alive)
+    return copied
 
 
 def _keep_what_has_no_copy(value: Any, memo: dict[int, Any]) -> None:
@@ -159,5 +165,5 @@ def _keep_what_has_no_copy(value: Any, memo: dict[int, Any]) -> None:
             if name not in ("_parameters", "_buffers", "_modules"):
                 try:
                     copy.deepcopy(attribute, dict(memo))
-                except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+                except UNCOPYABLE:
                     memo[id(attribute)] = attribute

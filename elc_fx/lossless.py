@@ -17,7 +17,7 @@ from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
 from elc_fx.graph import module_of
-from elc_fx.inputs import ExampleInputs, fresh
+from elc_fx.inputs import ExampleInputs, call_reproducibly
 from elc_fx.interpret import Interpreter
 from elc_fx.islands import clone, replaceable_children
 from elc_fx.regions import Planner, find_chains
@@ -33,6 +33,7 @@ class LosslessCompilation:
     def __init__(self, examples: ExampleInputs | None, *, verify: bool) -> None:
         self.examples = examples
         self.verify = verify
+        self.expected: Any = None  # the model's output on the examples
         self.memo: dict[int, Any] = {}
         self.merged: list[MergedRegion] = []
         self.refused: list[Refusal] = []
@@ -40,7 +41,9 @@ class LosslessCompilation:
 
     def run(self, model: nn.Module) -> nn.Module:
         """A compiled copy of `model`, with its report."""
-        expected, flops = (None, 0) if self.examples is None else _measured_call(model, self.examples)
+        flops = 0
+        if self.examples is not None:
+            self.expected, flops = _measured_call(model, self.examples)
         given = None if self.examples is None else self.examples.bound(model)
         compiled, depth = self._compile(model, "", given)
         totals = Totals(
@@ -52,7 +55,7 @@ class LosslessCompilation:
             actual, flops_after = _measured_call(compiled, self.examples)
             totals = replace(totals, flops=(flops, flops_after))
             if self.verify:
-                totals = replace(totals, error=self._verify_outputs(expected, actual))
+                totals = replace(totals, error=self._verify_outputs(self.expected, actual))
         report = Report(tuple(self.merged), tuple(self.refused), tuple(self.opaque), totals)
         setattr(compiled, REPORT, report)
         return compiled
@@ -70,19 +73,28 @@ class LosslessCompilation:
         """The compiled module, and the depth before and after."""
         try:
             captured = capture(module, given, bind_defaults=bind_defaults)
+            shapes = {} if captured.inputs is None else self._run_captured(captured)
         except CaptureError as error:
             self.opaque.append(Refusal(path or "the model", str(error)))
             return self._compile_children(module, path)
         self.opaque.extend(replace(r, where=_join(path, r.where)) for r in captured.opaque)
-        return self._merge(captured, path)
-
-    def _merge(self, captured: Capture, path: str) -> tuple[fx.GraphModule, tuple[int, int]]:
-        graph_module = captured.graph_module
-        shapes = _shapes(captured) if captured.inputs is not None else {}
         with torch.device("cpu"):  # where nothing else is said; the merged layers are where their weights were
-            return self._merge_regions(graph_module, path, shapes)
+            return self._merge(captured.graph_module, path, shapes)
 
-    def _merge_regions(
+    def _run_captured(self, captured: Capture) -> dict[fx.Node, Ints]:
+        """The shapes of all values on the examples. Raises `CaptureError` if the graph is not what the model computes."""
+        recorder, before = _ShapeRecorder(captured.graph_module), Attributes(captured.graph_module)
+        try:
+            output = call_reproducibly(lambda *inputs: recorder.run(*inputs), captured.inputs or (), {})
+            verify_outputs(self.expected, output)
+        except Exception as error:
+            # Whatever it is, the model itself ran: symbolic tracing recorded something else.
+            raise CaptureError(f"the traced graph does not compute what the model computes: {error}") from error
+        finally:
+            before.restore()
+        return recorder.shapes
+
+    def _merge(
         self, graph_module: fx.GraphModule, path: str, shapes: dict[fx.Node, Ints]
     ) -> tuple[fx.GraphModule, tuple[int, int]]:
         interpreter = Interpreter(graph_module, shapes)
@@ -162,14 +174,6 @@ class _ShapeRecorder(fx.Interpreter):
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)
         return value
-
-
-def _shapes(captured: Capture) -> dict[fx.Node, Ints]:
-    recorder, before = _ShapeRecorder(captured.graph_module), Attributes(captured.graph_module)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        recorder.run(*fresh(captured.inputs or ()))
-    before.restore()
-    return recorder.shapes
 
 
 def _parameters(module: nn.Module) -> int:

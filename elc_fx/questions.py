@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -147,7 +148,8 @@ def _is_torch(code: types.CodeType) -> bool:
 def questions_of(code: types.CodeType) -> frozenset[Question]:
     """What a function asks of its local variables."""
     if id(code) not in _questions:
-        _questions[id(code)] = (frozenset() if _is_torch(code) else frozenset(_find_questions(code)), code)
+        own = _is_torch(code) or code.co_filename.startswith(OWN)
+        _questions[id(code)] = (frozenset() if own else frozenset(_find_questions(code)), code)
     return _questions[id(code)][0]
 
 
@@ -166,6 +168,7 @@ def _find_questions(code: types.CodeType) -> Iterator[Question]:
             yield Question("exception", "*")
 
 
+OWN = os.path.dirname(__file__)
 SKIPPED = ("CACHE", "EXTENDED_ARG", "NOP", "PUSH_NULL")
 
 

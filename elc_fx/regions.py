@@ -505,8 +505,8 @@ class Planner:
             raise NotAffineError("the layers differ in data type or device")
         geometry = interpret(parts, lambda op: op.geometry, lambda: self._identity(parts, source))
         shape = self.interpreter.shapes.get(source)
-        for axis, a, b, stride in geometry.sizes if shape is not None else ():
-            if (shape[axis + 2] + a) // stride != (shape[axis + 2] + b) // stride:
+        for axis, a, b, stride in geometry.sizes:
+            if shape is not None and (shape[axis + 2] + a) // stride != (shape[axis + 2] + b) // stride:
                 raise NotAffineError("the branches differ in size for the example_inputs")
         return geometry
 
