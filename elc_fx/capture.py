@@ -14,6 +14,7 @@ import itertools
 import operator
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -375,6 +376,11 @@ class _Tracer(fx.Tracer):
                 self.constants[name] = a
                 self._names[id(a)] = name
             return self.create_node("get_attr", name, (), {})
+        if isinstance(a, dict) and type(a) is not dict:  # torch.fx would make it a plain one
+            if type(a) is not OrderedDict:
+                raise NotImplementedError(f"a {type(a).__name__} made of traced values")
+            items = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
         return super().create_arg(a)
 
     def _has(self, name: str) -> bool:

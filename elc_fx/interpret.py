@@ -7,6 +7,7 @@ feature map. Its geometry is known at once; its numbers are loaded in float64 wh
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -659,6 +660,20 @@ class Interpreter:
             return tuple(tensors) if axis == -1 or (rank and axis == rank - 1) else None
         return tuple(tensors) if axis in (1, -dims - 1) else None
 
+    def settled_assertions(self) -> list[fx.Node]:
+        """Assertions that a value has the axes that the layer before it gives, which readers of that value only blur."""
+        settled = []
+        for node in self.captured.graph.nodes:
+            compared = node.args[0] if node.target is torch._assert else None
+            if not isinstance(compared, fx.Node) or compared.target is not operator.eq:
+                continue
+            counted, expected = compared.args
+            if isinstance(counted, fx.Node) and (value := _whose_axes(counted)) is not None:
+                dims = self.features[value].dims
+                if dims and expected == dims + 2 and self._may_be_batched(value, dims):
+                    settled.append(node)
+        return settled
+
     # What is known of the values: channels and axes, from the layers before and behind them.
 
     def _interpret(self) -> None:
@@ -787,6 +802,14 @@ def _is_per_channel(value: Tensor, channels: int, dims: int) -> bool:
         and value.dim() >= (dims + 1 if dims else 1)
         and (dims > 0 or value.dim() == 1)
     )
+
+
+def _whose_axes(node: fx.Node) -> fx.Node | None:
+    """The value whose number of axes a node is."""
+    by_attribute = node.target is getattr and node.args[1:] == ("ndim",)
+    by_method = node.op == "call_method" and node.target == "dim"
+    value = node.args[0] if by_attribute or by_method else None
+    return value if isinstance(value, fx.Node) else None
 
 
 def _border_side(index: Any, padding: Padding) -> tuple[int, int] | None:

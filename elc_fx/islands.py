@@ -125,9 +125,23 @@ def _use(attribute: ast.Attribute, parents: dict[ast.AST, ast.AST], function: as
     if isinstance(parent, ast.Subscript) and parent.value is attribute:
         grandparent = parents[parent]
         return "elements called" if isinstance(grandparent, ast.Call) and grandparent.func is parent else "other"
-    if isinstance(parent, ast.For) and parent.iter is attribute and isinstance(parent.target, ast.Name):
-        return "elements called" if _only_called(parent.target.id, function, parents) else "other"
+    if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "len":
+        return "elements called"
+    if (element := _loop_variable(attribute, parent, parents)) is not None:
+        return "elements called" if _only_called(element, function, parents) else "other"
     return "other"
+
+
+def _loop_variable(attribute: ast.Attribute, parent: ast.AST, parents: dict[ast.AST, ast.AST]) -> str | None:
+    """The variable of `for v in self.attribute` or `for i, v in enumerate(self.attribute)`."""
+    if isinstance(parent, ast.For) and parent.iter is attribute and isinstance(parent.target, ast.Name):
+        return parent.target.id
+    counted = isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "enumerate"
+    loop = parents.get(parent)
+    if counted and isinstance(loop, ast.For) and loop.iter is parent and isinstance(loop.target, ast.Tuple):
+        element = loop.target.elts[-1]
+        return element.id if isinstance(element, ast.Name) else None
+    return None
 
 
 def _only_called(name: str, function: ast.FunctionDef, parents: dict[ast.AST, ast.AST]) -> bool:

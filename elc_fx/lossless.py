@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -82,7 +83,7 @@ class LosslessCompilation:
             return self._merge(captured.graph_module, path, shapes)
 
     def _run_captured(self, captured: Capture) -> dict[fx.Node, Ints]:
-        """The shapes of all values on the examples. Raises `CaptureError` if the graph is not what the model computes."""
+        """The shapes of all values on the examples. Raises `CaptureError` if the graph computes something else."""
         recorder, before = _ShapeRecorder(captured.graph_module), Attributes(captured.graph_module)
         try:
             output = call_reproducibly(lambda *inputs: recorder.run(*inputs), captured.inputs or (), {})
@@ -98,6 +99,8 @@ class LosslessCompilation:
         self, graph_module: fx.GraphModule, path: str, shapes: dict[fx.Node, Ints]
     ) -> tuple[fx.GraphModule, tuple[int, int]]:
         interpreter = Interpreter(graph_module, shapes)
+        for assertion in interpreter.settled_assertions():
+            _erase_unread(graph_module.graph, assertion)
         before = _depth(graph_module, interpreter)
         chains, joins, refusals = find_chains(interpreter)
         planner = Planner(interpreter)
@@ -174,6 +177,15 @@ class _ShapeRecorder(fx.Interpreter):
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)
         return value
+
+
+def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases a node, and the comparisons and attributes of sizes that only it read."""
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for source in inputs:
+        if not source.users and source.target in (operator.eq, getattr, "dim"):
+            _erase_unread(graph, source)
 
 
 def _parameters(module: nn.Module) -> int:

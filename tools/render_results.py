@@ -1,0 +1,87 @@
+"""Writes the measured tables of README.md and docs/*.md from the stored runs in docs/results/.
+
+Between `<!-- results:NAME -->` and `<!-- /results:NAME -->` the table NAME is put, with the machine, the versions and
+the command that measured it. A figure in the documentation thus always comes from a stored run.
+
+    python tools/render_results.py             writes what is out of date
+    python tools/render_results.py --check     writes nothing; exits 1 if a file is out of date
+    python tools/render_results.py --list      the tables there are
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import bench_compile
+import cifar_lossless
+import provenance
+import terminal
+import zoo_sweep
+
+MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results:(?P=name) -->)", re.DOTALL)
+STYLE = "github"
+Result = dict[str, Any]
+
+TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "zoo_sweep": ("zoo_sweep", lambda result: zoo_sweep.table(result["rows"], STYLE)),
+    "zoo_summary": ("zoo_sweep", lambda result: zoo_sweep.summary(result["rows"]) + "."),
+    "cifar_lossless": ("cifar_lossless", lambda result: cifar_lossless.table(result["rows"], STYLE)),
+    "compile_zoo": ("compile_zoo", lambda result: bench_compile.zoo_table(result, STYLE)),
+    "compile_zoo_total": ("compile_zoo", lambda result: bench_compile.zoo_table(result | {"rows": []}, STYLE)),
+    "compile_chains": ("compile_chains", lambda result: bench_compile.chains_table(result, STYLE)),
+    "compile_memory": ("compile_memory", lambda result: bench_compile.memory_table(result, STYLE)),
+    "compile_end_to_end": ("compile_end_to_end", lambda result: bench_compile.end_to_end_table(result, STYLE)),
+}
+
+
+def render(name: str, results: Path) -> str:
+    """The Markdown of one table. Raises KeyError for an unknown name."""
+    if name not in TABLES:
+        raise KeyError(f"no table `{name}`; there are {', '.join(TABLES)}")
+    stem, table = TABLES[name]
+    file = results / f"{stem}.json"
+    if not file.exists():
+        return "Not measured yet.\n"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    return f"{table(result)}\n\n*Measured {provenance.describe(result['provenance'])}*\n"
+
+
+def fill(text: str, results: Path) -> str:
+    """The text with every marked table rendered anew."""
+    return MARKED.sub(lambda match: f"{match[1]}\n{render(match['name'], results)}\n{match[3]}", text)
+
+
+def documents(root: Path) -> list[Path]:
+    """README.md and what lies in docs/, as far as it is there."""
+    return [file for file in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if file.exists()]
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 if a file is out of date.")] = False,
+    list_tables: Annotated[
+        bool, typer.Option("--list", help="Print the names of the tables and the file of each.")
+    ] = False,
+) -> None:
+    if list_tables:
+        print("\n".join(f"{name:<20} docs/results/{stem}.json" for name, (stem, _) in TABLES.items()))
+        return
+    outdated = 0
+    for file in documents(provenance.ROOT):
+        text = file.read_text(encoding="utf-8")
+        filled = fill(text, provenance.RESULTS)
+        if filled != text:
+            outdated += 1
+            print(f"{file.relative_to(provenance.ROOT)}: {'out of date' if check else 'written'}", file=sys.stderr)
+            if not check:
+                file.write_text(filled, encoding="utf-8")
+    if check and outdated:
+        sys.exit("run python tools/render_results.py")
+
+
+if __name__ == "__main__":
+    terminal.run(main, __doc__)
