@@ -583,7 +583,13 @@ def _mark_eval(captured: fx.GraphModule, root: nn.Module) -> None:
 
 
 def _drop_identities(captured: fx.GraphModule) -> None:
-    """dropout, drop path and identities compute nothing in eval: their readers read their input."""
+    """Dropout, drop path and identities compute nothing in eval: their readers read their input.
+
+    Nor do attributes that nobody reads, such as those that tracing put into the text of an error.
+    """
+    for node in reversed(captured.graph.nodes):
+        if node.target is getattr and not node.users:
+            captured.graph.erase_node(node)
     for node in list(captured.graph.nodes):
         if is_identity(captured, node):
             node.replace_all_uses_with(node.all_input_nodes[0])

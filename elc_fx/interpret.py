@@ -661,7 +661,7 @@ class Interpreter:
         return tuple(tensors) if axis in (1, -dims - 1) else None
 
     def settled_assertions(self) -> list[fx.Node]:
-        """Assertions that a value has the axes that the layer before it gives, which readers of that value only blur."""
+        """Assertions that a value has as many axes as the layer before it gives: readers that stand between layers."""
         settled = []
         for node in self.captured.graph.nodes:
             compared = node.args[0] if node.target is torch._assert else None
