@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdRef
 
 from elc_fx.errors import InvalidInputError, TrainingModeError
-from elc_fx.inputs import ExampleInputs
+from elc_fx.inputs import ExampleInputs, fresh, reproducibly
 
 aten = torch.ops.aten
 
@@ -117,7 +117,7 @@ def measure(model: nn.Module, example_inputs: _Given) -> Measurement:
     Raises TrainingModeError where batch norm or dropout would train.
     """
     _require_eval(model)
-    return _run(_with_own_buffers(model), ExampleInputs.of(model, example_inputs))[1]
+    return run(_with_own_buffers(model), ExampleInputs.of(model, example_inputs))[1]
 
 
 def _require_eval(model: nn.Module) -> None:
@@ -141,13 +141,13 @@ def _runs_in_float64(models: Sequence[nn.Module], examples: ExampleInputs) -> li
         return None
     doubled = _mapped(examples, lambda value: value.double() if value.is_floating_point() else value)
     try:
-        return [_run(copy.deepcopy(model).double(), doubled) for model in models]
+        return [run(copy.deepcopy(model).double(), doubled) for model in models]
     except Exception:  # whatever is wrong besides the dtype is raised when they run as they are
         return None
 
 
 def _runs_as_they_are(models: Sequence[nn.Module], examples: ExampleInputs) -> list[tuple[Any, Measurement]]:
-    return [_run(_with_own_buffers(model), examples) for model in models]
+    return [run(_with_own_buffers(model), examples) for model in models]
 
 
 def _with_own_buffers(model: nn.Module) -> nn.Module:
@@ -158,24 +158,19 @@ def _with_own_buffers(model: nn.Module) -> nn.Module:
         return model
 
 
-def _run(model: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
-    """The model's output and what it cost."""
-    examples = _mapped(examples, lambda value: value.detach().clone())  # which the model may overwrite
-    layers = _Layers(tree_leaves((examples.args, examples.kwargs)))
+def run(model: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
+    """The model's output on copies of the inputs, and what it cost."""
+    args, kwargs = fresh((examples.args, examples.kwargs))
+    layers = _Layers(tree_leaves((args, kwargs)))
     flops = FlopCounterMode(display=False)
-    with torch.no_grad(), _same_random_numbers(), _attention_as_products(), flops, layers:
-        output = model(*examples.args, **examples.kwargs)
+    with reproducibly(), _attention_as_products(), flops, layers:
+        output = model(*args, **kwargs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return output, Measurement(int(flops.get_total_flops()), parameters, layers.convolutions, layers.depth)
 
 
 def _mapped(examples: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
     return ExampleInputs(*tree_map_only(Tensor, change, (examples.args, examples.kwargs)))
-
-
-def _same_random_numbers() -> contextlib.AbstractContextManager[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    return torch.random.fork_rng(devices=devices)
 
 
 @contextlib.contextmanager

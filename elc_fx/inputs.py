@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,22 +58,17 @@ class ExampleInputs:
             return {**{str(i): value for i, value in enumerate(self.args)}, **self.kwargs}
         return dict(signature.bind(*self.args, **self.kwargs).arguments)
 
-    def call(self, module: nn.Module) -> Any:
-        """The module's output; see `call_reproducibly`."""
-        return call_reproducibly(module, self.args, self.kwargs)
 
-
-def call_reproducibly(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """function(*args, **kwargs) on copies of the inputs, without gradients, with the same random numbers each time."""
-    args, kwargs = fresh((args, kwargs))
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    devices = list({t.device for t in tensors if t.device.type == "cuda"})
+@contextmanager
+def reproducibly() -> Iterator[None]:
+    """Without gradients, and with the same random numbers each time; the generators are put back afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     state = random.getstate()
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         random.seed(0)
         try:
-            return function(*args, **kwargs)
+            yield
         finally:
             random.setstate(state)
 

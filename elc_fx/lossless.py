@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.flop_counter import FlopCounterMode
 
 from elc_fx.affine import Ints
 from elc_fx.capture import Attributes, Capture, CaptureError, Refusal, capture, is_leaf
+from elc_fx.comparison import Measurement, run
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
 from elc_fx.graph import module_of
-from elc_fx.inputs import ExampleInputs, call_reproducibly
+from elc_fx.inputs import ExampleInputs, fresh, reproducibly
 from elc_fx.interpret import Interpreter
 from elc_fx.islands import clone, replaceable_children
 from elc_fx.regions import Planner, find_chains
@@ -42,19 +42,18 @@ class LosslessCompilation:
 
     def run(self, model: nn.Module) -> nn.Module:
         """A compiled copy of `model`, with its report."""
-        flops = 0
         if self.examples is not None:
-            self.expected, flops = _measured_call(model, self.examples)
+            self.expected, before = _measured(model, self.examples)
         given = None if self.examples is None else self.examples.bound(model)
         compiled, depth = self._compile(model, "", given)
         totals = Totals(
             parameters=(_parameters(model), _parameters(compiled)),
-            convolutions=(_layers(model), _layers(compiled)),
+            layers=(_layers(model), _layers(compiled)),
             depth=depth,
         )
         if self.examples is not None:
-            actual, flops_after = _measured_call(compiled, self.examples)
-            totals = replace(totals, flops=(flops, flops_after))
+            actual, after = _measured(compiled, self.examples)
+            totals = replace(totals, flops=(before.flops, after.flops), depth=(before.depth, after.depth))
             if self.verify:
                 totals = replace(totals, error=self._verify_outputs(self.expected, actual))
         report = Report(tuple(self.merged), tuple(self.refused), tuple(self.opaque), totals)
@@ -86,7 +85,8 @@ class LosslessCompilation:
         """The shapes of all values on the examples. Raises `CaptureError` if the graph computes something else."""
         recorder, before = _ShapeRecorder(captured.graph_module), Attributes(captured.graph_module)
         try:
-            output = call_reproducibly(lambda *inputs: recorder.run(*inputs), captured.inputs or (), {})
+            with reproducibly():
+                output = recorder.run(*fresh(captured.inputs or ()))
             verify_outputs(self.expected, output)
         except Exception as error:
             # Whatever it is, the model itself ran: symbolic tracing recorded something else.
@@ -151,12 +151,11 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _measured_call(module: nn.Module, examples: ExampleInputs) -> tuple[Any, int]:
-    """Output and FLOPs on the example inputs. Raises `InvalidInputError` if the module does not run on them."""
+def _measured(module: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
+    """Output and costs on the example inputs. Raises `InvalidInputError` if the module does not run on them."""
     before = Attributes(module)
     try:
-        with FlopCounterMode(display=False) as counter:
-            output = examples.call(module)
+        return run(module, examples)
     except Exception as error:
         # Whatever the caller's own forward raises: the inputs and the model do not go together.
         raise InvalidInputError(
@@ -164,7 +163,6 @@ def _measured_call(module: nn.Module, examples: ExampleInputs) -> tuple[Any, int
         ) from error
     finally:
         before.restore()
-    return output, counter.get_total_flops()
 
 
 class _ShapeRecorder(fx.Interpreter):

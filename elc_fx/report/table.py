@@ -16,13 +16,14 @@ MOST_ROWS = 40  # of refusals that the table prints; `Report.refused` has all
 
 @dataclass(frozen=True)
 class Totals:
-    """Before and after. depth: convolutions and linear layers on the longest path. flops: with example inputs only.
+    """Before and after. layers: convolutions and linear layers; depth: those on the longest path, measured where there
+    are example inputs. flops: with example inputs only.
 
     error: the largest difference of the outputs on the example inputs, relative to the largest value.
     """
 
     parameters: tuple[int, int]
-    convolutions: tuple[int, int]
+    layers: tuple[int, int]
     depth: tuple[int, int]
     flops: tuple[int, int] | None = None
     error: float | None = None
@@ -56,11 +57,12 @@ class Report:
         headers = ["region", "was", "is", "FLOPs before", "FLOPs after", "operations"]
         if all(region.flops is None for region in self.merged):
             headers, rows = headers[:3] + headers[5:], [row[:3] + row[5:] for row in rows]
-        return tabulate(rows, headers, disable_numparse=True, colalign=_align(headers))
+        widths = [32, 36, 32] + [None] * (len(headers) - 3)
+        return tabulate(rows, headers, disable_numparse=True, colalign=_align(headers), maxcolwidths=widths)
 
     def _totals_table(self) -> str:
         t = self.totals
-        pairs = {"parameters": t.parameters, "convolutions and linear layers": t.convolutions, "depth": t.depth}
+        pairs = {"parameters": t.parameters, "convolutions and linear layers": t.layers, "depth": t.depth}
         if t.flops is not None:
             pairs["FLOPs"] = t.flops
         rows = [[name, f"{a:,}", f"{b:,}", f"{b / a:.3f}×" if a else ""] for name, (a, b) in pairs.items()]
