@@ -338,7 +338,7 @@ def _common_padding_mode(a: Geometry, b: Geometry) -> str:
 
 @dataclass(frozen=True)
 class AffineMap:
-    """A geometry with its numbers, in float64 (complex128 for complex weights).
+    """A geometry with its numbers. Whatever is computed from them is float64 (complex128 for complex weights).
 
     kernel: [out_channels, in_channels // groups, *kernel_size], also where the map is transposed. bias: [out_channels]
     or None. ones: [out_channels, *kernel_size], the kernel of the channel of ones (see `Geometry`), or None. fill:
@@ -485,14 +485,20 @@ def transposed_weight(kernel: Tensor, groups: int) -> Tensor:
     )
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in the data type that the algebra computes in."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
 def _compose(first: AffineMap, second: AffineMap, geometry: Geometry) -> Tensor:
     """The kernel of second ∘ first: one transposed convolution of the kernels, per group."""
     a, b = first.geometry, second.geometry
-    if b.is_scale:  # scales each output channel
-        return first.kernel * second.kernel.view(-1, *[1] * (first.kernel.dim() - 1))
+    if b.is_scale:  # scales each output channel; a narrow kernel becomes wide in the product
+        return first.kernel * wide(second.kernel).view(-1, *[1] * (first.kernel.dim() - 1))
     if a.is_scale:  # scales each input channel
-        scale = first.kernel.view(b.groups, 1, -1, *[1] * b.dims)
+        scale = wide(first.kernel).view(b.groups, 1, -1, *[1] * b.dims)
         return (second.kernel.unflatten(0, (b.groups, -1)) * scale).flatten(0, 1)
+    first, second = (replace(m, kernel=wide(m.kernel)) for m in (first, second))
     depthwise_first = a.groups == a.in_channels == a.out_channels
     depthwise_second = b.groups == b.in_channels == b.out_channels
     one_pointwise = geometry.dims == 0 or a.transposed or b.transposed
@@ -546,13 +552,13 @@ def _compose_ones(first: AffineMap, second: AffineMap, geometry: Geometry) -> Te
 def _apply_to_constant(second: AffineMap, constant: Tensor) -> Tensor:
     """What `second`'s kernel makes of a constant feature map: Σᵥ K₂[·, ·, v] · constant, for [channels]."""
     groups = second.geometry.groups
-    summed = second.kernel.flatten(2).sum(2) if second.geometry.dims else second.kernel
+    summed = wide(second.kernel.flatten(2).sum(2, dtype=constant.dtype) if second.geometry.dims else second.kernel)
     return (summed.unflatten(0, (groups, -1)) @ constant.view(groups, -1, 1)).flatten()
 
 
 def _placed(operand: AffineMap, geometry: Geometry) -> Tensor:
     """The operand's kernel at its taps on the grid of `geometry`, zeros at the others."""
-    return _on_grid(regroup(operand.kernel, operand.geometry.groups, geometry.groups), operand.geometry, geometry)
+    return _on_grid(regroup(wide(operand.kernel), operand.geometry.groups, geometry.groups), operand.geometry, geometry)
 
 
 def _ones(operand: AffineMap, geometry: Geometry) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from elc_fx.affine import AffineMap, Geometry, flat_padding, regroup, transposed_weight
+from elc_fx.affine import AffineMap, Geometry, flat_padding, regroup, transposed_weight, wide
 from elc_fx.capture import Refusal
 from elc_fx.errors import NotAffineError
 from elc_fx.graph import label, module_of
@@ -153,8 +153,8 @@ class Fusion:
         source = self._now(merge.source)
         nodes = sorted(merge.nodes(), key=lambda node: self.position[node])
         if self.check is not None:
-            rounded = stored.map_tensors(lambda t: t.to(exact.kernel.dtype))
             del exact
+            rounded = stored.map_tensors(wide)
             self.check(self.captured, merge, source, nodes, rounded, dtype)
             del rounded
         first = next(node for node in nodes if source in node.all_input_nodes)

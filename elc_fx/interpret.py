@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight
+from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
 from elc_fx.capture import assign, has_hooks, materialisable
 from elc_fx.graph import function_name, module_of, overwritten_argument, signature_of
 
@@ -412,8 +412,8 @@ class Interpreter:
         )
 
         def load() -> AffineMap:
-            kernel = transposed_weight(_wide(weight), groups) if transposed else _wide(weight)
-            return AffineMap(geometry, kernel, None if bias is None else _wide(bias))
+            kernel = transposed_weight(weight.detach(), groups) if transposed else weight.detach()
+            return AffineMap(geometry, kernel, None if bias is None else wide(bias.detach()))
 
         return Operation(node, source, geometry, load, weight.dtype, weight.device, convolves=True)
 
@@ -424,7 +424,7 @@ class Interpreter:
         geometry = Geometry.pointwise(out_channels, in_channels, 0, bias=bias is not None)
 
         def load() -> AffineMap:
-            return AffineMap(geometry, _wide(weight), None if bias is None else _wide(bias))
+            return AffineMap(geometry, weight.detach(), None if bias is None else wide(bias.detach()))
 
         return Operation(node, source, geometry, load, weight.dtype, weight.device, convolves=True)
 
@@ -451,11 +451,11 @@ class Interpreter:
         geometry = replace(Geometry.identity(mean.shape[0], dims), bias=True)
 
         def load() -> AffineMap:
-            scale = (_wide(variance) + eps).rsqrt()
+            scale = (wide(variance.detach()) + eps).rsqrt()
             if weight is not None:
-                scale = scale * _wide(weight)
-            offset = -_wide(mean) * scale
-            return AffineMap.scale(scale, offset if bias is None else offset + _wide(bias), dims)
+                scale = scale * wide(weight.detach())
+            offset = -wide(mean.detach()) * scale
+            return AffineMap.scale(scale, offset if bias is None else offset + wide(bias.detach()), dims)
 
         axes = len(self.shapes.get(source, ()))
         if dims == 0 and axes not in (0, 2):
@@ -778,15 +778,10 @@ def _usable(*tensors: Tensor | None) -> bool:
     return len(dtypes) == 1 and all(d.is_floating_point or d.is_complex for d in dtypes)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """The tensor in the data type that merges are computed in."""
-    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
 def _vector(value: Any, channels: int) -> Tensor:
     """A constant per channel as a vector. value: number, or a tensor of one or `channels` elements."""
     if isinstance(value, Tensor):
-        return _wide(value).reshape(-1).expand(channels)
+        return wide(value.detach()).reshape(-1).expand(channels)
     return torch.full((channels,), float(value), dtype=torch.float64)
 
 

@@ -130,16 +130,20 @@ class Merge:
         complex_valued = any(op.dtype is not None and op.dtype.is_complex for op in operations)
         dtype = torch.complex128 if complex_valued else torch.float64
 
-        def place(t: Tensor) -> Tensor:
+        def read(op: Operation) -> AffineMap:
+            loaded = op.load()
+            return replace(loaded.map_tensors(place), kernel=place(loaded.kernel, keep=op.convolves))
+
+        def place(t: Tensor, keep: bool = False) -> Tensor:
             t = t.abs() if magnitude else t
-            return t.to(device, dtype)
+            return t.to(device, t.dtype if keep else dtype)  # the algebra widens a kernel when it computes with it
 
         def identity() -> AffineMap:
             like = torch.empty(0, device=device, dtype=dtype)
             return AffineMap.identity(self.geometry.in_channels, self.geometry.dims, like)
 
         with torch.no_grad():
-            return interpret(self.parts, lambda op: op.load().map_tensors(place), identity)
+            return interpret(self.parts, read, identity)
 
 
 @dataclass

@@ -65,10 +65,11 @@ def _agree(actual: Tensor, expected: Tensor, rounding: Tensor) -> bool:
 def _random_input(geometry: Geometry, kernel: Tensor) -> Tensor:
     """Values in [−1, 1] at a size so small that borders matter most, yet large enough for every layer of the region."""
     size = []
-    for axis, (e, s, sides) in enumerate(zip(geometry.extent, geometry.stride, geometry.padding, strict=True)):
+    for e, s, sides in zip(geometry.extent, geometry.stride, geometry.padding, strict=True):
         low, high = sides
-        enough = max(e - min(low, 0) - min(high, 0), low + 1, high + 1)
-        size.append(enough + (s if low <= 0 or high <= 0 else s - 1) + (axis == 0))
+        every_tap = max(e - max(low, 0) - max(high, 0), e // 2 + 1) - min(low, 0) - min(high, 0)
+        second = s if e > 1 and min(low, high) <= 0 else s - 1  # so that there are two output positions
+        size.append(max(every_tap, low + 1, high + 1) + second)
     for axis, a, b, stride in geometry.sizes:
         while (size[axis] + a) // stride != (size[axis] + b) // stride:
             size[axis] += 1
@@ -80,7 +81,7 @@ def _random_input(geometry: Geometry, kernel: Tensor) -> Tensor:
 def _largest_outputs(affine: AffineMap) -> Tensor:
     """Σ|K| + |b| per output channel, which bounds the output for inputs in [−1, 1]: [out_channels, 1, …]."""
     g = affine.geometry
-    bound = affine.kernel.flatten(1).abs().sum(1)
+    bound = torch.linalg.vector_norm(affine.kernel.flatten(1), ord=1, dim=1)
     for constant in (affine.bias, affine.ones):
         if constant is not None:
             bound = bound + constant.reshape(g.out_channels, -1).abs().sum(1)
