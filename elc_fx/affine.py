@@ -27,7 +27,7 @@ Ints: TypeAlias = tuple[int, ...]
 Padding: TypeAlias = tuple[tuple[int, int], ...]
 SizeCondition: TypeAlias = tuple[int, int, int, int]  # (axis, a, b, stride): (n + a) // stride == (n + b) // stride
 
-FILL_TOLERANCE = 1e-5  # constants of a padding were computed in float32, maybe, from a batch norm's numbers
+FILL_TOLERANCE = 64  # roundings with which the constants of a padding were computed from a batch norm's numbers
 
 CONV: dict[int, Any] = {0: F.linear, 1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -302,7 +302,7 @@ def _overlay(a: Geometry, b: Geometry, out_channels: int, groups: int) -> Geomet
         last1, last2 = d1 * (k1 - 1) - low1, d2 * (k2 - 1) - low2
         beyond1, beyond2 = high1 - last1, high2 - last2  # the output has (n - 1 + beyond) // stride + 1 positions
         if beyond1 != beyond2:
-            if a.stride[axis] == 1:
+            if abs(beyond1 - beyond2) >= a.stride[axis]:
                 raise NotAffineError("the outputs of the branches differ in size")
             sizes.add((axis, min(beyond1, beyond2) - 1, max(beyond1, beyond2) - 1, a.stride[axis]))
         unit = math.gcd(d1 if k1 > 1 else 0, d2 if k2 > 1 else 0, low1 - low2) or 1
@@ -380,9 +380,10 @@ class AffineMap:
         """Whether the bias is `fill`, up to the rounding of the data type that `fill` was computed in."""
         if fill.is_meta:
             return True
+        rounding = FILL_TOLERANCE * torch.finfo(fill.dtype).eps
+        fill = wide(fill)
         bias = torch.zeros_like(fill) if self.bias is None else self.bias
-        scale = torch.maximum(bias.abs().max(), fill.abs().max())
-        return bool(((bias - fill).abs() <= FILL_TOLERANCE * scale).all())
+        return bool(((bias - fill).abs() <= rounding * torch.maximum(bias.abs().max(), fill.abs().max())).all())
 
     def _confined(self, second: AffineMap) -> AffineMap:
         """The same map with its bias carried by the channel of ones; where `second` uses ones, a row of ones below."""

@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
@@ -174,7 +175,9 @@ def materialisable(module: nn.Module) -> bool:
 
 def _global_state() -> tuple[Any, ...]:
     """The state of the random number generators that a model may draw from."""
-    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+    numpy_state: Any = np.random.get_state()
+    drawn = numpy_state[1].tobytes(), numpy_state[2]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), drawn
 
 
 def _autocast_state() -> tuple[bool, ...]:
@@ -331,7 +334,7 @@ class _Tracer(fx.Tracer):
         if question.kind == "None" and any(node in self.uncertain for node in nodes):
             self.untruthful = f"`{function}` asks whether {what} is None; give example_inputs if it never is"
         elif question.kind == "type" and nodes:
-            self.untruthful = f"`{function}` asks for the type of {what}"
+            self.untruthful = f"`{function}` asks for the type or the attributes of {what}"
         elif question.kind == "exception" and nodes:
             self.untruthful = f"`{function}` handles exceptions, which tracing does not raise"
 

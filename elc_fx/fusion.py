@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry, flat_padding, regroup, transposed_weight, wide
 from elc_fx.capture import Refusal
-from elc_fx.errors import NotAffineError
+from elc_fx.errors import NotAffineError, VerificationError
 from elc_fx.graph import label, module_of
 from elc_fx.interpret import Operation
 from elc_fx.regions import Merge, Regroup, Step, is_same_padding, needs_explicit_padding
@@ -110,8 +110,7 @@ class Fusion:
     def _concatenate(self, step: Regroup, values: list[tuple[fx.Node, float]]) -> fx.Node:
         if len(values) == 1:
             return values[0][0]
-        linear = any(merge is not None and merge.geometry.dims == 0 for _, merge in step.blocks)
-        return self.graph.call_function(torch.cat, ([value for value, _ in values], -1 if linear else 1))
+        return self.graph.call_function(torch.cat, ([value for value, _ in values], step.join.axis))
 
     def _now(self, node: fx.Node) -> fx.Node:
         """The node that has a value since an earlier merge."""
@@ -155,7 +154,14 @@ class Fusion:
         if self.check is not None:
             del exact
             rounded = stored.map_tensors(wide)
-            self.check(self.captured, merge, source, nodes, rounded, dtype)
+            try:
+                self.check(self.captured, merge, source, nodes, rounded, dtype)
+            except VerificationError as error:
+                if not any(op.geometry.fill for op in operations):
+                    raise
+                # The constants of a padding are the caller's numbers: close to what would merge is not enough.
+                self.refusals.append(Refusal(merge.name, str(error)))
+                return None
             del rounded
         first = next(node for node in nodes if source in node.all_input_nodes)
         layer = self._like_the_original(layer_of(stored, dtype), operations)
@@ -225,8 +231,13 @@ class Fusion:
         """Puts the layer where the first convolution that it replaces was, under a new name if others call that."""
         named = [op for op in operations if op.node.op == "call_module" and op.convolves]
         path = str(named[0].node.target) if named else merge.parts[-1].node.name
-        taken = self.calls.get(path, 0) > 1 or path in self.read or (not named and hasattr(self.captured, path))
-        if taken:
+        parts = path.split(".")
+        if any(".".join(parts[:end]) in self.calls for end in range(1, len(parts))):
+            path = "_".join(parts)  # inside a module that the graph calls as a whole, and that is not ours
+        taken = (
+            self.calls.get(path, 0) > 1 or path in self.read or (path != str(named[0].node.target) if named else True)
+        )
+        if taken and self._exists(path):
             path = next(p for i in range(len(self.calls) + 2) if not self._exists(p := f"{path}_merged{i or ''}"))
         owner, _, name = path.rpartition(".")
         setattr(self.captured.get_submodule(owner), name, layer)
@@ -258,8 +269,8 @@ def _stored(exact: AffineMap, dtype: torch.dtype) -> AffineMap:
 
     def stored(t: Tensor) -> Tensor:
         s = t.to(dtype)
-        if not t.is_meta and not bool(s.sum(dtype=t.dtype).isfinite()) and not torch.equal(s.isfinite(), t.isfinite()):
-            raise NotAffineError(f"its merged weights do not fit into {dtype}")
+        if not t.is_meta and not bool(s.sum(dtype=t.dtype).isfinite()) and not bool(s.isfinite().all()):
+            raise NotAffineError(f"its merged weights are not finite, or do not fit into {dtype}")
         return s
 
     return exact.map_tensors(stored)

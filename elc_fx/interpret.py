@@ -98,6 +98,11 @@ class Interpreter:
         self.shapes = shapes or {}
         self._constants: dict[fx.Node, Any] = {}
         self._written = self._overwritten_attributes()
+        self._may_be_constant: set[fx.Node] = set()
+        for node in captured.graph.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "get_attr" or (inputs and all(source in self._may_be_constant for source in inputs)):
+                self._may_be_constant.add(node)
         self.operations: dict[fx.Node, Operation] = {}
         self.refusals: dict[fx.Node, str] = {}  # operations that look affine but are not, with the reason
         self.features: dict[fx.Node, Feature] = {node: Feature() for node in captured.graph.nodes}
@@ -121,6 +126,8 @@ class Interpreter:
         """The number or tensor that an argument always is, or None."""
         if not isinstance(value, fx.Node):
             return value if isinstance(value, int | float | complex) and not isinstance(value, bool) else None
+        if value not in self._may_be_constant:
+            return None
         if value not in self._constants:
             self._constants[value] = self._evaluate(value)
         return self._constants[value]
@@ -152,12 +159,13 @@ class Interpreter:
     def _overwritten_attributes(self) -> set[Any]:
         """Attributes that the graph changes in place, maybe through a view, and that are no constants therefore."""
         written = set()
+        origin: dict[fx.Node, fx.Node | None] = {}  # the attribute that a value may be a view of
         for node in self.captured.graph.nodes:
+            first = next(iter(node.all_input_nodes), None)
+            origin[node] = node if node.op == "get_attr" else origin.get(first) if first is not None else None
             value = overwritten_argument(self.captured, node)
-            while value is not None and value.op != "get_attr":
-                value = next(iter(value.all_input_nodes), None)
-            if value is not None:
-                written.add(value.target)
+            if value is not None and (attribute := origin[value]) is not None:
+                written.add(attribute.target)
         return written
 
     # Modules.
@@ -232,10 +240,9 @@ class Interpreter:
 
     def _function(self, node: fx.Node) -> Operation | None:
         name, arguments = function_name(node), signature_of(node)
-        home = getattr(node.target, "__module__", None) or ""
         if node.target is assign:
             return self._filled_padding(node)
-        if node.op == "call_function" and home and not home.startswith(("torch", "_operator")):
+        if not _is_torchs(node):
             return None
         if name in ADDS | SCALES | QUOTIENTS | {"neg", "negative", "neg_", "rsub"}:
             return self._elementwise(node, name, arguments)
@@ -340,6 +347,8 @@ class Interpreter:
     ) -> Operation | None:
         feature = self.features[source]
         channels, dims = feature.channels, feature.dims
+        if source.op == "placeholder" or function_name(source) in ("getitem", "getattr"):
+            raise _Refused("the data type of its input is not known, and it may change it")
         if channels is None or dims is None:
             raise _Refused("the number of channels that it scales is not known; give example_inputs")
         tensors = [value for value in (weight, bias) if isinstance(value, Tensor)]
@@ -348,7 +357,9 @@ class Interpreter:
         dtypes = {value.dtype for value in tensors if value.dim() > 0}
         if any(not (d.is_floating_point or d.is_complex) for d in dtypes) or len(dtypes) > 1:
             raise _Refused("its constant changes the data type")
-        complex_number = any(isinstance(value, complex) for value in (weight, bias))
+        complex_number = any(
+            isinstance(v, complex) or (isinstance(v, Tensor) and v.is_complex()) for v in (weight, bias)
+        )
         if complex_number:
             raise _Refused("its constant changes the data type")
         geometry = replace(Geometry.identity(channels, dims), bias=bias is not None)
@@ -562,7 +573,7 @@ class Interpreter:
         def load() -> AffineMap:
             plain = operation.load()
             filled = replace(plain.geometry, fill=True)
-            return replace(plain, geometry=filled, fill=_vector(tensor, geometry.in_channels))
+            return replace(plain, geometry=filled, fill=tensor.detach().reshape(-1).expand(geometry.in_channels))
 
         inner = (padded, *reversed(assigned[1:]))
         return replace(operation, node=node, geometry=replace(geometry, fill=True), load=load, inner=inner)  # type: ignore[arg-type]
@@ -632,7 +643,7 @@ class Interpreter:
     def summands(self, node: fx.Node) -> tuple[Term, Term] | None:
         """The two summands of an addition or subtraction of feature maps, or None."""
         name = function_name(node)
-        if name not in ADDS and name != "rsub":
+        if (name not in ADDS and name != "rsub") or not _is_torchs(node):
             return None
         arguments = signature_of(node)
         left, right, alpha = arguments.get("input"), arguments.get("other"), arguments.get("alpha", 1)
@@ -646,7 +657,7 @@ class Interpreter:
 
     def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
         """The feature maps that a node concatenates along the channels, or None."""
-        if function_name(node) not in CONCATENATIONS or "out" in node.kwargs:
+        if function_name(node) not in CONCATENATIONS or "out" in node.kwargs or not _is_torchs(node):
             return None
         arguments = signature_of(node)
         tensors, axis = arguments.get("tensors"), arguments.get("dim", 0)
@@ -721,6 +732,9 @@ class Interpreter:
             return tuple(inputs[:1]) if isinstance(module, KEEP_CHANNELS) else ()
         if name in ADDS | SCALES | QUOTIENTS | {"rsub"}:
             operands = [n for n in inputs if self.constant(n) is None]
+            constants = [self.constant(n) for n in inputs if n not in operands]
+            if any(isinstance(c, Tensor) and c.numel() > 1 for c in constants):
+                return ()  # which may broadcast one channel to many
             return tuple(operands) if len(operands) == 1 or self.summands(node) else ()
         return tuple(inputs[:1]) if name in KEEP_CHANNELS_FUNCTIONS else ()
 
@@ -797,6 +811,12 @@ def _is_per_channel(value: Tensor, channels: int, dims: int) -> bool:
         and value.dim() >= (dims + 1 if dims else 1)
         and (dims > 0 or value.dim() == 1)
     )
+
+
+def _is_torchs(node: fx.Node) -> bool:
+    """Whether a function or method is torch's or an operator, and not a user's of the same name."""
+    home = getattr(node.target, "__module__", None) or ""
+    return node.op != "call_function" or not home or home.startswith(("torch.", "_operator")) or home == "torch"
 
 
 def _whose_axes(node: fx.Node) -> fx.Node | None:

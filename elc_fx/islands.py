@@ -12,6 +12,7 @@ import functools
 import inspect
 import pickle
 import textwrap
+from collections import ChainMap
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,14 +161,15 @@ def clone(value: Any, memo: dict[int, Any]) -> Any:
         for tensor in vars(module).values():
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None and id(tensor) not in memo:
                 memo[id(tensor)] = tensor.detach().clone()
-    trial = dict(memo)  # a copy that fails leaves halves in its memo
+    new: dict[int, Any] = {}  # a copy that fails leaves halves in its memo
+    trial = ChainMap(new, memo)
     try:
-        copied = copy.deepcopy(value, trial)
+        copied = copy.deepcopy(value, trial)  # type: ignore[arg-type]
     except UNCOPYABLE:
         _keep_what_has_no_copy(value, memo)
         return copy.deepcopy(value, memo)
-    alive = trial.pop(id(trial), [])  # what deepcopy keeps, so that no id in the memo is used again
-    memo.update(trial)
+    alive = new.pop(id(trial), [])  # what deepcopy keeps, so that no id in the memo is used again
+    memo.update(new)
     memo.setdefault(id(memo), []).extend(alive)
     return copied
 

@@ -162,7 +162,7 @@ def _find_questions(code: types.CodeType) -> Iterator[Question]:
         elif name == "IS_OP" and (nones := [o for o in before[-2:] if o.opname == "LOAD_CONST" and o.argval is None]):
             before.remove(nones[-1])
             yield from _about("None", _origin(before))
-        elif name in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval == "type":
+        elif name in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in ("type", "hasattr", "getattr", "callable"):
             yield from _about("type", _origin(instructions[index + 1 : index + 2]))
         elif name in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH"):
             yield Question("exception", "*")

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry, Ints
-from elc_fx.capture import Refusal, is_leaf
+from elc_fx.capture import IDENTITY_MODULES, Refusal, is_leaf
 from elc_fx.errors import NotAffineError
 from elc_fx.graph import function_name, label, module_of, overwritten_argument, signature_of
 from elc_fx.interpret import Feature, Interpreter, Operation
 
 LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chains are merged step by step
 MOST_BRANCHES = 8  # up to here all ways to group the branches of a sum are compared
+DEEPEST_NESTING = 24  # joins inside each other that are planned as one
 NOMINAL_SIZE = 1 << 20  # positions per axis where no example says: large, so that borders do not count
 
 Cost: TypeAlias = tuple[int, int, int]  # FLOPs, weights, launches: compared in this order
@@ -55,12 +56,12 @@ class Join:
     concatenates: bool = False
     inner: list[fx.Node] = field(default_factory=list)
     partial: bool = False
+    axis: int = 1  # along which it concatenates
 
     @property
     def counts_axes(self) -> bool:
         """Whether it names the axis of the channels by its number from the front."""
-        axis = signature_of(self.node).get("dim", 0) if self.concatenates and not self.partial else 0
-        return axis > 0
+        return self.concatenates and self.axis > 0
 
     @property
     def sources(self) -> list[fx.Node]:
@@ -72,11 +73,15 @@ Part: TypeAlias = Operation | Join
 
 @dataclass
 class Chain:
-    """Parts one after the other, each the only reader of what stands before it; reads: how often `source` is read."""
+    """Parts one after the other, each the only reader of what stands before it.
+
+    reads: how often `source` is read. depth: how many joins stand inside each other.
+    """
 
     source: fx.Node
     parts: list[Part]
     reads: int = 1
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,10 @@ class Merge:
 
         def read(op: Operation) -> AffineMap:
             loaded = op.load()
-            return replace(loaded.map_tensors(place), kernel=place(loaded.kernel, keep=op.convolves))
+            kernel = place(loaded.kernel, keep=op.convolves)
+            # A fill is compared at its own precision and by its value: magnitudes are not to be compared.
+            fill = None if loaded.fill is None or magnitude else loaded.fill.to(device)
+            return replace(loaded.map_tensors(place), kernel=kernel, fill=fill)
 
         def place(t: Tensor, keep: bool = False) -> Tensor:
             t = t.abs() if magnitude else t
@@ -255,7 +263,8 @@ class _Finder:
                 self._add_operand(join, term.value, term.coefficient)
             self._close(join)
         elif (values := self.interpreter.concatenated(node)) is not None:
-            self._close(Join(node, [self._branch(value) for value in values], concatenates=True))
+            axis = signature_of(node).get("dim", 0)
+            self._close(Join(node, [self._branch(value) for value in values], concatenates=True, axis=axis))
 
     def _append(self, node: fx.Node, operation: Operation) -> None:
         source, geometry = operation.source, operation.geometry
@@ -320,15 +329,21 @@ class _Finder:
         if self._is_overwritten_between(join):
             self.chains.update({branch.value: branch.chain for branch in join.branches if branch.chain.parts})
             return
-        if len(sources) != 1:
-            self.mixed[join.node] = join
+        depth = 1 + max(branch.chain.depth for branch in join.branches)
+        if len(sources) != 1 or depth > DEEPEST_NESTING:
+            in_place = [n for n in (join.node, *join.inner) if overwritten_argument(self.graph_module, n) is not None]
+            if in_place:  # its first operand decides the data type of the result, which a regrouped sum would not keep
+                self.chains.update({branch.value: branch.chain for branch in join.branches if branch.chain.parts})
+            else:
+                self.mixed[join.node] = join
             return
         source, reads = sources[0], sum(branch.chain.reads for branch in join.branches)
         if source in self.chains and reads == self.uses[source]:
             chain = self.chains.pop(source)
             chain.parts.append(join)
+            chain.depth = max(chain.depth, depth)
         else:
-            chain = Chain(source, [join], reads)
+            chain = Chain(source, [join], reads, depth)
         self.chains[join.node] = chain
 
     def _is_overwritten_between(self, join: Join) -> bool:
@@ -387,7 +402,8 @@ class _Aliases:
     def _allocates(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             module = module_of(self.captured, node)
-            return is_leaf(module) and not isinstance(module, nn.Flatten | nn.Unflatten | nn.Identity)
+            known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
+            return known and not isinstance(module, (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES))
         name = function_name(node)
         if name == "getitem":
             return False
@@ -597,14 +613,14 @@ class Planner:
             runs = [[b for b in join.branches if b.chain.source is source] for source in join.sources]
         for run in runs:
             at = size or self._source_size(run[0].chain.source, [part for b in run for part in b.chain.parts])
-            run_cost, groups = self._group(run, at, ordered=join.concatenates)
+            run_cost, groups = self._group(run, at, join.axis, ordered=join.concatenates)
             cost = _add(cost, run_cost)
             blocks.extend(groups)
         joins = (len(blocks) > 1) if join.concatenates else len(blocks) - 1
         return _add(cost, _launches(joins)), Regroup(join, blocks)
 
     def _group(
-        self, branches: list[Branch], size: Ints, *, ordered: bool
+        self, branches: list[Branch], size: Ints, axis: int, *, ordered: bool
     ) -> tuple[Cost, list[tuple[list[Branch], Merge | None]]]:
         """The cheapest partition of branches of one source into merged groups (of neighbours, where `ordered`)."""
         source = branches[0].chain.source
@@ -612,7 +628,7 @@ class Planner:
 
         def merged(indices: Sequence[int]) -> Merge | None:
             members = [branches[i] for i in indices]
-            join = Join(members[-1].value, members, concatenates=ordered, partial=True)
+            join = Join(members[-1].value, members, concatenates=ordered, partial=True, axis=axis)
             try:
                 geometry = self._geometry([join], source)
             except NotAffineError:

@@ -109,28 +109,35 @@ def _join_branches(merge: Merge, values: dict[fx.Node, Any]) -> Tensor:
 
 
 def _run_node(captured: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The node's value from those of its inputs; constants are computed as the model does, and then widened."""
     x = next(iter(values.values()))
 
-    def wide(value: Any) -> Any:
+    def widen(value: Any) -> Any:
         if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-            return value.to(x.dtype if x.is_complex() else torch.float64)
+            return value.to(x.dtype)
         return value
 
     def load(source: fx.Node) -> Any:
-        if source not in values:
-            values[source] = _run_node(captured, source, values)
-        return values[source]
+        return values[source] if source in values else widen(_constant(captured, source))
 
     args, kwargs = fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
+    if node.op == "call_module":
+        return _call_in_float64(module_of(captured, node), args, kwargs, widen)
+    return _call(node, args, kwargs)
+
+
+def _constant(captured: fx.GraphModule, node: fx.Node) -> Any:
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
-        return wide(getattr(captured.get_submodule(owner), name))
-    if node.op == "call_module":
-        module = module_of(captured, node)
-        return _call_in_float64(module, args, kwargs, wide)
+        return getattr(captured.get_submodule(owner), name)
+    args, kwargs = (fx.map_arg(a, lambda source: _constant(captured, source)) for a in (node.args, node.kwargs))
+    return _call(node, args, kwargs)
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index]
-    return node.target(*args, **kwargs)  # type: ignore[operator, misc]
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _call_in_float64(module: nn.Module, args: Any, kwargs: Any, wide: Any) -> Any:
