@@ -1,0 +1,184 @@
+"""What was found broken once, each by its smallest model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import elc_fx
+
+
+class CalledTwice(nn.Module):
+    """Calls a module as a whole, and a layer inside it by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, _ = self.attention(x, x, x)
+        return y, self.last(self.attention.out_proj(x))
+
+
+def test_a_layer_inside_a_module_that_is_called_whole_is_not_replaced_there() -> None:
+    model, x = CalledTwice().eval(), torch.randn(2, 5, 8)
+    expected = model(x)
+    compiled = elc_fx.compile(model)
+    for result in (model(x), compiled(x)):
+        torch.testing.assert_close(result, expected)
+
+
+class Concatenation(nn.Module):
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.relu()
+        return torch.cat([self.a(x), self.b(x), self.c(y), self.d(y)], self.axis)
+
+
+def test_concatenations_keep_their_axis() -> None:
+    x = torch.randn(2, 4, 9, 9)
+    model = Concatenation(-3).eval()
+    compiled = elc_fx.compile(model)
+    torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(compiled(x[0]), model(x[0]))
+    model = Concatenation(1).eval()
+    torch.testing.assert_close(elc_fx.compile(model, x[0])(x[0]), model(x[0]))
+    with pytest.raises(AssertionError, match="4 axes"):
+        elc_fx.compile(model)(x[0])
+
+
+class Formula(nn.Module):
+    def __init__(self, formula: Any, **layers: nn.Module) -> None:
+        super().__init__()
+        self.formula = formula
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.formula(self, x)
+
+
+def test_a_scale_of_an_input_that_may_be_integers_stays() -> None:
+    model = Formula(lambda s, x: s.c(x / 255), c=nn.Conv2d(3, 8, 4, 4)).eval()
+    x = torch.randint(0, 255, (1, 3, 8, 8), dtype=torch.uint8)
+    for examples in (None, x):
+        torch.testing.assert_close(elc_fx.compile(model, examples)(x), model(x))
+
+
+def test_branches_whose_sizes_never_agree_do_not_merge() -> None:
+    model = Formula(lambda s, x: s.a(x) + s.b(x), a=nn.Conv2d(4, 4, 1, 2), b=nn.Conv2d(4, 4, 5, 2)).eval()
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(elc_fx.compile(model)(x), model(x))
+
+
+def test_an_operation_behind_a_deep_network_does_not_recurse_through_it() -> None:
+    layers = nn.Sequential(*[layer for _ in range(300) for layer in (nn.Conv2d(2, 2, 1), nn.ReLU())])
+    elc_fx.compile(Formula(lambda s, x: s.layers(x) + 1.0, layers=layers).eval())
+
+
+class Nested(nn.Module):
+    """Residuals inside residuals."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([nn.Conv2d(2, 2, 1) for _ in range(depth)])
+        self.up = nn.ModuleList([nn.Conv2d(2, 2, 1) for _ in range(depth)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = []
+        for layer in self.down:
+            kept.append(x)
+            x = layer(x)
+        for layer in self.up:
+            x = layer(x) + kept.pop()
+        return x
+
+
+def test_deeply_nested_residuals_compile() -> None:
+    model, x = Nested(300).double().eval(), torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    expected = model(x)
+    torch.testing.assert_close(elc_fx.compile(model)(x), expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+
+
+class Standardised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3) + 3000)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        return self.norm(F.conv2d(x, w))
+
+
+def test_constants_are_verified_as_the_model_computes_them() -> None:
+    model, x = Standardised().eval(), torch.randn(1, 4, 5, 5)
+    compiled = elc_fx.compile(model)
+    assert len(elc_fx.report_of(compiled).merged) == 1
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@torch.fx.wrap
+def add(input: Tensor, other: Tensor) -> Tensor:
+    return torch.maximum(input, other)
+
+
+def test_a_users_function_is_not_torchs_of_the_same_name() -> None:
+    model = Formula(lambda s, x: add(s.a(x), s.b(x)), a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1)).eval()
+    x = torch.randn(1, 4, 3, 3)
+    torch.testing.assert_close(elc_fx.compile(model, verify=False)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda s, x: s.a(x.tensors if hasattr(x, "tensors") else x),
+        lambda s, x: s.a(getattr(x, "tensors", x)),
+        lambda s, x: s.a(x) * 2 if callable(x) else s.a(x),
+    ],
+    ids=["hasattr", "getattr", "callable"],
+)
+def test_questions_about_attributes_are_not_answered_by_stand_ins(formula: Any) -> None:
+    model, x = Formula(formula, a=nn.Conv2d(4, 4, 1)).eval(), torch.randn(1, 4, 3, 3)
+    torch.testing.assert_close(elc_fx.compile(model)(x), model(x))
+
+
+class SubclassedDropout(nn.Dropout):
+    pass
+
+
+def test_a_dropout_subclass_hands_on_its_input() -> None:
+    def forward(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = s.c(x).relu()
+        dropped = s.drop(kept)
+        dropped *= 2.0
+        return s.last(dropped), kept
+
+    layers = {"c": nn.Conv2d(4, 4, 3, padding=1), "drop": SubclassedDropout(0.1), "last": nn.Conv2d(4, 4, 3)}
+    model, x = Formula(forward, **layers).eval(), torch.randn(1, 4, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(elc_fx.compile(model)(x), model(x))
+
+
+def test_a_complex_scale_is_not_made_real() -> None:
+    model = Formula(lambda s, x: s.c(x) * s.j, c=nn.Conv2d(2, 2, 1)).eval()
+    model.register_buffer("j", torch.tensor(1j))
+    x = torch.randn(1, 2, 3, 3)
+    torch.testing.assert_close(elc_fx.compile(model)(x), model(x))
+
+
+def test_one_channel_that_is_broadcast_to_many_stays_one() -> None:
+    model = Formula(lambda s, x: s.c(x * s.g), c=nn.Conv2d(8, 8, 3)).eval()
+    model.register_parameter("g", nn.Parameter(torch.randn(8, 1, 1)))
+    x = torch.randn(1, 1, 5, 5)
+    torch.testing.assert_close(elc_fx.compile(model)(x), model(x))
