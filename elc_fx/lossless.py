@@ -52,7 +52,10 @@ class LosslessCompilation:
             depth=depth,
         )
         if self.examples is not None:
-            actual, after = _measured(compiled, self.examples)
+            try:
+                actual, after = _measured(compiled, self.examples)
+            except InvalidInputError as error:  # the model itself ran
+                raise VerificationError(f"the compiled model fails where the model runs: {error}") from error
             totals = replace(totals, flops=(before.flops, after.flops), depth=(before.depth, after.depth))
             if self.verify:
                 totals = replace(totals, error=self._verify_outputs(self.expected, actual))
