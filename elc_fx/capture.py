@@ -30,8 +30,8 @@ from elc_fx.graph import module_of, overwritten_argument, signature_of
 from elc_fx.questions import Question, Watch, may_ask
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-IDENTITY_MODULES_EVAL = (*IDENTITY_MODULES, nn.FeatureAlphaDropout)
+DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+IDENTITY_MODULES = (nn.Identity, *DROPOUT_MODULES)
 DROPOUT_FUNCTIONS = {
     "dropout",
     "dropout1d",
@@ -159,7 +159,7 @@ def _cannot_be_entered(module: nn.Module) -> str | None:
         return "it has hooks"
     if module.training and (not is_leaf(module) or any(True for _ in module.buffers(recurse=False))):
         return "it is in training mode"
-    if module.training and isinstance(module, IDENTITY_MODULES_EVAL[1:]):
+    if module.training and isinstance(module, DROPOUT_MODULES):
         return "it is in training mode"
     return None
 
@@ -603,7 +603,7 @@ def is_identity(captured: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = module_of(captured, node)
         off = type(module) is nn.Identity or not module.training
-        return type(module) in IDENTITY_MODULES_EVAL and off and not has_hooks(module)
+        return type(module) in IDENTITY_MODULES and off and not has_hooks(module)
     if node.op == "call_function" and getattr(node.target, "__name__", "") in DROPOUT_FUNCTIONS:
         arguments = signature_of(node)
         training = arguments.get("training", arguments.get("train"))

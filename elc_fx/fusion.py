@@ -22,7 +22,6 @@ from elc_fx.regions import Merge, Regroup, Step, is_same_padding, needs_explicit
 
 CONV_MODULES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE_MODULES: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 Check: TypeAlias = Callable[[fx.GraphModule, Merge, fx.Node, Sequence[fx.Node], AffineMap, torch.dtype], None]
 
@@ -207,8 +206,8 @@ class Fusion:
             if geometry.padding_mode == "zeros":
                 source = self.graph.call_function(F.pad, (source, flat_padding(geometry.padding)))
             else:
-                mode = PAD_MODES[geometry.padding_mode]
-                source = self.graph.call_function(F.pad, (source, flat_padding(grow)), {"mode": mode})
+                arguments = (source, flat_padding(grow), geometry.padding_mode)
+                source = self.graph.call_function(F.pad, arguments)
                 if any(sides != (0, 0) for sides in crop):
                     source = self.graph.call_function(F.pad, (source, flat_padding(crop)))
         return source
