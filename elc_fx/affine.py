@@ -27,6 +27,7 @@ Ints: TypeAlias = tuple[int, ...]
 Padding: TypeAlias = tuple[tuple[int, int], ...]
 SizeCondition: TypeAlias = tuple[int, int, int, int]  # (axis, a, b, stride): (n + a) // stride == (n + b) // stride
 
+BLOCK = 1 << 17  # numbers of a kernel that are widened at a time: 1 MiB, which stay in the cache
 FILL_TOLERANCE = 64  # roundings with which the constants of a padding were computed from a batch norm's numbers
 
 CONV: dict[int, Any] = {0: F.linear, 1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -342,7 +343,8 @@ class AffineMap:
 
     kernel: [out_channels, in_channels // groups, *kernel_size], also where the map is transposed. bias: [out_channels]
     or None. ones: [out_channels, *kernel_size], the kernel of the channel of ones (see `Geometry`), or None. fill:
-    [in_channels], what the padding holds (see `Geometry`), or None.
+    [in_channels], what the padding holds (see `Geometry`), or None. gain: [out_channels], a factor that `kernel` still
+    lacks, or None: so batch norm after a narrow kernel makes no wide one.
     """
 
     geometry: Geometry
@@ -350,6 +352,7 @@ class AffineMap:
     bias: Tensor | None = None
     ones: Tensor | None = None
     fill: Tensor | None = None
+    gain: Tensor | None = None
 
     @classmethod
     def scale(cls, weight: Tensor, bias: Tensor | None, dims: int) -> AffineMap:
@@ -364,7 +367,10 @@ class AffineMap:
 
     def then(self, second: AffineMap) -> AffineMap:
         """`second` after this map. Raises `NotAffineError` as `Geometry.then` does."""
-        first, geometry = self, self.geometry.then(second.geometry)
+        geometry = self.geometry.then(second.geometry)
+        if second.geometry.is_scale:
+            return self._scaled(second, geometry)
+        first, second = self.settled(), second.settled()
         if second.fill is not None and not self._gives_for_zeros(second.fill):
             raise NotAffineError("the constants of the padding are not what the map before it gives for zero input")
         transposes = first.geometry.transposed or second.geometry.transposed
@@ -375,6 +381,38 @@ class AffineMap:
             passed = _apply_to_constant(second, first.bias)
             bias = passed if bias is None else bias + passed
         return AffineMap(geometry, _compose(first, second, geometry), bias, _compose_ones(first, second, geometry))
+
+    def _scaled(self, second: AffineMap, geometry: Geometry) -> AffineMap:
+        """`second`, which scales and shifts every channel for itself, after this map."""
+        factor = wide(second.settled().kernel).flatten()
+        bias = second.bias
+        if self.bias is not None:
+            bias = self.bias * factor if bias is None else self.bias * factor + bias
+        ones = None if self.ones is None else _per_output(factor, self.ones) * self.ones
+        return AffineMap(geometry, self.kernel, bias, ones, gain=factor if self.gain is None else self.gain * factor)
+
+    def settled(self) -> AffineMap:
+        """The same map without a gain."""
+        if self.gain is None:
+            return self
+        return replace(self, kernel=_per_output(self.gain, self.kernel) * wide(self.kernel), gain=None)
+
+    def rounded(self, dtype: torch.dtype) -> AffineMap:
+        """The same map with its numbers in `dtype`, rounded once. Raises `NotAffineError` on overflow.
+
+        A kernel that lacks its gain gets it block by block, so that there is no float64 kernel.
+        """
+
+        def to_dtype(tensor: Tensor) -> Tensor:
+            return _finite(tensor.to(dtype))
+
+        if self.gain is None:
+            return self.map_tensors(to_dtype)
+        kernel = torch.empty_like(self.kernel, dtype=dtype)
+        gain, rows = _per_output(self.gain, kernel), row_blocks(len(kernel), kernel[0].numel())
+        for narrow, factor, block in zip(self.kernel.split(rows), gain.split(rows), kernel.split(rows), strict=True):
+            _finite(block.copy_(wide(narrow) * factor))
+        return replace(replace(self, kernel=self.kernel[:0], gain=None).map_tensors(to_dtype), kernel=kernel)
 
     def _gives_for_zeros(self, fill: Tensor) -> bool:
         """Whether the bias is `fill`, up to the rounding of the data type that `fill` was computed in."""
@@ -391,7 +429,7 @@ class AffineMap:
         assert tap is not None  # Geometry.confines_before refuses otherwise
         at = _flat_index(tap, self.geometry.kernel_size)
         rows = self.geometry.out_channels + (second.ones is not None)
-        ones = self.kernel.new_zeros(rows, *self.geometry.kernel_size)
+        ones = wide(self.kernel[:0]).new_zeros(rows, *self.geometry.kernel_size)
         if self.ones is not None:
             ones[: self.geometry.out_channels] += self.ones
         if self.bias is not None:
@@ -420,11 +458,12 @@ class AffineMap:
         bias = None if self.bias is None else function(self.bias)
         ones = None if self.ones is None else function(self.ones)
         fill = None if self.fill is None else function(self.fill)
-        return AffineMap(self.geometry, function(self.kernel), bias, ones, fill)
+        gain = None if self.gain is None else function(self.gain)
+        return AffineMap(self.geometry, function(self.kernel), bias, ones, fill, gain)
 
     def dense(self) -> Tensor:
         """The kernel with all channels connected: [out_channels, in_channels, *kernel_size]."""
-        return regroup(self.kernel, self.geometry.groups, 1)
+        return regroup(self.settled().kernel, self.geometry.groups, 1)
 
     def with_channel_of_ones(self) -> AffineMap:
         """The same map of the input with a channel of ones appended: dense, one more input channel, no `ones`."""
@@ -437,7 +476,7 @@ class AffineMap:
         g = self.geometry
         if self.ones is not None:
             return self.with_channel_of_ones()(append_ones(x, g.dims))
-        kernel = self.kernel.to(x.dtype)
+        kernel = self.settled().kernel.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if g.dims == 0:
             return F.linear(x, regroup(kernel, g.groups, 1), bias)
@@ -491,11 +530,25 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
+def row_blocks(rows: int, width: int) -> int:
+    """How many of the rows of a kernel are widened at a time: those of one BLOCK, at least one. width: of a row."""
+    return max(1, min(rows, BLOCK // max(width, 1)))
+
+
+def _per_output(factor: Tensor, kernel: Tensor) -> Tensor:
+    """[out_channels] in the shape that multiplies a kernel's rows."""
+    return factor.view(-1, *[1] * (kernel.dim() - 1))
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    if not tensor.is_meta and not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+        raise NotAffineError(f"its merged weights are not finite, or do not fit into {tensor.dtype}")
+    return tensor
+
+
 def _compose(first: AffineMap, second: AffineMap, geometry: Geometry) -> Tensor:
     """The kernel of second ∘ first: one transposed convolution of the kernels, per group."""
     a, b = first.geometry, second.geometry
-    if b.is_scale:  # scales each output channel; a narrow kernel becomes wide in the product
-        return first.kernel * wide(second.kernel).view(-1, *[1] * (first.kernel.dim() - 1))
     if a.is_scale:  # scales each input channel
         scale = wide(first.kernel).view(b.groups, 1, -1, *[1] * b.dims)
         return (second.kernel.unflatten(0, (b.groups, -1)) * scale).flatten(0, 1)
@@ -559,7 +612,8 @@ def _apply_to_constant(second: AffineMap, constant: Tensor) -> Tensor:
 
 def _placed(operand: AffineMap, geometry: Geometry) -> Tensor:
     """The operand's kernel at its taps on the grid of `geometry`, zeros at the others."""
-    return _on_grid(regroup(wide(operand.kernel), operand.geometry.groups, geometry.groups), operand.geometry, geometry)
+    kernel = wide(operand.settled().kernel)
+    return _on_grid(regroup(kernel, operand.geometry.groups, geometry.groups), operand.geometry, geometry)
 
 
 def _ones(operand: AffineMap, geometry: Geometry) -> Tensor | None:

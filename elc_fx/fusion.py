@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from elc_fx.affine import AffineMap, Geometry, flat_padding, regroup, transposed_weight, wide
+from elc_fx.affine import AffineMap, Geometry, flat_padding, regroup, transposed_weight
 from elc_fx.capture import Refusal
 from elc_fx.errors import NotAffineError, VerificationError
 from elc_fx.graph import label, module_of
@@ -23,7 +23,8 @@ from elc_fx.regions import Merge, Regroup, Step, is_same_padding, needs_explicit
 CONV_MODULES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE_MODULES: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
-Check: TypeAlias = Callable[[fx.GraphModule, Merge, fx.Node, Sequence[fx.Node], AffineMap, torch.dtype], None]
+Merged: TypeAlias = Callable[[Tensor], Tensor]  # what is to stand in the place of a region
+Check: TypeAlias = Callable[[fx.GraphModule, Merge, fx.Node, Sequence[fx.Node], Merged, AffineMap], None]
 
 
 @dataclass(frozen=True)
@@ -142,34 +143,34 @@ class Fusion:
         operations = list(merge.operations())
         dtype = next(op.dtype for op in operations if op.dtype is not None)
         try:
-            exact = merge.affine_map()
-            stored = _stored(exact, dtype)
+            stored = merge.affine_map().rounded(dtype)
         except NotAffineError as error:
             self.refusals.append(Refusal(merge.name, str(error)))
             return None
-        assert exact.geometry == merge.geometry
+        assert stored.geometry == merge.geometry
         source = self._now(merge.source)
         nodes = sorted(merge.nodes(), key=lambda node: self.position[node])
+        layer = self._like_the_original(layer_of(stored, dtype), operations)
         if self.check is not None:
-            del exact
-            rounded = stored.map_tensors(wide)
+
+            def merged(x: Tensor) -> Any:
+                return layer(_padded(merge.geometry, x, lambda function, *args, **kwargs: function(*args, **kwargs)))
+
             try:
-                self.check(self.captured, merge, source, nodes, rounded, dtype)
+                self.check(self.captured, merge, source, nodes, merged, stored)
             except VerificationError as error:
                 if not any(op.geometry.fill for op in operations):
                     raise
                 # The constants of a padding are the caller's numbers: close to what would merge is not enough.
                 self.refusals.append(Refusal(merge.name, str(error)))
                 return None
-            del rounded
         first = next(node for node in nodes if source in node.all_input_nodes)
-        layer = self._like_the_original(layer_of(stored, dtype), operations)
         with self.graph.inserting_before(first):
             if (rank := merge.rank) is not None:
                 self._insert_rank_check(source, rank)
             for condition in merge.geometry.sizes:
                 self._insert_size_check(source, *condition)
-            value = self._insert_input(merge.geometry, source)
+            value = _padded(merge.geometry, source, self._call)
             value = self.graph.call_module(self._register(layer, operations, merge), (value,))
         self._place(value, first)
         self._record(merge, operations, nodes)
@@ -197,20 +198,8 @@ class Fusion:
         message = f"the merged branches differ in size for this input: along axis {axis + 2}, stride {stride}"
         self.graph.call_function(torch._assert, (self.graph.call_function(operator.eq, tuple(counts)), message))
 
-    def _insert_input(self, geometry: Geometry, source: fx.Node) -> fx.Node:
-        if geometry.ones:
-            source = self.graph.call_function(F.pad, (source, [0, 0] * geometry.dims + [0, 1]), {"value": 1.0})
-        if needs_explicit_padding(geometry):
-            grow = tuple((max(low, 0), max(high, 0)) for low, high in geometry.padding)
-            crop = tuple((min(low, 0), min(high, 0)) for low, high in geometry.padding)
-            if geometry.padding_mode == "zeros":
-                source = self.graph.call_function(F.pad, (source, flat_padding(geometry.padding)))
-            else:
-                arguments = (source, flat_padding(grow), geometry.padding_mode)
-                source = self.graph.call_function(F.pad, arguments)
-                if any(sides != (0, 0) for sides in crop):
-                    source = self.graph.call_function(F.pad, (source, flat_padding(crop)))
-        return source
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(function, args, kwargs)
 
     def _like_the_original(self, layer: nn.Module, operations: list[Operation]) -> nn.Module:
         """Device, memory format and requires_grad of the layers that are merged."""
@@ -263,16 +252,22 @@ class Fusion:
         )
 
 
-def _stored(exact: AffineMap, dtype: torch.dtype) -> AffineMap:
-    """The map with its numbers as they will be stored. Raises `NotAffineError` on overflow."""
+def _padded(geometry: Geometry, source: Any, call: Callable[..., Any]) -> Any:
+    """What the layer of a geometry reads: `source` with a channel of ones, or padded as torch's layers cannot.
 
-    def stored(t: Tensor) -> Tensor:
-        s = t.to(dtype)
-        if not t.is_meta and not bool(s.sum(dtype=t.dtype).isfinite()) and not bool(s.isfinite().all()):
-            raise NotAffineError(f"its merged weights are not finite, or do not fit into {dtype}")
-        return s
-
-    return exact.map_tensors(stored)
+    call: calls a function, for a tensor as `source`, or puts the call into a graph, for a node.
+    """
+    if geometry.ones:
+        source = call(F.pad, source, [0, 0] * geometry.dims + [0, 1], value=1.0)
+    if needs_explicit_padding(geometry):
+        if geometry.padding_mode == "zeros":
+            return call(F.pad, source, flat_padding(geometry.padding))
+        grow = tuple((max(low, 0), max(high, 0)) for low, high in geometry.padding)
+        crop = tuple((min(low, 0), min(high, 0)) for low, high in geometry.padding)
+        source = call(F.pad, source, flat_padding(grow), geometry.padding_mode)
+        if any(sides != (0, 0) for sides in crop):
+            source = call(F.pad, source, flat_padding(crop))
+    return source
 
 
 def layer_of(affine: AffineMap, dtype: torch.dtype) -> nn.Module:

@@ -44,6 +44,7 @@ ADDS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_", "subtract", "sub
 SCALES = frozenset(("mul", "imul", "mul_", "multiply", "multiply_"))
 QUOTIENTS = frozenset(("div", "truediv", "itruediv", "div_", "divide", "true_divide"))
 CONCATENATIONS = frozenset(("cat", "concat", "concatenate"))
+CPU = torch.device("cpu")  # where numbers are made that have no device of their own, whatever torch's default is
 RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "poisson", "empty")
 
 
@@ -509,7 +510,7 @@ class Interpreter:
 
         def load() -> AffineMap:
             size = divisor or math.prod(kernel)
-            return AffineMap(geometry, torch.full((channels, 1, *kernel), 1 / size, dtype=torch.float64))
+            return AffineMap(geometry, torch.full((channels, 1, *kernel), 1 / size, dtype=torch.float64, device=CPU))
 
         return Operation(node, source, geometry, load)
 
@@ -541,7 +542,7 @@ class Interpreter:
         geometry = replace(Geometry.identity(feature.channels, dims), padding=padding, padding_mode=mode)
 
         def load() -> AffineMap:
-            ones = torch.ones(geometry.out_channels, dtype=torch.float64)
+            ones = torch.ones(geometry.out_channels, dtype=torch.float64, device=CPU)
             return replace(AffineMap.scale(ones, None, geometry.dims), geometry=geometry)
 
         return Operation(node, source, geometry, load)
@@ -608,7 +609,7 @@ class Interpreter:
             geometry = replace(Geometry.identity(channels, dims), stride=tuple(stride), padding=tuple(padding))
 
             def load() -> AffineMap:
-                ones = torch.ones(channels, dtype=torch.float64)
+                ones = torch.ones(channels, dtype=torch.float64, device=CPU)
                 return replace(AffineMap.scale(ones, None, dims), geometry=geometry)
 
             return Operation(node, source, geometry, load, rank=rank)
@@ -632,7 +633,7 @@ class Interpreter:
         geometry = Geometry.pointwise(out_channels, channels, dims, stride=stride, padding=padding)
 
         def load() -> AffineMap:
-            kernel = torch.zeros(out_channels, channels, dtype=torch.float64)
+            kernel = torch.zeros(out_channels, channels, dtype=torch.float64, device=CPU)
             kernel[list(rows or range(out_channels)), list(columns or range(channels))] = 1
             return AffineMap(geometry, kernel.view(out_channels, channels, *[1] * dims))
 
@@ -796,7 +797,7 @@ def _vector(value: Any, channels: int) -> Tensor:
     """A constant per channel as a vector. value: number, or a tensor of one or `channels` elements."""
     if isinstance(value, Tensor):
         return wide(value.detach()).reshape(-1).expand(channels)
-    return torch.full((channels,), float(value), dtype=torch.float64)
+    return torch.full((channels,), float(value), dtype=torch.float64, device=CPU)
 
 
 def _is_per_channel(value: Tensor, channels: int, dims: int) -> bool:

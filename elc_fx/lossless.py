@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
@@ -81,8 +80,7 @@ class LosslessCompilation:
             self.opaque.append(Refusal(path or "the model", str(error)))
             return self._compile_children(module, path)
         self.opaque.extend(replace(r, where=_join(path, r.where)) for r in captured.opaque)
-        with torch.device("cpu"):  # where nothing else is said; the merged layers are where their weights were
-            return self._merge(captured.graph_module, path, shapes)
+        return self._merge(captured.graph_module, path, shapes)
 
     def _run_captured(self, captured: Capture) -> dict[fx.Node, Ints]:
         """The shapes of all values on the examples. Raises `CaptureError` if the graph computes something else."""

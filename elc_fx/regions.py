@@ -19,7 +19,7 @@ from elc_fx.affine import AffineMap, Geometry, Ints
 from elc_fx.capture import IDENTITY_MODULES, Refusal, is_leaf
 from elc_fx.errors import NotAffineError
 from elc_fx.graph import function_name, label, module_of, overwritten_argument, signature_of
-from elc_fx.interpret import Feature, Interpreter, Operation
+from elc_fx.interpret import CPU, Feature, Interpreter, Operation
 
 LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chains are merged step by step
 MOST_BRANCHES = 8  # up to here all ways to group the branches of a sum are compared
@@ -135,16 +135,18 @@ class Merge:
         complex_valued = any(op.dtype is not None and op.dtype.is_complex for op in operations)
         dtype = torch.complex128 if complex_valued else torch.float64
 
+        def place(t: Tensor) -> Tensor:
+            return (t.abs() if magnitude else t).to(device, dtype)
+
         def read(op: Operation) -> AffineMap:
             loaded = op.load()
-            kernel = place(loaded.kernel, keep=op.convolves)
-            # A fill is compared at its own precision and by its value: magnitudes are not to be compared.
+            kernel = loaded.kernel.abs() if magnitude else loaded.kernel
+            # The algebra widens the kernel of a convolution when it computes with it. A fill is compared at its own
+            # precision and by its value: magnitudes are not to be compared.
+            kernel = kernel.to(device) if op.convolves else kernel.to(device, dtype)
             fill = None if loaded.fill is None or magnitude else loaded.fill.to(device)
-            return replace(loaded.map_tensors(place), kernel=kernel, fill=fill)
-
-        def place(t: Tensor, keep: bool = False) -> Tensor:
-            t = t.abs() if magnitude else t
-            return t.to(device, t.dtype if keep else dtype)  # the algebra widens a kernel when it computes with it
+            bias, ones = (None if t is None else place(t) for t in (loaded.bias, loaded.ones))
+            return AffineMap(loaded.geometry, kernel, bias, ones, fill)
 
         def identity() -> AffineMap:
             like = torch.empty(0, device=device, dtype=dtype)
@@ -320,7 +322,7 @@ class _Finder:
             return None
         channels, dims = feature.channels, feature.dims
         geometry = Geometry.identity(channels, dims)
-        scale = torch.full((channels,), float(coefficient), dtype=torch.float64)
+        scale = torch.full((channels,), float(coefficient), dtype=torch.float64, device=CPU)
         return Operation(node, value, geometry, lambda: AffineMap.scale(scale, None, dims))
 
     def _close(self, join: Join) -> None:

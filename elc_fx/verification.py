@@ -7,18 +7,19 @@ and that is what may differ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from elc_fx.affine import AffineMap, Geometry
+from elc_fx.affine import AffineMap, Geometry, row_blocks, wide
 from elc_fx.errors import VerificationError
 from elc_fx.graph import module_of
 from elc_fx.interpret import weight_of
 from elc_fx.regions import Join, Merge
+from elc_fx.widening import Widening
 
 SLACK = 64 * torch.finfo(torch.float64).eps  # of the float64 arithmetic itself, relative to the sum of magnitudes
 
@@ -28,26 +29,28 @@ def verify_merge(
     merge: Merge,
     source: fx.Node,
     nodes: Sequence[fx.Node],
-    rounded: AffineMap,
-    dtype: torch.dtype,
+    merged: Callable[[Tensor], Tensor],
+    stored: AffineMap,
 ) -> None:
     """Compares a merge with the nodes that it replaces, which read `source`, in the order of the graph.
 
-    rounded: the merged map with its numbers as stored, in float64. Raises `VerificationError`, naming the region.
+    merged: what is to stand in their place. stored: its map, with the numbers as stored. Raises `VerificationError`,
+    naming the region.
     """
-    if rounded.kernel.is_meta:
+    if stored.kernel.is_meta:
         return
-    x = _random_input(merge.geometry, rounded.kernel)
-    expected, actual = _run_region(captured, merge, source, nodes, x.clone()), rounded(x)
+    x = _random_input(merge.geometry, stored.kernel)
+    with torch.no_grad(), Widening():
+        expected, actual = _run_region(captured, merge, source, nodes, x.clone()), merged(x)
     if actual.shape != expected.shape:
         difference = f"its output has shape {tuple(actual.shape)}, the region's {tuple(expected.shape)}"
     else:
-        rounding = torch.finfo(dtype).eps * _largest_outputs(rounded)
-        rounding += torch.finfo(dtype).tiny * torch.finfo(dtype).eps * (rounded.kernel[0].numel() + 2)
+        info = torch.finfo(stored.kernel.dtype)
+        rounding = info.eps * _largest_outputs(stored) + info.tiny * info.eps * (stored.kernel[0].numel() + 2)
         if _agree(actual, expected, rounding):
             return
         # Intermediate results may be larger than the merged map shows, and cancel.
-        rounding += SLACK * _largest_outputs(merge.affine_map(magnitude=True))
+        rounding += SLACK * _largest_outputs(merge.affine_map(magnitude=True).settled())
         if _agree(actual, expected, rounding):
             return
         error = (actual - expected).abs()
@@ -74,29 +77,31 @@ def _random_input(geometry: Geometry, kernel: Tensor) -> Tensor:
         while (size[axis] + a) // stride != (size[axis] + b) // stride:
             size[axis] += 1
     shape = (1 if size else 2, geometry.in_channels, *size)
-    generator = torch.Generator().manual_seed(0)
-    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1).to(kernel.device, kernel.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = 2 * torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") - 1
+    return wide(x.to(kernel.device, kernel.dtype))
 
 
 def _largest_outputs(affine: AffineMap) -> Tensor:
     """Σ|K| + |b| per output channel, which bounds the output for inputs in [−1, 1]: [out_channels, 1, …]."""
-    g = affine.geometry
-    bound = torch.linalg.vector_norm(affine.kernel.flatten(1), ord=1, dim=1)
+    rows = affine.kernel.flatten(1)
+    blocks = rows.split(row_blocks(*rows.shape))
+    half = affine.kernel.dtype in (torch.float16, torch.bfloat16, torch.complex32)
+    bound = wide(torch.cat([block.abs().sum(1, dtype=torch.float32 if half else None) for block in blocks]))
     for constant in (affine.bias, affine.ones):
         if constant is not None:
-            bound = bound + constant.reshape(g.out_channels, -1).abs().sum(1)
-    return bound.view(-1, *[1] * g.dims)
+            bound = bound + constant.reshape(len(bound), -1).abs().sum(1)
+    return bound.view(-1, *[1] * affine.geometry.dims)
 
 
 def _run_region(captured: fx.GraphModule, merge: Merge, source: fx.Node, nodes: Sequence[fx.Node], x: Tensor) -> Tensor:
-    """The region's own nodes on x, in float64."""
+    """The region's own nodes on x."""
     values: dict[fx.Node, Any] = {source: x, merge.source: x}
-    with torch.no_grad():
-        for node in nodes:
-            values[node] = _run_node(captured, node, values)
-        if (output := merge.output) is not None:
-            return values[output]  # type: ignore[no-any-return]
-        return _join_branches(merge, values)
+    for node in nodes:
+        values[node] = _run_node(captured, node, values)
+    if (output := merge.output) is not None:
+        return values[output]  # type: ignore[no-any-return]
+    return _join_branches(merge, values)
 
 
 def _join_branches(merge: Merge, values: dict[fx.Node, Any]) -> Tensor:
@@ -109,46 +114,29 @@ def _join_branches(merge: Merge, values: dict[fx.Node, Any]) -> Tensor:
 
 
 def _run_node(captured: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The node's value from those of its inputs; constants are computed as the model does, and then widened."""
-    x = next(iter(values.values()))
-
-    def widen(value: Any) -> Any:
-        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-            return value.to(x.dtype)
-        return value
+    """The node's value from those of its inputs; constants are computed as the model computes them."""
 
     def load(source: fx.Node) -> Any:
-        return values[source] if source in values else widen(_constant(captured, source))
+        return values[source] if source in values else _run_node(captured, source, {})
 
-    args, kwargs = fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
-    if node.op == "call_module":
-        return _call_in_float64(module_of(captured, node), args, kwargs, widen)
-    return _call(node, args, kwargs)
-
-
-def _constant(captured: fx.GraphModule, node: fx.Node) -> Any:
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
         return getattr(captured.get_submodule(owner), name)
-    args, kwargs = (fx.map_arg(a, lambda source: _constant(captured, source)) for a in (node.args, node.kwargs))
-    return _call(node, args, kwargs)
-
-
-def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    args, kwargs = fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
+    if node.op == "call_module":
+        return _without_hooks(module_of(captured, node))(*args, **kwargs)
     if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index]
+    return node.target(*args, **kwargs)  # type: ignore[operator, misc]
 
 
-def _call_in_float64(module: nn.Module, args: Any, kwargs: Any, wide: Any) -> Any:
-    """The module's own forward with its parameters and buffers in float64; the module itself is not changed."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    if module._forward_pre_hooks:  # old-style weight norm, whose hook computes the weight
-        plain = type(module).__new__(type(module))
-        plain.__dict__.update({**vars(module), "_forward_pre_hooks": {}, "weight": wide(weight_of(module))})
-        tensors = {k: v for k, v in tensors.items() if k == "bias"}
-        module = plain
-    return torch.func.functional_call(module, {k: wide(v) for k, v in tensors.items()}, args, kwargs)
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """The same module; with old-style weight norm, whose hook changes its module, one that has the weight already."""
+    if not module._forward_pre_hooks:
+        return module
+    plain = type(module).__new__(type(module))
+    plain.__dict__.update({**vars(module), "_forward_pre_hooks": {}, "weight": weight_of(module)})
+    return plain
 
 
 def verify_outputs(expected: Any, actual: Any) -> float:
@@ -178,8 +166,7 @@ def verify_outputs(expected: Any, actual: Any) -> float:
 
 def relative_error(expected: Tensor, actual: Tensor) -> float:
     """Largest difference over the largest finite value of `expected`; NaN and infinities must stand at equal places."""
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = expected.to(wide), actual.to(wide)
+    a, b = wide(expected), wide(actual)
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()):
         return float("inf")
