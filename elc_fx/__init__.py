@@ -1,33 +1,56 @@
 """elc_fx makes trained convolutional networks shallower and faster, without pruning."""
 
+from elc_fx.activations import register_activation
 from elc_fx.api import compile, report_of
-from elc_fx.capture import Refusal
+from elc_fx.capture import CaptureError, Refusal
 from elc_fx.comparison import Comparison, Measurement, compare, measure
+from elc_fx.decoupling.collapse import merge
+from elc_fx.decoupling.decoupled import DecoupledModule
+from elc_fx.decoupling.gates import GateSchedule, gates, set_gate
+from elc_fx.decoupling.rewrite import decouple
 from elc_fx.errors import (
     ElcError,
+    GateNotClosedError,
     InvalidInputError,
     NotAffineError,
+    PlanError,
     TrainingModeError,
     VerificationError,
 )
 from elc_fx.fusion import MergedRegion
+from elc_fx.planning.candidates import Candidate, Candidates, candidates
+from elc_fx.planning.plan import Plan
 from elc_fx.report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Candidate",
+    "Candidates",
+    "CaptureError",
     "Comparison",
+    "DecoupledModule",
     "ElcError",
+    "GateNotClosedError",
+    "GateSchedule",
     "InvalidInputError",
     "Measurement",
     "MergedRegion",
     "NotAffineError",
+    "Plan",
+    "PlanError",
     "Refusal",
     "Report",
     "TrainingModeError",
     "VerificationError",
+    "candidates",
     "compare",
     "compile",
+    "decouple",
+    "gates",
     "measure",
+    "merge",
+    "register_activation",
     "report_of",
+    "set_gate",
 ]

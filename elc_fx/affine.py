@@ -365,6 +365,10 @@ class AffineMap:
     def identity(cls, channels: int, dims: int, like: Tensor) -> AffineMap:
         return cls.scale(like.new_ones(channels), None, dims)
 
+    @property
+    def out_channels(self) -> int:
+        return self.geometry.out_channels
+
     def then(self, second: AffineMap) -> AffineMap:
         """`second` after this map. Raises `NotAffineError` as `Geometry.then` does."""
         geometry = self.geometry.then(second.geometry)

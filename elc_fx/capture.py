@@ -32,6 +32,15 @@ from elc_fx.questions import Question, Watch, may_ask
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 IDENTITY_MODULES = (nn.Identity, *DROPOUT_MODULES)
+DROP_PATHS = ("DropPath", "StochasticDepth")  # as torchvision, timm and many others call them
+DROPOUT_CLASSES: dict[str, type[nn.Module]] = {
+    "dropout": nn.Dropout,
+    "dropout1d": nn.Dropout1d,
+    "dropout2d": nn.Dropout2d,
+    "dropout3d": nn.Dropout3d,
+    "alpha_dropout": nn.AlphaDropout,
+    "feature_alpha_dropout": nn.FeatureAlphaDropout,
+}
 DROPOUT_FUNCTIONS = {
     "dropout",
     "dropout1d",
@@ -78,12 +87,20 @@ class _UntruthfulError(Exception):
     """A traced value was asked what only the real value knows."""
 
 
-def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_defaults: bool = True) -> Capture:
+def capture(
+    model: nn.Module,
+    given: Mapping[str, Any] | None = None,
+    *,
+    bind_defaults: bool = True,
+    trainable: bool = False,
+    leaves: tuple[type[nn.Module], ...] = (),
+) -> Capture:
     """The graph of `model`, which is in eval mode.
 
     given: example arguments by parameter name of `forward`; they decide which of its arguments are inputs. Others are
     bound to their defaults (a call with anything else is then an error), or, without `bind_defaults`, stay inputs that
-    nothing is known about. Raises `CaptureError`.
+    nothing is known about. trainable: dropout and drop path stay, as modules that follow `train()`. leaves: classes of
+    modules that stay whole. Raises `CaptureError`.
     """
     refused: dict[nn.Module, Refusal] = {}
     root = model
@@ -96,7 +113,7 @@ def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_de
     if root in refused:
         raise CaptureError(refused[root].reason)
     while True:
-        tracer = _Tracer(refused, given, bind_defaults)
+        tracer = _Tracer(refused, given, bind_defaults, leaves, trainable)
         before, state = Attributes(root), _global_state()
         watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
         try:
@@ -117,7 +134,9 @@ def capture(model: nn.Module, given: Mapping[str, Any] | None = None, *, bind_de
     graph._tracer_cls = None  # the result is unpickled by torch's own tracer
     captured = fx.GraphModule(_with_constants(root, tracer.constants), graph, type(model).__name__)
     _mark_eval(captured, root)
-    _drop_identities(captured)
+    if trainable:
+        _make_dropouts_modules(captured)
+    _drop_identities(captured, kept=DROPOUT_MODULES if trainable else ())
     _read_overwritten_values_from_their_writer(captured)
     captured.graph.lint()
     opaque = tuple(refusal for module, refusal in refused.items() if tracer.used(module))
@@ -268,8 +287,17 @@ ASSIGN = assign  # while fx traces, it puts its own wrapper in the place of the 
 class _Tracer(fx.Tracer):
     """Symbolic tracing that falls back to an opaque node at the innermost module that cannot be traced truthfully."""
 
-    def __init__(self, refused: dict[nn.Module, Refusal], given: Mapping[str, Any] | None, bind_defaults: bool) -> None:
+    def __init__(
+        self,
+        refused: dict[nn.Module, Refusal],
+        given: Mapping[str, Any] | None,
+        bind_defaults: bool,
+        leaves: tuple[type[nn.Module], ...],
+        trainable: bool,
+    ) -> None:
         super().__init__(param_shapes_constant=True)
+        self.leaves = leaves
+        self.trainable = trainable
         self.refused = refused
         self.given = given
         self.bind_defaults = bind_defaults
@@ -296,7 +324,9 @@ class _Tracer(fx.Tracer):
         return module in self._called
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m in self.refused or is_leaf(m)
+        if self.trainable and is_drop_path(m):
+            return True
+        return m in self.refused or isinstance(m, self.leaves) or is_leaf(m)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if self._may_be_none(node):
@@ -585,8 +615,29 @@ def _mark_eval(captured: fx.GraphModule, root: nn.Module) -> None:
             module.training = False
 
 
-def _drop_identities(captured: fx.GraphModule) -> None:
-    """Dropout, drop path and identities compute nothing in eval: their readers read their input.
+def is_drop_path(module: nn.Module) -> bool:
+    """Whether a module drops whole samples of a branch in training (stochastic depth), and is an identity in eval."""
+    return type(module).__name__ in DROP_PATHS and next(module.parameters(), None) is None
+
+
+def _make_dropouts_modules(captured: fx.GraphModule) -> None:
+    """F.dropout(x, p, self.training), which tracing in eval froze, becomes a module that follows `train()`."""
+    for node in captured.graph.nodes:
+        module_class = (
+            DROPOUT_CLASSES.get(getattr(node.target, "__name__", "")) if is_identity(captured, node) else None
+        )
+        if node.op != "call_function" or module_class is None:
+            continue
+        module = module_class(signature_of(node).get("p", 0.5)).eval()
+        captured.add_submodule(node.name, module)
+        with captured.graph.inserting_before(node):
+            called = captured.graph.call_module(node.name, (node.all_input_nodes[0],))
+        node.replace_all_uses_with(called)
+        captured.graph.erase_node(node)
+
+
+def _drop_identities(captured: fx.GraphModule, kept: tuple[type[nn.Module], ...]) -> None:
+    """Dropout, drop path and identities compute nothing in eval: their readers read their input. kept: but these.
 
     Nor do attributes that nobody reads, such as those that tracing put into the text of an error.
     """
@@ -594,7 +645,7 @@ def _drop_identities(captured: fx.GraphModule) -> None:
         if node.target is getattr and not node.users:
             captured.graph.erase_node(node)
     for node in list(captured.graph.nodes):
-        if is_identity(captured, node):
+        if is_identity(captured, node) and not (node.op == "call_module" and type(module_of(captured, node)) in kept):
             node.replace_all_uses_with(node.all_input_nodes[0])
             captured.graph.erase_node(node)
 

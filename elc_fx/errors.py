@@ -21,3 +21,11 @@ class NotAffineError(ElcError):
 
 class VerificationError(ElcError):
     """A merged region does not compute what the original region computes; the message names the first that differs."""
+
+
+class PlanError(ElcError, ValueError):
+    """A plan names what the model does not have, or overlaps with itself; the message says what."""
+
+
+class GateNotClosedError(ElcError, RuntimeError):
+    """A merge was asked for while gates are open; the message lists them."""

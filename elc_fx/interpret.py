@@ -390,7 +390,7 @@ class Interpreter:
         dims: int,
         *,
         stride: Ints,
-        padding: Ints | str,
+        padding: Ints | Padding | str,
         dilation: Ints,
         groups: int,
         padding_mode: str,
@@ -405,7 +405,7 @@ class Interpreter:
             total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel_size, dilation, strict=True)]
             sides: Padding = tuple((t // 2, t - t // 2) for t in total)
         else:
-            sides = tuple((p, p) for p in padding)
+            sides = tuple((p, p) if isinstance(p, int) else p for p in padding)
         out_channels, in_channels = weight.shape[0], weight.shape[1] * groups
         if transposed:
             out_channels, in_channels = weight.shape[1] * groups, weight.shape[0]

@@ -17,11 +17,12 @@ from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
 from elc_fx.graph import module_of
-from elc_fx.inputs import ExampleInputs, fresh, reproducibly
+from elc_fx.inputs import ExampleInputs
 from elc_fx.interpret import Interpreter
 from elc_fx.islands import clone, replaceable_children
 from elc_fx.regions import Planner, find_chains
 from elc_fx.report import Report, Totals
+from elc_fx.shapes import run_recording_shapes
 from elc_fx.verification import verify_merge, verify_outputs
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -84,17 +85,13 @@ class LosslessCompilation:
 
     def _run_captured(self, captured: Capture) -> dict[fx.Node, Ints]:
         """The shapes of all values on the examples. Raises `CaptureError` if the graph computes something else."""
-        recorder, before = _ShapeRecorder(captured.graph_module), Attributes(captured.graph_module)
         try:
-            with reproducibly():
-                output = recorder.run(*fresh(captured.inputs or ()))
+            output, shapes = run_recording_shapes(captured)
             verify_outputs(self.expected, output)
         except Exception as error:
             # Whatever it is, the model itself ran: symbolic tracing recorded something else.
             raise CaptureError(f"the traced graph does not compute what the model computes: {error}") from error
-        finally:
-            before.restore()
-        return recorder.shapes
+        return shapes
 
     def _merge(
         self, graph_module: fx.GraphModule, path: str, shapes: dict[fx.Node, Ints]
@@ -102,7 +99,7 @@ class LosslessCompilation:
         interpreter = Interpreter(graph_module, shapes)
         for assertion in interpreter.settled_assertions():
             _erase_unread(graph_module.graph, assertion)
-        before = _depth(graph_module, interpreter)
+        before = depth_of(graph_module, interpreter)
         chains, joins, refusals = find_chains(interpreter)
         planner = Planner(interpreter)
         steps = planner.plan(chains, joins)
@@ -119,7 +116,7 @@ class LosslessCompilation:
         result = CompiledModule(graph_module, graph_module.graph, type(graph_module).__name__)
         result.training = False
         result.graph.lint()
-        return result, (before, _depth(result))
+        return result, (before, depth_of(result))
 
     def _take_copies(self, graph_module: fx.GraphModule, path: str) -> None:
         """Copies what still belongs to the caller's model; opaque modules are copied with compiled children."""
@@ -166,18 +163,6 @@ def _measured(module: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurem
         before.restore()
 
 
-class _ShapeRecorder(fx.Interpreter):
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module)
-        self.shapes: dict[fx.Node, Ints] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n] = tuple(value.shape)
-        return value
-
-
 def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
     """Erases a node, and the comparisons and attributes of sizes that only it read."""
     inputs = node.all_input_nodes
@@ -191,17 +176,21 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if not is_lazy(p))
 
 
-def _layers(module: nn.Module) -> int:
-    return sum(isinstance(m, LAYERS) for m in module.modules())
+def _layers(module: nn.Module, layers: tuple[type[nn.Module], ...] = LAYERS) -> int:
+    return sum(isinstance(m, layers) for m in module.modules())
 
 
-def _depth(graph_module: fx.GraphModule, interpreter: Interpreter | None = None) -> int:
+def depth_of(
+    graph_module: fx.GraphModule,
+    interpreter: Interpreter | None = None,
+    layers: tuple[type[nn.Module], ...] = LAYERS,
+) -> int:
     """Convolutions and linear layers on the longest path. An opaque module counts with all that it has."""
     operations = {} if interpreter is None else interpreter.operations
     depth: dict[fx.Node, int] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
-            own = _layers(module_of(graph_module, node))
+            own = _layers(module_of(graph_module, node), layers)
         else:
             own = int(node in operations and operations[node].convolves)
         depth[node] = max((depth[source] for source in node.all_input_nodes), default=0) + own

@@ -148,12 +148,11 @@ class Merge:
             bias, ones = (None if t is None else place(t) for t in (loaded.bias, loaded.ones))
             return AffineMap(loaded.geometry, kernel, bias, ones, fill)
 
-        def identity() -> AffineMap:
-            like = torch.empty(0, device=device, dtype=dtype)
-            return AffineMap.identity(self.geometry.in_channels, self.geometry.dims, like)
+        def identity(channels: int) -> AffineMap:
+            return AffineMap.identity(channels, self.geometry.dims, torch.empty(0, device=device, dtype=dtype))
 
         with torch.no_grad():
-            return interpret(self.parts, read, identity)
+            return interpret(self.parts, read, identity, self.geometry.in_channels)
 
 
 @dataclass
@@ -195,6 +194,8 @@ def nodes_of(parts: Sequence[Part]) -> Iterator[fx.Node]:
 
 
 class _Map(Protocol):
+    @property
+    def out_channels(self) -> int: ...
     def then(self, second: Any) -> Any: ...
     def __add__(self, other: Any) -> Any: ...
     def beside(self, other: Any) -> Any: ...
@@ -203,22 +204,30 @@ class _Map(Protocol):
 M = TypeVar("M", bound=_Map)
 
 
-def interpret(parts: Sequence[Part], read: Callable[[Operation], M], identity: Callable[[], M]) -> M:
+def interpret(
+    parts: Sequence[Part], read: Callable[[Operation], M], identity: Callable[[int], M], channels: int | None
+) -> M:
     """The parts as one map, by the algebra: operations compose, joins add or stand side by side.
 
-    Works on geometries and on maps with numbers alike. Raises `NotAffineError`.
+    identity: that of a number of channels. channels: of what the parts read, where it is known. Works on geometries and
+    on maps with numbers alike. Raises `NotAffineError`.
     """
     result: M | None = None
     for part in parts:
         if isinstance(part, Operation):
             step = read(part)
         else:
-            branches = [interpret(branch.parts, read, identity) for branch in part.branches]
+            width = channels if result is None else result.out_channels
+            branches = [interpret(branch.parts, read, identity, width) for branch in part.branches]
             step = branches[0]
             for other in branches[1:]:
                 step = step.beside(other) if part.concatenates else step + other
         result = step if result is None else result.then(step)
-    return identity() if result is None else result
+    if result is not None:
+        return result
+    if channels is None:
+        raise NotAffineError("the number of channels is not known; give example_inputs")
+    return identity(channels)
 
 
 def find_chains(interpreter: Interpreter) -> tuple[list[Chain], list[Join], list[Refusal]]:
@@ -477,11 +486,11 @@ class _Span:
     own_cost: Cost = NOTHING
 
 
-def _kinds(parts: Sequence[Part]) -> frozenset[object]:
+def kinds_of(parts: Sequence[Part]) -> frozenset[object]:
     return frozenset(k for op in operations_of(parts) for k in (op.dtype, op.device) if k is not None)
 
 
-def _fit_one_layer(kinds: frozenset[object]) -> bool:
+def fit_one_layer(kinds: frozenset[object]) -> bool:
     """Whether weights have one data type and one device."""
     return sum(isinstance(k, torch.dtype) for k in kinds) <= 1 and sum(isinstance(k, torch.device) for k in kinds) <= 1
 
@@ -523,20 +532,22 @@ class Planner:
         joins = [part for part in parts if isinstance(part, Join)]
         if any(b.coefficient != 1 and b.scale is None for join in joins for b in join.branches):
             raise NotAffineError("the number of channels is not known; give example_inputs")
-        if not _fit_one_layer(_kinds(parts)):
+        if not fit_one_layer(kinds_of(parts)):
             raise NotAffineError("the layers differ in data type or device")
-        geometry = interpret(parts, lambda op: op.geometry, lambda: self._identity(parts, source))
+        feature = self.interpreter.features[source]
+        dims = next((op.geometry.dims for op in operations_of(parts)), feature.dims)
+
+        def identity(channels: int) -> Geometry:
+            if dims is None:
+                raise NotAffineError("the number of axes is not known; give example_inputs")
+            return Geometry.identity(channels, dims)
+
+        geometry = interpret(parts, lambda op: op.geometry, identity, feature.channels)
         shape = self.interpreter.shapes.get(source)
         for axis, a, b, stride in geometry.sizes:
             if shape is not None and (shape[axis + 2] + a) // stride != (shape[axis + 2] + b) // stride:
                 raise NotAffineError("the branches differ in size for the example_inputs")
         return geometry
-
-    def _identity(self, parts: Sequence[Part], source: fx.Node) -> Geometry:
-        feature = self.interpreter.features[source]
-        if feature.channels is None or feature.dims is None:
-            raise NotAffineError("the number of channels is not known; give example_inputs")
-        return Geometry.identity(feature.channels, feature.dims)
 
     # Chains.
 
@@ -554,7 +565,7 @@ class Planner:
         return self._splits[key]
 
     def _single(self, part: Part, size: Ints, source: fx.Node) -> _Block:
-        kinds = _kinds([part])
+        kinds = kinds_of([part])
         if isinstance(part, Operation):
             return _Block((part,), part.geometry, operation_cost(part, size), kinds)
         cost, regroup = self._regroup(part, size)
@@ -595,7 +606,7 @@ class Planner:
         for end in range(start + 2, min(start + LONGEST_SPAN, len(blocks)) + 1):
             block = blocks[end - 1]
             kinds |= block.kinds
-            if geometry is None or block.geometry is None or not _fit_one_layer(kinds):
+            if geometry is None or block.geometry is None or not fit_one_layer(kinds):
                 return
             try:
                 geometry = geometry.then(block.geometry)

@@ -1,0 +1,115 @@
+"""Activations: which nodes of a graph are one, and the straight line that stands closest to it.
+
+An activation is a function of one tensor, element by element, that keeps the shape. torch's own are known; a user's
+are registered, and then stay one node when a model is captured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from elc_fx.errors import InvalidInputError
+from elc_fx.graph import function_name, module_of
+
+MODULES: set[type[nn.Module]] = {
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
+    *(nn.Softsign, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink),
+    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Threshold),
+}
+NAMES = frozenset(
+    name + suffix
+    for name in (
+        *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "softsign"),
+        *("hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink", "tanhshrink", "sigmoid", "logsigmoid"),
+        *("tanh", "threshold", "clamp", "clamp_min", "clamp_max", "clip"),
+    )
+    for suffix in ("", "_")
+)
+FUNCTIONS: set[Callable[..., Any]] = set()  # the user's
+
+POINTS = 2049  # of the quadrature; its error is about 1e-5 for an activation with a kink
+REACH = 8.0  # standard deviations to both sides
+
+
+def register_activation(activation: type[nn.Module] | Callable[[Tensor], Tensor]) -> Any:
+    """Makes a module class or a function known as an activation; can be used as a decorator.
+
+    It must act element by element and keep the shape. A function has to be one node of a captured graph, so a Python
+    function needs `torch.fx.wrap` too. Raises `InvalidInputError` for anything else.
+    """
+    if isinstance(activation, type) and issubclass(activation, nn.Module):
+        MODULES.add(activation)
+    elif callable(activation):
+        FUNCTIONS.add(activation)
+    else:
+        raise InvalidInputError(f"{activation!r} is neither a module class nor a function")
+    return activation
+
+
+def activation_of(captured: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The activation that a node computes of its only tensor, as a module of its own, or None."""
+    if len(node.all_input_nodes) != 1 or not node.args or node.args[0] is not node.all_input_nodes[0]:
+        return None
+    if node.op == "call_module":
+        module = module_of(captured, node)
+        return module if type(module) in MODULES and len(node.args) == 1 and not node.kwargs else None
+    if node.op == "call_method" and node.target in NAMES:
+        return Elementwise(str(node.target).removesuffix("_"), node.args[1:], node.kwargs)
+    if node.op == "call_function":
+        home = getattr(node.target, "__module__", None) or ""
+        torchs = function_name(node) in NAMES and home.startswith("torch")
+        if torchs or node.target in FUNCTIONS:
+            return Elementwise(node.target, node.args[1:], {**node.kwargs})
+    return None
+
+
+class Elementwise(nn.Module):
+    """A function or method of one tensor, with its other arguments, as a module."""
+
+    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        name = getattr(function, "__name__", "")
+        in_place = name.endswith("_") and hasattr(torch, name.removesuffix("_"))
+        self.function = getattr(torch, name.removesuffix("_")) if in_place else function
+        self.args = args
+        self.kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.function, str):
+            return getattr(x, self.function)(*self.args, **self.kwargs)  # type: ignore[no-any-return]
+        return self.function(x, *self.args, **self.kwargs)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", str(self.function))
+
+
+def line_for_gaussian(activation: nn.Module, mean: Tensor, std: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """The line a·x + c with the least E[(act(x) − a·x − c)²] for x ~ N(mean, std²), per channel, in float64.
+
+    a = Cov(act(x), x) / Var(x) and c = E[act(x)] − a·E[x], by the trapezoidal rule. mean, std, a, c: [channels]. A
+    channel with std = 0 is constant: there, the line is act(mean), with slope 0.
+    """
+    z = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device=mean.device)
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    weight = (density / density.sum()).unsqueeze(1)
+    mean, std = mean.detach().double(), std.detach().double()
+    x = mean + std * z.unsqueeze(1)  # [POINTS, channels]
+    y = apply_per_channel(activation, x, dims)
+    expected = (weight * y).sum(0)
+    covariance = (weight * (y - expected) * (x - mean)).sum(0)
+    slope = torch.where(std > 0, covariance / torch.where(std > 0, std * std, 1), 0)
+    return slope, expected - slope * mean
+
+
+def apply_per_channel(activation: nn.Module, x: Tensor, dims: int) -> Tensor:
+    """The activation of [points, channels], as it treats a feature map with `dims` spatial axes, in float64."""
+    with torch.no_grad():
+        shaped = x.view(*x.shape, *[1] * dims)
+        parameter = next(activation.parameters(), None)
+        narrow = shaped if parameter is None else shaped.to(parameter.dtype)
+        return activation(narrow).detach().double().view_as(x)

@@ -1,0 +1,1 @@
+"""The ELC transformation: decoupling nodes, their gates, and the merge when the gates have closed."""

@@ -1,0 +1,186 @@
+"""The merge of a decoupled network: with its gates closed, every region is an affine map, and becomes one convolution.
+
+Nothing is approximated here: closed nodes are read as what they compute, and the same algebra that merges in the
+lossless mode merges them. Inner padding is no obstacle any more, since it stands at the front of the region.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+from torch import fx
+
+from elc_fx.affine import AffineMap, Geometry, Padding
+from elc_fx.capture import Refusal, is_drop_path, is_identity
+from elc_fx.compiled import REPORT, CompiledModule
+from elc_fx.decoupling.decoupled import DecoupledModule
+from elc_fx.decoupling.gates import decoupling_nodes
+from elc_fx.decoupling.nodes import (
+    DecoupledActivation,
+    DecoupledConvolution,
+    DecoupledPadding,
+    InteriorBatchNorm,
+    RegionInput,
+    RegionOutput,
+    RingPad,
+)
+from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError, TrainingModeError
+from elc_fx.fusion import Fusion
+from elc_fx.graph import module_of
+from elc_fx.interpret import Interpreter, Operation
+from elc_fx.lossless import LAYERS, depth_of
+from elc_fx.regions import Chain, Merge, find_chains, interpret, operations_of
+from elc_fx.report import Report, Totals
+from elc_fx.serial import channels_of
+from elc_fx.verification import verify_merge
+
+MOST_NAMED = 8  # open gates that an error lists by name
+
+
+def merge(decoupled: DecoupledModule, *, verify: bool = True) -> fx.GraphModule:
+    """A copy of a decoupled network in which every region of its plan is one convolution, its residual sum included.
+
+    The merge is exact up to the rounding of the weights, borders included. Everything outside of the regions stays as
+    it is; `elc_fx.compile` the result to fold what is left of batch norms there.
+
+    Args:
+        decoupled: what `decouple` returned, with all gates at 0, in eval mode.
+        verify: compare each merged region with its layers, on random inputs in float64.
+
+    Raises:
+        GateNotClosedError: gates are open; the message lists them.
+        TrainingModeError: the network is in training mode, in which its batch norms are not affine.
+        InvalidInputError: the module was not returned by `decouple`.
+        VerificationError: a merge does not compute what its layers compute.
+    """
+    if not isinstance(decoupled, DecoupledModule):
+        raise InvalidInputError(f"this {type(decoupled).__name__} was not returned by elc_fx.decouple")
+    open_gates = {name: float(n.gate) for name, n in decoupling_nodes(decoupled).items() if float(n.gate) != 0}
+    if open_gates:
+        listed = ", ".join(f"`{name}` at {gate:g}" for name, gate in list(open_gates.items())[:MOST_NAMED])
+        more = f" and {len(open_gates) - MOST_NAMED} more" if len(open_gates) > MOST_NAMED else ""
+        raise GateNotClosedError(f"gates are open: {listed}{more}; close them with elc_fx.set_gate(module, 0)")
+    if decoupled.training:
+        raise TrainingModeError("the network is in training mode; call .eval() before it is merged")
+    own = copy.deepcopy(decoupled)
+    graph_module = fx.GraphModule(own, own.graph, type(decoupled).__name__)
+    before = _counts(graph_module)
+    fusion = _merge_regions(graph_module, verify)
+    _erase_markers(graph_module)
+    graph_module.delete_all_unused_submodules()
+    merged = CompiledModule(graph_module, graph_module.graph, type(decoupled).__name__)
+    merged.eval()
+    merged.graph.lint()
+    pairs = list(zip(before, _counts(merged), strict=True))
+    totals = Totals(parameters=pairs[0], layers=pairs[1], depth=pairs[2])
+    setattr(merged, REPORT, Report(tuple(fusion.merged), (), (), totals))
+    return merged
+
+
+def _counts(module: fx.GraphModule) -> tuple[int, int, int]:
+    """Parameters, layers, depth."""
+    layers = (*LAYERS, DecoupledConvolution)
+    return (
+        sum(p.numel() for p in module.parameters()),
+        sum(isinstance(m, layers) for m in module.modules()),
+        depth_of(module, layers=layers),
+    )
+
+
+def _merge_regions(graph_module: fx.GraphModule, verify: bool) -> Fusion:
+    interpreter = ClosedInterpreter(graph_module)
+    chains, _, refusals = find_chains(interpreter)
+    whole = {chain.source: chain for chain in chains}
+    fusion = Fusion(graph_module, verify_merge if verify else None)
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module" and isinstance(module := module_of(graph_module, node), RegionOutput):
+            end = node.args[0]
+            assert isinstance(end, fx.Node)
+            fusion.apply(_merge_of(module.candidate, end, whole, refusals))
+    if fusion.refusals:
+        raise NotAffineError(str(fusion.refusals[0]))
+    return fusion
+
+
+def _merge_of(name: str, end: fx.Node, chains: dict[fx.Node, Chain], refusals: list[Refusal]) -> Merge:
+    chain = next((chain for chain in chains.values() if chain.parts and chain.parts[-1].node is end), None)
+    if chain is not None:
+        operations = list(operations_of(chain.parts))
+        dims, layers = operations[0].geometry.dims, sum(op.convolves for op in operations)
+        geometry = interpret(
+            chain.parts, lambda op: op.geometry, lambda n: Geometry.identity(n, dims), channels_of(chain.parts)
+        )
+        return Merge(chain.source, tuple(chain.parts), geometry, (), (0, 0, layers), (0, 0, 1), exact_size=False)
+    reasons = "; ".join(str(refusal) for refusal in refusals[:3])
+    raise NotAffineError(f"region `{name}` was changed after decouple and is not one affine map any more: {reasons}")
+
+
+def _erase_markers(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module" and isinstance(module_of(graph_module, node), RegionInput):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph_module.graph.erase_node(node)
+
+
+class ClosedInterpreter(Interpreter):
+    """Reads decoupling nodes as what they compute with closed gates, while rings are computed."""
+
+    def _module(self, node: fx.Node) -> Operation | None:
+        module, source = module_of(self.captured, node), node.args[0]
+        assert isinstance(source, fx.Node)
+        if isinstance(module, DecoupledConvolution):
+            return self._closed_convolution(node, source, module)
+        if isinstance(module, InteriorBatchNorm):
+            return self._batch_norm_module(node, source, module, len(module.ring))
+        if isinstance(module, DecoupledActivation):
+            return self._closed_activation(node, source, module)
+        identity = isinstance(module, DecoupledPadding) or is_identity(self.captured, node) or is_drop_path(module)
+        if identity or isinstance(module, RingPad):
+            return self._ring(node, source, module.change if isinstance(module, RingPad) else None)
+        return super()._module(node)
+
+    def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        if node.op == "call_module" and isinstance(module_of(self.captured, node), RegionInput):
+            return tuple(node.all_input_nodes)
+        return super()._passes_on(node)
+
+    def _closed_convolution(self, node: fx.Node, source: fx.Node, module: DecoupledConvolution) -> Operation:
+        on, bias = module.rings.on, module._parameters["bias"]
+        return self._convolution(
+            node,
+            source,
+            module.closed_weight,
+            bias,
+            len(module.window),
+            stride=module.stride,
+            padding=module.closed_padding if on else module.around_window(module.padding),
+            dilation=module.dilation,
+            groups=module.groups,
+            padding_mode="zeros" if on or module.shrinks else module.mode,
+            output_padding=None,
+        )
+
+    def _closed_activation(self, node: fx.Node, source: fx.Node, module: DecoupledActivation) -> Operation:
+        slope, offset = module.slope.detach(), module.offset.detach()
+        geometry = replace(Geometry.identity(len(slope), module.dims), bias=True)
+
+        def load() -> AffineMap:
+            return AffineMap.scale(slope.double(), offset.double(), module.dims)
+
+        return Operation(node, source, geometry, load, slope.dtype, slope.device)
+
+    def _ring(self, node: fx.Node, source: fx.Node, change: Padding | None) -> Operation | None:
+        feature = self.features[source]
+        if feature.channels is None or feature.dims is None:
+            return None
+        channels, dims = feature.channels, feature.dims
+        geometry = Geometry.identity(channels, dims)
+        if change is not None:
+            geometry = replace(geometry, padding=change)
+
+        def load() -> AffineMap:
+            like = next(self.captured.parameters()).detach().new_empty(0).double()
+            return replace(AffineMap.identity(channels, dims, like), geometry=geometry)
+
+        return Operation(node, source, geometry, load)

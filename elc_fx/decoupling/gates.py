@@ -1,0 +1,167 @@
+"""Gates: how far each decoupling node has gone from the original to what is mergeable, and when it goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import fx, nn
+
+from elc_fx.decoupling.nodes import DecouplingNode, RegionInput, RegionOutput
+from elc_fx.errors import InvalidInputError
+
+
+def gates(module: nn.Module) -> dict[str, float]:
+    """The gate of every decoupling node, by the name of its module, in the order of the graph."""
+    return {name: float(node.gate) for name, node in decoupling_nodes(module).items()}
+
+
+def decoupling_nodes(module: nn.Module) -> dict[str, DecouplingNode]:
+    """The decoupling nodes whose gates change anything, by name, in the order of the graph."""
+    nodes = {name: m for name, m in module.named_modules() if isinstance(m, DecouplingNode) and m.has_gate}
+    if isinstance(module, fx.GraphModule):
+        order = {str(node.target): i for i, node in enumerate(module.graph.nodes) if node.op == "call_module"}
+        nodes = dict(sorted(nodes.items(), key=lambda item: order.get(item[0], len(order))))
+    return nodes
+
+
+def set_gate(module: nn.Module, value: float | Mapping[str, float]) -> None:
+    """Sets the gates of all decoupling nodes, or of some.
+
+    value: one number in [0, 1] for all; or a mapping from names of decoupling nodes, or patterns such as "layer1.*", to
+    numbers. 1 is the original network, 0 can be merged. Raises `InvalidInputError` for other numbers, for a name that
+    no node has, and for a module without decoupling nodes.
+    """
+    nodes = decoupling_nodes(module)
+    if not nodes:
+        raise _nothing_decoupled(module)
+    for pattern, number in (value if isinstance(value, Mapping) else {"*": value}).items():
+        if not isinstance(number, int | float) or not 0 <= number <= 1:
+            raise InvalidInputError(f"a gate is {number!r}, expected a number from 0 (mergeable) to 1 (original)")
+        chosen = [node for name, node in nodes.items() if name == pattern or fnmatchcase(name, pattern)]
+        if not chosen:
+            raise InvalidInputError(f"no decoupling node is called `{pattern}`; there are {', '.join(nodes)}")
+        for node in chosen:
+            node.set_gate(float(number))
+
+
+class GateSchedule:
+    """Closes the gates of a decoupled network over a number of training steps, as a learning-rate scheduler would.
+
+    Call `step()` after each training step. After `total_steps` of them, all gates are 0.
+
+    Args:
+        module: what `decouple` returned.
+        total_steps: steps until all gates are closed.
+        start: steps during which all gates stay at 1.
+        shape: "linear", or "cosine": slow at both ends.
+        order: "together"; or one node after the other: "depth" from the input to the output, "reverse depth" from the
+            output to the input, "cost" with the regions that save most first.
+        overlap: with an order, how much of its time a node shares with others: 0 is strictly one after the other, 1 all
+            together.
+
+    Raises:
+        InvalidInputError: an argument is out of its range, or the module has no decoupling nodes.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        total_steps: int,
+        *,
+        start: int = 0,
+        shape: Literal["linear", "cosine"] = "linear",
+        order: Literal["together", "depth", "reverse depth", "cost"] = "together",
+        overlap: float = 0.5,
+    ) -> None:
+        self.module = module
+        self.total_steps = total_steps
+        self.start = start
+        self.shape = shape
+        self.overlap = 1.0 if order == "together" else overlap
+        self.steps = 0
+        if shape not in ("linear", "cosine"):
+            raise InvalidInputError(f"shape is {shape!r}, expected 'linear' or 'cosine'")
+        if order not in ("together", "depth", "reverse depth", "cost"):
+            raise InvalidInputError(f"order is {order!r}, expected 'together', 'depth', 'reverse depth' or 'cost'")
+        if not 0 <= start < total_steps or not 0 <= overlap <= 1:
+            raise InvalidInputError("expected 0 <= start < total_steps and 0 <= overlap <= 1")
+        nodes = decoupling_nodes(module)
+        if not nodes:
+            raise InvalidInputError(
+                f"this {type(module).__name__} has no decoupling nodes; elc_fx.decouple inserts them"
+            )
+        self.ranks = _ranks(module, list(nodes), order)
+        self._apply()
+
+    def step(self) -> None:
+        """One training step is done."""
+        self.steps += 1
+        self._apply()
+
+    @property
+    def closed(self) -> bool:
+        """Whether all gates are at 0."""
+        return self.steps >= self.total_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps that were done; the gates themselves are in the module's own state."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        self._apply()
+
+    def gate(self, rank: float) -> float:
+        """The gate now of a node that closes at `rank`, from 0 (first) to 1 (last)."""
+        progress = (self.steps - self.start) / (self.total_steps - self.start)
+        # A node closes during a share of the time, at least a tenth; the last one ends with the schedule.
+        share = max(self.overlap, 0.1)
+        done = min(max((progress - rank * (1 - share)) / share, 0.0), 1.0)
+        if self.steps >= self.total_steps:
+            done = 1.0
+        return 1 - done if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+    def _apply(self) -> None:
+        for name, node in decoupling_nodes(self.module).items():
+            value = self.gate(self.ranks[name])
+            node.set_gate(0.0 if value < 1e-9 else value)
+
+
+def _nothing_decoupled(module: nn.Module) -> InvalidInputError:
+    return InvalidInputError(f"this {type(module).__name__} has no decoupling nodes; elc_fx.decouple inserts them")
+
+
+def _ranks(module: nn.Module, names: list[str], order: str) -> dict[str, float]:
+    """When each node closes, from 0 to 1; the nodes of one region close together."""
+    regions = _regions(module)
+    keys = {name: regions.get(name, (0, 0)) for name in names}
+    if order == "cost":
+        distinct = sorted(set(keys.values()), key=lambda key: (-key[1], key[0]))
+    else:
+        distinct = sorted(set(keys.values()), reverse=order == "reverse depth")
+    last = max(len(distinct) - 1, 1)
+    return {name: 0.0 if order == "together" else distinct.index(keys[name]) / last for name in names}
+
+
+def _regions(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """(number of its region, FLOPs that the region saves) for every decoupling node."""
+    plan = getattr(module, "plan", None)
+    if plan is None or not isinstance(module, fx.GraphModule):
+        return {}
+    savings = {c.full_name: c.flops[0] - c.flops[1] for c in plan.candidates}
+    found: dict[str, tuple[int, int]] = {}
+    current: list[tuple[int, int]] = []
+    for index, node in enumerate(module.graph.nodes):
+        if node.op != "call_module":
+            continue
+        called = module.get_submodule(str(node.target))
+        if isinstance(called, RegionOutput):
+            current.pop()
+        elif isinstance(called, RegionInput):
+            current.append((index, savings.get(called.candidate, 0)))
+        elif current:
+            found[str(node.target)] = current[-1]
+    return found

@@ -1,0 +1,333 @@
+"""Decoupling nodes: modules that blend what keeps layers apart with what lets them merge.
+
+Each computes gate · original + (1 − gate) · mergeable. At gate 1 it computes just the original, at gate 0 just what is
+mergeable, so nothing that would be multiplied by 0 is computed. What a region needs beyond its inner borders (its
+rings) is computed only while one of its paddings is not fully original; `Rings` tells its modules.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elc_fx.affine import CONV, Ints, Padding, flat_padding
+
+ORIGINAL, BLENDED, MERGEABLE = "original", "blended", "mergeable"
+
+
+class Rings:
+    """Whether the modules of one region compute the rings around their outputs. Shared by them."""
+
+    def __init__(self) -> None:
+        self.paddings: list[DecoupledPadding] = []
+
+    @property
+    def on(self) -> bool:
+        return any(padding.state != ORIGINAL for padding in self.paddings)
+
+
+class DecouplingNode(nn.Module):
+    """A module with a gate. gate: a scalar buffer in [0, 1]; `set_gate` changes it, and tells `state`."""
+
+    gate: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gate", torch.ones(()))
+        self.state = ORIGINAL
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the gate changes anything."""
+        return True
+
+    def set_gate(self, value: float) -> None:
+        self.gate.fill_(value)
+        self.state = ORIGINAL if value == 1 else MERGEABLE if value == 0 else BLENDED
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.set_gate(float(self.gate))
+
+    def blend(self, original: Tensor, mergeable: Tensor) -> Tensor:
+        gate = self.gate.to(original.dtype)
+        return gate * original + (1 - gate) * mergeable
+
+    def extra_repr(self) -> str:
+        return f"gate={self.gate.item():g}"
+
+
+class DecoupledActivation(DecouplingNode):
+    """gate · act(x) + (1 − gate) · (slope · x + offset), per channel. slope, offset: [channels], trainable.
+
+    fit: collects what the least-squares line needs, while there is one.
+    """
+
+    def __init__(self, activation: nn.Module, slope: Tensor, offset: Tensor, dims: int) -> None:
+        super().__init__()
+        self.activation = activation
+        self.slope = nn.Parameter(slope)
+        self.offset = nn.Parameter(offset)
+        self.dims = dims
+        self.fit: LineFit | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state == ORIGINAL:
+            y: Tensor = self.activation(x)
+            if self.fit is not None:
+                self.fit.add(x, y)
+            return y
+        slope, offset = (t.to(x.dtype).view(-1, *[1] * self.dims) for t in (self.slope, self.offset))
+        if self.state == MERGEABLE:
+            return torch.addcmul(offset, slope, x)
+        gate = self.gate.to(x.dtype)
+        line = torch.addcmul((1 - gate) * offset, (1 - gate) * slope, x)
+        return torch.addcmul(line, gate, self.activation(x))
+
+
+class LineFit:
+    """Sums from which the least-squares line of y over x follows, per channel, in float64."""
+
+    def __init__(self, channels: int, dims: int) -> None:
+        self.dims = dims
+        self.count = 0
+        self.sums = torch.zeros(4, channels, dtype=torch.float64)  # of x, y, x², x·y
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        rows, others = (self._rows(t) for t in (x, y))
+        self.count += len(rows)
+        self.sums += torch.stack([rows.sum(0), others.sum(0), (rows * rows).sum(0), (rows * others).sum(0)]).cpu()
+
+    def _rows(self, t: Tensor) -> Tensor:
+        """[values, channels]"""
+        t = t.detach().double()
+        return t.movedim(1, -1).flatten(0, -2) if self.dims else t.flatten(0, -2)
+
+    def line(self) -> tuple[Tensor, Tensor]:
+        """Slope and offset, [channels] each. Where x never varies, the line is flat, through the mean of y."""
+        x, y, xx, xy = self.sums / max(self.count, 1)
+        variance = xx - x * x
+        varies = variance > 1e-12 * xx.clamp_min(torch.finfo(torch.float64).tiny)
+        slope = torch.where(varies, (xy - x * y) / torch.where(varies, variance, 1), 0)
+        return slope, y - slope * x
+
+
+class DecoupledPadding(DecouplingNode):
+    """gate · pad(crop(z)) + (1 − gate) · z, for z with a ring.
+
+    ring: how far z reaches beyond the original's border, per axis and side. padding, mode: what the original pads
+    there; beyond that, zeros. While no ring is computed, z goes through: the convolution behind it pads
+    (`pads_itself`), or else this does.
+    """
+
+    def __init__(self, ring: Padding, padding: Padding, mode: str, rings: Rings, *, pads_itself: bool) -> None:
+        super().__init__()
+        self.ring = ring
+        self.padding = padding
+        self.mode = mode
+        self.rings = rings
+        self.pads_itself = pads_itself
+        rings.paddings.append(self)
+
+    def forward(self, z: Tensor) -> Tensor:
+        if not self.rings.on:
+            return z if self.pads_itself else self._pad(z, self.padding)
+        if self.state == MERGEABLE:
+            return z
+        interior = F.pad(z, flat_padding(negative(self.ring)))
+        original = self._pad(interior, self.ring)
+        return original if self.state == ORIGINAL else self.blend(original, z)
+
+    def _pad(self, interior: Tensor, ring: Padding) -> Tensor:
+        """The original padding as far as it reaches, zeros beyond."""
+        if self.mode == "zeros":
+            return F.pad(interior, flat_padding(ring))
+        padded = F.pad(interior, flat_padding(self.padding), self.mode)
+        return F.pad(padded, flat_padding(difference(ring, self.padding)))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, ring={self.ring}, padding={self.padding}, mode={self.mode}"
+
+
+class RingPad(nn.Module):
+    """Adds a ring of zeros to a value, or crops its ring, while rings are computed. change: per axis, side; signed."""
+
+    def __init__(self, change: Padding, rings: Rings) -> None:
+        super().__init__()
+        self.change = change
+        self.rings = rings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, flat_padding(self.change)) if self.rings.on else x
+
+    def extra_repr(self) -> str:
+        return f"change={self.change}"
+
+
+class DecoupledConvolution(DecouplingNode):
+    """A convolution of which gate 0 leaves the window `window`: the taps outside of it are multiplied by the gate.
+
+    weight: [out_channels, in_channels // groups, *kernel_size]. window: what is left, per axis; the whole kernel if
+    nothing shrinks. padding, mode: of the original. ring_padding: zeros that are still missing when the input has a
+    ring, whatever the original's mode.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        stride: Ints,
+        dilation: Ints,
+        groups: int,
+        padding: Padding,
+        mode: str,
+        window: Ints,
+        ring_padding: Padding,
+        rings: Rings,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.stride, self.dilation, self.groups = stride, dilation, groups
+        self.padding, self.mode, self.ring_padding = padding, mode, ring_padding
+        self.rings = rings
+        self.window = window
+        self.starts = tuple((k - w) // 2 for k, w in zip(weight.shape[2:], window, strict=True))
+        if not self.shrinks:
+            self.set_gate(0)  # nothing to decouple: the kernel is what it was
+        mask = torch.zeros(weight.shape[2:], dtype=torch.bool)
+        mask[self._slices()] = True
+        self.register_buffer("mask", mask, persistent=False)
+
+    @property
+    def has_gate(self) -> bool:
+        return self.shrinks
+
+    @property
+    def shrinks(self) -> bool:
+        return self.window != tuple(self.weight.shape[2:])
+
+    def set_gate(self, value: float) -> None:
+        super().set_gate(value if self.shrinks else 0.0)
+
+    def _slices(self) -> tuple[Any, ...]:
+        return (..., *(slice(start, start + w) for start, w in zip(self.starts, self.window, strict=True)))
+
+    @property
+    def closed_weight(self) -> Tensor:
+        """The window of the weight that is left at gate 0."""
+        return self.weight[self._slices()]
+
+    @property
+    def closed_padding(self) -> Padding:
+        """What the window pads when rings are computed."""
+        return self.around_window(self.ring_padding)
+
+    def around_window(self, padding: Padding) -> Padding:
+        sides = []
+        for k, w, start, d, (low, high) in zip(
+            self.weight.shape[2:], self.window, self.starts, self.dilation, padding, strict=True
+        ):
+            sides.append((low - d * start, high - d * (k - w - start)))
+        return tuple(sides)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding, mode = (self.ring_padding, "zeros") if self.rings.on else (self.padding, self.mode)
+        if self.state == MERGEABLE:
+            weight = self.closed_weight if self.shrinks else self.weight
+            return self._convolve(x, weight, self.around_window(padding), mode if not self.shrinks else "zeros")
+        weight = self.weight
+        if self.state == BLENDED:
+            weight = weight * torch.where(self.mask, 1, self.gate).to(weight.dtype)
+        return self._convolve(x, weight, padding, mode)
+
+    def _convolve(self, x: Tensor, weight: Tensor, padding: Padding, mode: str) -> Tensor:
+        own: Ints = tuple(low for low, _ in padding)
+        if mode != "zeros" or any(low != high or low < 0 for low, high in padding):
+            x = F.pad(x, flat_padding(padding), "constant" if mode == "zeros" else mode)
+            own = (0,) * len(padding)
+        output: Tensor = CONV[len(padding)](x, weight, self.bias, self.stride, own, self.dilation, self.groups)
+        return output
+
+    def extra_repr(self) -> str:
+        out_channels, width, *size = self.weight.shape
+        text = f"{width * self.groups}, {out_channels}, kernel_size={tuple(size)}, stride={self.stride}"
+        return f"{text}, window={self.window}, {super().extra_repr()}"
+
+
+class InteriorBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm of a value with a ring: the statistics of a training batch are those of the interior alone."""
+
+    def __init__(self, original: nn.modules.batchnorm._BatchNorm, ring: Padding, rings: Rings) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(vars(original))
+        self.ring = ring
+        self.rings = rings
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != len(self.ring) + 2:
+            raise ValueError(f"expected {len(self.ring) + 2} axes, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        if not (self.training and self.rings.on):
+            return super().forward(input)
+        interior = F.pad(input, flat_padding(negative(self.ring)))
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        count = math.prod(interior.shape[axis] for axis in axes)
+        precise = interior.float() if interior.dtype in (torch.float16, torch.bfloat16) else interior
+        variance, mean = torch.var_mean(precise, axes, correction=0)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            self._update(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
+        scale = (variance + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        shape = (1, -1, *[1] * len(self.ring))
+        return torch.addcmul(shift.view(shape).to(input.dtype), scale.view(shape).to(input.dtype), input)
+
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        assert momentum is not None
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+
+
+class RegionInput(nn.Module):
+    """Where a region begins: the value goes through."""
+
+    def __init__(self, candidate: str) -> None:
+        super().__init__()
+        self.candidate = candidate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def extra_repr(self) -> str:
+        return self.candidate
+
+
+class RegionOutput(RegionInput):
+    """Where it ends."""
+
+
+def negative(ring: Padding) -> Padding:
+    return tuple((-low, -high) for low, high in ring)
+
+
+def difference(a: Padding, b: Padding) -> Padding:
+    return tuple((p - r, q - s) for (p, q), (r, s) in zip(a, b, strict=True))

@@ -1,0 +1,331 @@
+"""Decoupling: the regions of a plan get their decoupling nodes. At gate 1 the network is what it was, in training too.
+
+The model is copied first; the copy's modules are then replaced where a node needs more than they do, under the same
+names, so that parameters keep theirs.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from elc_fx.activations import MODULES, activation_of, line_for_gaussian
+from elc_fx.affine import Padding
+from elc_fx.capture import capture
+from elc_fx.decoupling.decoupled import DecoupledModule
+from elc_fx.decoupling.nodes import (
+    DecoupledActivation,
+    DecoupledConvolution,
+    DecoupledPadding,
+    InteriorBatchNorm,
+    LineFit,
+    RegionInput,
+    RegionOutput,
+    RingPad,
+    Rings,
+    difference,
+)
+from elc_fx.errors import InvalidInputError
+from elc_fx.graph import function_name, label, module_of
+from elc_fx.interpret import Operation
+from elc_fx.islands import clone
+from elc_fx.planning.candidates import Candidate, check_model
+from elc_fx.planning.plan import Plan
+from elc_fx.regions import Join, Part, operations_of
+from elc_fx.serial import Region, SerialGraph, Step, Windows, decouples_padding, has_size, moved, pads, rings
+
+IN_PLACE = {"iadd": "add", "add_": "add", "isub": "sub", "sub_": "sub", "subtract_": "sub"}
+
+
+def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = None) -> DecoupledModule:
+    """A trainable copy of `model` in which nothing but gates keeps the plan's regions from being one convolution each.
+
+    With all gates at 1, as they are at first, it computes what the model computes, in training mode too. Close the
+    gates with `set_gate` or a `GateSchedule` while it is trained, then `merge` it. The model itself is not changed.
+
+    Args:
+        model: the module that the plan was made for, in eval mode.
+        plan: which regions.
+        calibration: batches (tensors, or sequences that begin with the model's inputs, as a loader gives them) from
+            which the line that replaces each activation is fitted. Without them, it is the least-squares line for what
+            the batch norm before the activation gives, else for a standard normal.
+
+    Raises:
+        TrainingModeError: the model is in training mode.
+        PlanError: the plan is for another model.
+        InvalidInputError: an argument is of the wrong type, or a calibration batch does not fit the model.
+        CaptureError: the model's `forward` cannot be traced.
+    """
+    check_model(model)
+    if not isinstance(plan, Plan):
+        raise InvalidInputError(f"plan is a {type(plan).__name__}, expected an elc_fx.Plan")
+    own = clone(model, {})
+    captured = capture(own, dict.fromkeys(plan.inputs, torch.empty(0)) or None, trainable=True, leaves=tuple(MODULES))
+    graph = SerialGraph(captured)
+    located = plan.locate(graph)
+    for candidate in plan.candidates:
+        if not candidate.saves:
+            before, after = candidate.flops
+            warnings.warn(
+                f"merging `{candidate.name}` into {candidate.result} costs more than it saves: "
+                f"{before:,} FLOPs become {after:,}",
+                stacklevel=2,
+            )
+    rewriter = _Rewriter(graph)
+    for candidate, region, windows in located:
+        rewriter.rewrite(candidate, region, windows)
+    decoupled = DecoupledModule(captured.graph_module, captured.graph_module.graph, type(model).__name__)
+    decoupled.plan = plan
+    decoupled.delete_all_unused_submodules()
+    decoupled.eval()
+    decoupled.graph.lint()
+    if calibration is not None:
+        fit_activations(decoupled, calibration)
+    return decoupled
+
+
+class _Rewriter:
+    """Puts the decoupling nodes of one region after the other into the graph."""
+
+    def __init__(self, serial: SerialGraph) -> None:
+        self.graph_module = serial.graph_module
+        self.graph = self.graph_module.graph
+        self.activations = serial.activations
+        self.position = {node: index for index, node in enumerate(self.graph.nodes)}
+        self.calls = Counter(str(node.target) for node in self.graph.nodes if node.op == "call_module")
+        # Of the region at hand:
+        self.windows: Windows = {}
+        self.steps: dict[fx.Node, Step] = {}
+        self.rings = Rings()
+        self.begin: fx.Node | None = None
+        self.like = torch.empty(0)  # a tensor of its data type and device
+
+    def rewrite(self, candidate: Candidate, region: Region, windows: Windows) -> None:
+        """The region, between a node that marks its input and one that marks its output."""
+        parts, source, output = region.parts, region.source, region.output
+        first_layer = next(op for op in operations_of(parts) if op.convolves and op.dtype is not None)
+        nothing: Padding = ((0, 0),) * first_layer.geometry.dims
+        self.windows, self.steps, self.rings = windows, {}, Rings()
+        self.like = torch.empty(0, dtype=first_layer.dtype, device=first_layer.device)
+        rings(parts, windows, nothing, self.steps)
+        inside, readers = region.nodes(), list(output.users)
+        entered = [user for user in source.users if user in inside]
+        with self.graph.inserting_before(min(entered, key=self.position.__getitem__)):
+            self.begin = self._call(RegionInput(candidate.full_name), f"{entered[0].name}_region_input", source)
+        for node in entered:
+            node.replace_input_with(source, self.begin)
+        end, _ = self._rewrite_parts(parts, self.begin, nothing)
+        with self.graph.inserting_after(end):
+            marker = self._call(RegionOutput(candidate.full_name), f"{output.name}_region_output", end)
+        for node in readers:
+            node.replace_input_with(end, marker)
+
+    def _rewrite_parts(self, parts: Sequence[Part], value: fx.Node, ring: Padding) -> tuple[fx.Node, Padding]:
+        """value, ring: what the parts read, and the ring that it has. Returns what they give."""
+        for part in parts:
+            if isinstance(part, Join):
+                value, ring = self._rewrite_join(part, value, ring)
+            else:
+                value, ring = self._rewrite_operation(part, value, ring)
+        return value, ring
+
+    def _rewrite_join(self, join: Join, source: fx.Node, ring: Padding) -> tuple[fx.Node, Padding]:
+        ends = [self._rewrite_parts(branch.chain.parts, source, ring) for branch in join.branches]
+        wanted = self.steps[join.node].ring_out
+        for node in (join.node, *join.inner):
+            if function_name(node) in IN_PLACE:
+                self._make_functional(node)
+            for value, end in dict(ends).items():
+                if value in node.all_input_nodes and end != wanted:
+                    with self.graph.inserting_before(node):
+                        node.replace_input_with(value, self._ring_pad(value, end, wanted, node))
+        return join.node, wanted
+
+    def _make_functional(self, node: fx.Node) -> None:
+        """x += y as x + y: what a decoupling node gives may be needed for its gradient."""
+        node.target = getattr(torch, IN_PLACE[function_name(node)])
+        node.op = "call_function"
+
+    def _rewrite_operation(self, op: Operation, source: fx.Node, ring: Padding) -> tuple[fx.Node, Padding]:
+        """One operation, and before it what makes its input what it needs."""
+        node, step, geometry, value = op.node, self.steps[op.node], op.geometry, source
+        at_source = source is self.begin
+        splits = decouples_padding(op, step, at_source=at_source)
+        # A convolution pads the region's source itself, and so does a padding.
+        needed = ring if at_source and not splits and (op.convolves or pads(op)) else step.ring_in
+        with self.graph.inserting_before(node):
+            if needed != ring:
+                value = self._ring_pad(value, ring, needed, node)
+            if splits:
+                padding = DecoupledPadding(
+                    needed, geometry.padding, geometry.padding_mode, self.rings, pads_itself=op.convolves
+                )
+                value = self._call(padding, f"{label(node)}_padding", value)
+        if pads(op) and splits:  # what stands before it now pads
+            node.replace_all_uses_with(value)
+            self.graph.erase_node(node)
+            return value, step.ring_out
+        node.replace_input_with(source, value)
+        if pads(op):
+            return self._with_ring(node, step.ring_out), step.ring_out
+        if op.convolves:
+            self._rewrite_convolution(op, step, needed)
+        elif node in self.activations:
+            self._rewrite_activation(op)
+        elif has_size(step.ring_in) and self._is_batch_norm(node):
+            norm: Any = self._own_module(node)
+            self._put(node, InteriorBatchNorm(norm, step.ring_in, self.rings))
+        return node, step.ring_out
+
+    def _is_batch_norm(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(
+            module_of(self.graph_module, node), nn.modules.batchnorm._BatchNorm
+        )
+
+    def _rewrite_convolution(self, op: Operation, step: Step, ring: Padding) -> None:
+        """Replaced where its kernel shrinks, or its input or output has a ring; others stay as they are."""
+        geometry = op.geometry
+        if op.node not in self.windows and not has_size(step.ring_out) and not has_size(ring):
+            return
+        weight, bias = self._parameters(op)
+        module = DecoupledConvolution(
+            weight,
+            bias,
+            stride=geometry.stride,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+            padding=geometry.padding,
+            mode=geometry.padding_mode,
+            window=self.windows.get(op.node, geometry.kernel_size),
+            ring_padding=difference(moved(geometry.padding, geometry.stride, step.ring_out), ring),
+            rings=self.rings,
+        )
+        self._put(op.node, module.to(weight.device))
+
+    def _parameters(self, op: Operation) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """The layer's own parameters; of a function or a parametrized layer, its weights as they are now."""
+        if op.node.op == "call_module":
+            module = self._own_module(op.node)
+            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+            if isinstance(weight, nn.Parameter) and not module._forward_pre_hooks:
+                return weight, bias  # type: ignore[return-value]
+        loaded = op.load()
+        dtype = op.dtype or torch.float32
+        new_bias = None if loaded.bias is None else nn.Parameter(loaded.bias.to(dtype, copy=True))
+        return nn.Parameter(loaded.kernel.to(dtype, copy=True)), new_bias
+
+    def _rewrite_activation(self, op: Operation) -> None:
+        activation = activation_of(self.graph_module, op.node)
+        assert activation is not None
+        if op.node.op == "call_module":
+            activation = self._own_module(op.node)
+            if hasattr(activation, "inplace"):
+                setattr(activation, "inplace", False)  # noqa: B010
+        channels, dims = op.geometry.out_channels, op.geometry.dims
+        mean, std = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
+        if self._is_batch_norm(op.source):
+            norm: Any = module_of(self.graph_module, op.source)
+            mean = mean if norm.bias is None else norm.bias
+            std = std if norm.weight is None else norm.weight.abs()
+        device, dtype = self.like.device, self.like.dtype
+        slope, offset = line_for_gaussian(activation, mean.to(device), std.to(device), dims)
+        self._put(op.node, DecoupledActivation(activation, slope.to(dtype), offset.to(dtype), dims).to(device))
+
+    def _with_ring(self, node: fx.Node, ring: Padding) -> fx.Node:
+        """A value in the place of `node`'s that has a ring of zeros."""
+        if not has_size(ring):
+            return node
+        with self.graph.inserting_after(node):
+            around = self._ring_pad(node, ((0, 0),) * len(ring), ring, node)
+        node.replace_all_uses_with(around, delete_user_cb=lambda user: user is not around)
+        return around
+
+    # Modules and nodes.
+
+    def _own_module(self, node: fx.Node) -> nn.Module:
+        """The module that a node calls; if others call it too, a copy."""
+        module = module_of(self.graph_module, node)
+        return copy.deepcopy(module) if self.calls[str(node.target)] > 1 else module
+
+    def _put(self, node: fx.Node, module: nn.Module) -> None:
+        """Makes a node call a module of its own, in the place of the one that it called if nobody else calls that."""
+        value = node.args[0]
+        path = str(node.target) if node.op == "call_module" else node.name
+        if node.op != "call_module" or self.calls[path] > 1:
+            if node.op == "call_module":
+                self.calls[path] -= 1
+            path = self._free(path if node.op != "call_module" else f"{path}_{node.name.rpartition('_')[2]}")
+        self._add(path, module)
+        node.op, node.target, node.args, node.kwargs = "call_module", path, (value,), {}
+        self.calls[path] = 1
+
+    def _free(self, path: str) -> str:
+        """The path, or one like it that nobody has."""
+        owner, _, name = path.rpartition(".")
+        holder = self.graph_module.get_submodule(owner)
+        taken = name
+        for i in range(1, len(self.calls) + 3):
+            if not hasattr(holder, taken):
+                break
+            taken = f"{name}_{i}"
+        return f"{owner}.{taken}" if owner else taken
+
+    def _add(self, path: str, module: nn.Module) -> None:
+        owner, _, name = path.rpartition(".")
+        setattr(self.graph_module.get_submodule(owner), name, module)
+
+    def _call(self, module: nn.Module, path: str, source: fx.Node) -> fx.Node:
+        path = self._free(path)
+        self._add(path, module)
+        self.calls[path] = 1
+        return self.graph.call_module(path, (source,))
+
+    def _ring_pad(self, value: fx.Node, ring: Padding, wanted: Padding, reader: fx.Node) -> fx.Node:
+        """The value with another ring than it has."""
+        return self._call(RingPad(difference(wanted, ring), self.rings), f"{reader.name}_ring", value)
+
+
+def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> None:
+    """Fits the line of every decoupled activation to what it does on the batches, with all gates at 1.
+
+    Raises `InvalidInputError` where there is no batch, or one does not fit the model.
+    """
+    nodes = [module for module in decoupled.modules() if isinstance(module, DecoupledActivation)]
+    inputs = sum(node.op == "placeholder" and not node.args for node in decoupled.graph.nodes)
+    count = 0
+    for node in nodes:
+        node.fit = LineFit(len(node.slope), node.dims)
+    try:
+        with torch.no_grad():
+            for batch in calibration:
+                arguments = (batch,) if isinstance(batch, Tensor) else tuple(batch)[:inputs]
+                _run(decoupled, arguments)
+                count += 1
+        if not count:
+            raise InvalidInputError("calibration has no batches")
+        for node in nodes:
+            assert node.fit is not None
+            slope, offset = node.fit.line()
+            node.slope.data.copy_(slope)
+            node.offset.data.copy_(offset)
+    finally:
+        for node in nodes:
+            node.fit = None
+
+
+def _run(decoupled: DecoupledModule, arguments: tuple[Any, ...]) -> None:
+    weight = next(decoupled.parameters(), None)
+    device = torch.device("cpu") if weight is None else weight.device
+    try:
+        decoupled(*(value.to(device) if isinstance(value, Tensor) else value for value in arguments))
+    except Exception as error:
+        # Whatever the model's own layers raise: the batch and the model do not go together.
+        raise InvalidInputError(
+            f"a calibration batch does not fit the model: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Which serial layers become one: the candidates, and the plan that chooses among them."""

@@ -1,0 +1,260 @@
+"""Candidates: every region that one convolution could replace after decoupling, with the kernels that it could have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+
+from elc_fx.affine import Ints
+from elc_fx.errors import InvalidInputError, NotAffineError, TrainingModeError
+from elc_fx.graph import label, module_of
+from elc_fx.inputs import ExampleInputs
+from elc_fx.regions import operations_of
+from elc_fx.serial import Region, SerialGraph, Step, Windows, capacity, decouples_padding, rings, windows_keeping
+
+LONGEST = 12  # layers or blocks in a row that one candidate may replace
+LARGEST_KERNEL = 7  # of a merged convolution, per axis
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A region, and the convolution that could replace it.
+
+    name: of the region. layers: its convolutions and linear layers. kernels: what is left of the kernels that shrink.
+    kernel_size, result: of the merged convolution. activations, paddings: what has to be decoupled besides the kernels.
+    ring: how many positions beyond its border the inner layers have to compute. flops, parameters: before and after
+    (FLOPs for the batch of the example inputs). nodes: of the captured graph, which tell the region again.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    kernels: tuple[tuple[str, Ints], ...]
+    kernel_size: Ints
+    result: str
+    activations: tuple[str, ...]
+    paddings: tuple[str, ...]
+    ring: int
+    flops: tuple[int, int]
+    parameters: tuple[int, int]
+    nodes: tuple[str, ...]
+
+    @property
+    def full_name(self) -> str:
+        """The name with the kernel size, which tells the candidates of one region apart."""
+        return f"{self.name}:{kernel_text(self.kernel_size)}"
+
+    @property
+    def saves(self) -> bool:
+        """Whether the merge costs less FLOPs than what it replaces."""
+        return self.flops[1] < self.flops[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
+        """The inverse of `to_dict`, also after JSON. Raises `InvalidInputError` where fields are missing or unknown."""
+        try:
+            fields = {key: _tuples(value) for key, value in data.items()}
+            return cls(**fields)
+        except (TypeError, AttributeError) as error:
+            raise InvalidInputError(f"this is not a candidate: {error}") from None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def kernel_text(kernel_size: Ints) -> str:
+    return "x".join(map(str, kernel_size)) or "linear"
+
+
+class Candidates(list[Candidate]):
+    """A list of candidates that prints as a table."""
+
+    def to_json(self) -> str:
+        return json.dumps([candidate.to_dict() for candidate in self], indent=1)
+
+    def __str__(self) -> str:
+        return candidate_table(self)
+
+
+def candidate_table(candidates: Sequence[Candidate]) -> str:
+    """One line a candidate, those of one region below each other."""
+    rows = [
+        [
+            c.full_name,
+            len(c.layers),
+            c.result,
+            f"{c.flops[0]:,}",
+            f"{c.flops[1]:,}",
+            f"{100 * (c.flops[1] / c.flops[0] - 1):+.1f} %" if c.flops[0] else "",
+            f"{len(c.activations)} / {len(c.kernels)} / {len(c.paddings)}",
+        ]
+        for c in candidates
+    ]
+    headers = ("candidate", "layers", "becomes", "FLOPs before", "after", "change", "activations / kernels / paddings")
+    if not rows:
+        return "No candidates."
+    align = ("left", "right", "left", "right", "right", "right", "right")
+    return tabulate(rows, headers, disable_numparse=True, colalign=align)
+
+
+def candidates(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    *,
+    longest: int = LONGEST,
+    largest_kernel: int = LARGEST_KERNEL,
+) -> Candidates:
+    """Every region of the model that one convolution could replace after decoupling, with every kernel size for it.
+
+    Args:
+        model: any module in eval mode whose own `forward` can be traced.
+        example_inputs: as for `compile`; costs are those of these shapes.
+        longest: how many layers or residual blocks in a row one candidate may replace.
+        largest_kernel: the largest kernel of a merged convolution, per axis.
+
+    Raises:
+        TrainingModeError: the model is in training mode.
+        InvalidInputError: an argument is of the wrong type.
+        CaptureError: the model's `forward` cannot be traced.
+    """
+    graph = serial_graph(model, example_inputs)
+    return Candidates(CandidateFinder(graph, longest).all(largest_kernel))
+
+
+def serial_graph(model: nn.Module, example_inputs: Any) -> SerialGraph:
+    """The serial graph of a caller's model. Raises as `candidates` does."""
+    check_model(model)
+    return SerialGraph.of(model, ExampleInputs.of(model, example_inputs))
+
+
+def check_model(model: Any) -> None:
+    """Raises `InvalidInputError` or `TrainingModeError` for what cannot be planned or decoupled."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    if model.training:
+        raise TrainingModeError(
+            "the model is in training mode; call model.eval() first, and train what decouple returns"
+        )
+
+
+class CandidateFinder:
+    """Makes candidates of the regions of one graph; their names are the same for the same graph."""
+
+    def __init__(self, graph: SerialGraph, longest: int = LONGEST) -> None:
+        self.graph = graph
+        self.regions = list(graph.regions(longest))
+        layers = [label(op.node) for op in graph.interpreter.operations.values() if op.convolves]
+        self.names = _names(self.regions, layers)
+
+    def all(self, largest_kernel: int) -> Iterator[Candidate]:
+        for region in self.regions:
+            yield from self.of_region(region, largest_kernel)
+
+    def of_region(self, region: Region, largest_kernel: int) -> Iterator[Candidate]:
+        """One candidate for each kernel size that the region can have, small ones first."""
+        seen = set()
+        for count in range(capacity(region.parts) + 1):
+            candidate = self.candidate(region, windows_keeping(region.parts, count))
+            if candidate is None or max(candidate.kernel_size, default=1) > largest_kernel:
+                return
+            if candidate.kernel_size not in seen:
+                seen.add(candidate.kernel_size)
+                yield candidate
+
+    def candidate(self, region: Region, windows: Windows) -> Candidate | None:
+        """The candidate with these windows, or None where it is not one affine map."""
+        try:
+            geometry = region.geometry(windows)
+        except NotAffineError:
+            return None
+        shapes = self.graph.shapes
+        size = _spatial(shapes, region.source, geometry.dims)
+        operations = list(operations_of(region.parts))
+        layers = [op for op in operations if op.convolves]
+        positions = _positions(shapes, region.source, geometry.dims)
+        before = sum(
+            op.geometry.flops(_spatial(shapes, op.source, geometry.dims)) * _positions(shapes, op.source, geometry.dims)
+            for op in layers
+        )
+        steps: dict[fx.Node, Step] = {}
+        rings(region.parts, windows, ((0, 0),) * geometry.dims, steps)
+        padded = [
+            op for op in operations if decouples_padding(op, steps[op.node], at_source=op.source is region.source)
+        ]
+        return Candidate(
+            name=self.names[region.start, region.end, id(region.chain)],
+            layers=tuple(dict.fromkeys(label(op.node) for op in layers)),
+            kernels=tuple((label(node), kept) for node, kept in windows.items()),
+            kernel_size=geometry.kernel_size,
+            result=str(geometry),
+            activations=tuple(label(op.node) for op in operations if op.node in self.graph.activations),
+            paddings=tuple(label(op.node) for op in padded),
+            ring=max((side for step in steps.values() for sides in step.ring_in for side in sides), default=0),
+            flops=(before, geometry.flops(size) * positions),
+            parameters=(self._parameters(region), geometry.weights + geometry.out_channels),
+            nodes=tuple(sorted(node.name for node in region.nodes())),
+        )
+
+    def _parameters(self, region: Region) -> int:
+        found = {
+            id(p): p.numel()
+            for op in operations_of(region.parts)
+            if op.node.op == "call_module"
+            for p in module_of(self.graph.graph_module, op.node).parameters()
+        }
+        return sum(found.values())
+
+
+def _spatial(shapes: Mapping[fx.Node, Ints], node: fx.Node, dims: int) -> Ints:
+    shape = shapes[node]
+    return tuple(shape[len(shape) - dims :])
+
+
+def _positions(shapes: Mapping[fx.Node, Ints], node: fx.Node, dims: int) -> int:
+    """How often a map is applied for one example: the batch, and for linear layers all axes but the last."""
+    shape, count = shapes[node], 1
+    for n in shape[: -dims - 1]:
+        count *= n
+    return count
+
+
+def _names(regions: Sequence[Region], everywhere: Sequence[str]) -> dict[tuple[int, int, int], str]:
+    """A name for each region: the module that holds just its layers, else its first and last layer.
+
+    Where several regions have the same layers, as a block with and without its shortcut, the largest gets the module's
+    name.
+    """
+    names: dict[tuple[int, int, int], str] = {}
+    taken: set[str] = set()
+    for region in sorted(regions, key=lambda r: -len(r.nodes())):
+        labels = list(dict.fromkeys(label(node) for node in region.layers))
+        options = [*_holders(labels, everywhere), _span(labels)]
+        options.append(f"{options[-1]}@{region.output.name}")
+        name = next(option for option in options if option not in taken or option is options[-1])
+        taken.add(name)
+        names[region.start, region.end, id(region.chain)] = name
+    return names
+
+
+def _holders(labels: Sequence[str], everywhere: Sequence[str]) -> list[str]:
+    """The smallest module that holds all of the labels, if it holds no other layer."""
+    paths = [name.split(".") for name in labels]
+    shared = 0
+    while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    prefix = ".".join(paths[0][:shared])
+    if not prefix or sum(name.startswith(f"{prefix}.") for name in set(everywhere)) != len(labels):
+        return []
+    return [prefix]
+
+
+def _span(labels: Sequence[str]) -> str:
+    return labels[0] if len(labels) == 1 else f"{labels[0]}..{labels[-1]}"

@@ -1,0 +1,235 @@
+"""The plan: which candidates are carried out. A frozen value, printable as a table, saved as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from elc_fx.affine import Ints
+from elc_fx.errors import InvalidInputError, PlanError
+from elc_fx.graph import label
+from elc_fx.inputs import ExampleInputs
+from elc_fx.planning.candidates import (
+    LARGEST_KERNEL,
+    LONGEST,
+    Candidate,
+    CandidateFinder,
+    candidate_table,
+    kernel_text,
+    serial_graph,
+)
+from elc_fx.regions import operations_of
+from elc_fx.serial import Region, SerialGraph, capacity, windows_keeping
+
+FORMAT = 1  # of the JSON
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen candidates, which do not overlap. inputs: the model's, by parameter name of `forward`."""
+
+    candidates: tuple[Candidate, ...]
+    inputs: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+        *,
+        collapse: Sequence[str] = ("*",),
+        keep: Sequence[str] = (),
+        kernels: Mapping[str, int | Ints] | None = None,
+        longest: int = LONGEST,
+    ) -> Plan:
+        """The plan that somebody has in mind, by names.
+
+        Args:
+            model, example_inputs, longest: as for `candidates`.
+            collapse: names of candidates, such as "layer1.0" or "layer1.0:5x5"; or patterns over names of layers, such
+                as "layer1.*": each stands for the largest candidates all of whose layers match. Without a kernel size
+                after a colon, the largest one is taken that is no larger than the largest kernel of its own layers.
+            keep: names or patterns of layers that stay as they are.
+            kernels: which kernels stay how large, by names or patterns of layers, where the choice of `candidates`
+                is not wanted: {"layer1.0.conv1": 1, "layer1.0.conv2": 3}.
+
+        Raises:
+            PlanError: nothing matches a name or pattern, or what is named overlaps.
+            TrainingModeError, InvalidInputError, CaptureError: as `candidates`.
+        """
+        for name, value in {"collapse": collapse, "keep": keep}.items():
+            if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+                raise InvalidInputError(f"{name} is {value!r}, expected a sequence of names and patterns")
+        graph = serial_graph(model, example_inputs)
+        chooser = _Chooser(CandidateFinder(graph, longest), tuple(keep), dict(kernels or {}))
+        chosen: list[tuple[Region, Candidate]] = []
+        for pattern in collapse:
+            chosen.extend(chooser.matching(pattern))
+        chosen = list({id(candidate): (region, candidate) for region, candidate in chosen}.values())
+        inputs = tuple(ExampleInputs.of(model, example_inputs).bound(model))
+        order = {node.name: i for i, node in enumerate(graph.graph_module.graph.nodes)}
+        chosen.sort(key=lambda pair: order[pair[0].output.name])
+        plan = cls(tuple(candidate for _, candidate in chosen), inputs)
+        plan.check_disjoint()
+        return plan
+
+    def check_disjoint(self) -> None:
+        """Raises `PlanError` if two candidates have a node in common."""
+        owner: dict[str, str] = {}
+        for candidate in self.candidates:
+            for node in candidate.nodes:
+                if node in owner:
+                    raise PlanError(
+                        f"candidates `{owner[node]}` and `{candidate.full_name}` overlap: both contain `{node}`; "
+                        "take one of them out of the plan"
+                    )
+                owner[node] = candidate.full_name
+
+    def to_json(self) -> str:
+        data = {"format": FORMAT, "inputs": self.inputs, "candidates": [c.to_dict() for c in self.candidates]}
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`. Raises `InvalidInputError` for anything else."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise InvalidInputError(f"this plan is not JSON: {error}") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise InvalidInputError(f"this is not a plan of format {FORMAT}")
+        try:
+            plan = cls(tuple(Candidate.from_dict(c) for c in data["candidates"]), tuple(data["inputs"]))
+        except (KeyError, TypeError) as error:
+            raise InvalidInputError(f"this plan is not complete: {error}") from None
+        plan.check_disjoint()
+        return plan
+
+    def __str__(self) -> str:
+        if not self.candidates:
+            return "An empty plan."
+        before, after = (sum(c.flops[i] for c in self.candidates) for i in (0, 1))
+        total = f"{len(self.candidates)} regions, {before:,} → {after:,} FLOPs"
+        return f"{candidate_table(self.candidates)}\n\n{total}"
+
+    def locate(self, graph: SerialGraph, longest: int = LONGEST) -> list[tuple[Candidate, Region, dict[fx.Node, Ints]]]:
+        """The candidates' regions in a model's graph, and the kernels that they keep.
+
+        Raises `PlanError` where the plan was made for another model.
+        """
+        wanted = {frozenset(candidate.nodes): candidate for candidate in self.candidates}
+        longest = max([longest, *(len(c.nodes) for c in self.candidates)])
+        found: dict[frozenset[str], Region] = {}
+        firsts = {name for nodes in wanted for name in nodes}
+        for region in graph.regions(longest):
+            if region.output.name in firsts and (names := frozenset(n.name for n in region.nodes())) in wanted:
+                found.setdefault(names, region)
+        located = []
+        for names, candidate in wanted.items():
+            if names not in found:
+                there = {node.name for node in graph.graph_module.graph.nodes}
+                missing = [name for name in candidate.nodes if name not in there]
+                detail = f"it has no `{missing[0]}`" if missing else "its layers are connected in another way"
+                raise PlanError(
+                    f"the plan is for another model: `{candidate.name}` is not a region of this one: {detail}"
+                )
+            region, kept = found[names], dict(candidate.kernels)
+            windows = {node: kept[label(node)] for node in region.layers if label(node) in kept}
+            if (result := str(region.geometry(windows))) != candidate.result:
+                raise PlanError(
+                    f"the plan is for another model: `{candidate.name}` would become {result}, "
+                    f"the plan says {candidate.result}"
+                )
+            located.append((candidate, region, windows))
+        return located
+
+
+class _Chooser:
+    """Finds the candidates that a name or a pattern stands for."""
+
+    def __init__(self, finder: CandidateFinder, keep: tuple[str, ...], kernels: dict[str, int | Ints]) -> None:
+        self.finder = finder
+        self.kernels = kernels
+        layers = {label(op.node) for op in finder.graph.interpreter.operations.values() if op.convolves}
+        for pattern in (*keep, *kernels):
+            if not any(_matches(name, pattern) for name in layers):
+                raise PlanError(f"no layer is called `{pattern}`; there are {_some(sorted(layers))}")
+        self.regions = [
+            region for region in finder.regions if not any(_matches(label(n), p) for n in region.layers for p in keep)
+        ]
+
+    def matching(self, pattern: str) -> list[tuple[Region, Candidate]]:
+        """The candidate of this name, or the largest ones whose layers all match."""
+        name, _, kernel = pattern.partition(":")
+        named = [region for region in self.regions if self._name(region) == name]
+        fitting = named or [r for r in self.regions if all(_matches(label(n), name) for n in r.layers)]
+        chosen: list[tuple[Region, Candidate]] = []
+        used: set[fx.Node] = set()
+        reasons = []
+        for region in sorted(fitting, key=lambda region: -len(region.nodes())):
+            if used & region.nodes():
+                continue
+            candidate = self._candidate(region, kernel)
+            if isinstance(candidate, str):
+                reasons.append(candidate)
+                continue
+            chosen.append((region, candidate))
+            used |= region.nodes()
+        if not chosen:
+            if reasons:
+                raise PlanError(f"`{pattern}` cannot be collapsed so: {reasons[0]}")
+            names = dict.fromkeys(self._name(region) for region in self.regions)
+            raise PlanError(
+                f"no candidate is called `{pattern}`, or has only layers of that name; there are {_some(names)}"
+            )
+        return chosen
+
+    def _name(self, region: Region) -> str:
+        return self.finder.names[region.start, region.end, id(region.chain)]
+
+    def _candidate(self, region: Region, kernel: str) -> Candidate | str:
+        """The candidate with the kernel size that is asked for, or why there is none."""
+        own = {node: size for node in region.layers if (size := self._kept(region, node)) is not None}
+        if own:
+            windows = {**windows_keeping(region.parts, capacity(region.parts)), **own}
+            candidate = self.finder.candidate(region, {n: w for n, w in windows.items() if w != _size(region, n)})
+            return candidate or "its layers do not become one convolution with these kernels"
+        options = list(self.finder.of_region(region, 1 << 30 if kernel else LARGEST_KERNEL))
+        if kernel:
+            same = [c for c in options if kernel_text(c.kernel_size) == kernel]
+            sizes = ", ".join(kernel_text(c.kernel_size) for c in options)
+            return same[0] if same else f"`{self._name(region)}` can be {sizes}, not {kernel}"
+        largest = max((max(op.geometry.kernel_size, default=1) for op in operations_of(region.parts)), default=1)
+        within = [c for c in options if max(c.kernel_size, default=1) <= largest]
+        if within or options:
+            return (within or options)[-1 if within else 0]
+        return f"`{self._name(region)}` does not become one convolution"
+
+    def _kept(self, region: Region, node: fx.Node) -> Ints | None:
+        """The kernel size that the caller wants a layer to keep."""
+        size = _size(region, node)
+        for pattern, wanted in self.kernels.items():
+            if _matches(label(node), pattern):
+                kept = (wanted,) * len(size) if isinstance(wanted, int) else tuple(wanted)
+                if len(kept) != len(size) or any(not 0 < w <= k for w, k in zip(kept, size, strict=False)):
+                    raise PlanError(f"`{label(node)}` has a kernel of {kernel_text(size)} and cannot keep {wanted}")
+                return kept
+        return None
+
+
+def _size(region: Region, node: fx.Node) -> Ints:
+    return next(op.geometry.kernel_size for op in operations_of(region.parts) if op.node is node)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+
+
+def _some(names: Any, most: int = 8) -> str:
+    listed = [f"`{name}`" for name in names]
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "") or "none"

@@ -1,0 +1,313 @@
+"""Serial layers: chains of convolutions with activations and padding between them, and what each could become.
+
+Read as what they become when their gates close, activations are scales and shifts, kernels are windows of kernels,
+and inner zero padding moves to the front. So the chains of `regions` reach over whole stages of a network, and a run of
+layers in a chain, at any depth of nesting, is one affine map whose geometry is known before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+
+from elc_fx.activations import MODULES, activation_of
+from elc_fx.affine import AffineMap, Geometry, Ints, Padding
+from elc_fx.capture import Capture, capture, is_drop_path, is_identity
+from elc_fx.errors import NotAffineError
+from elc_fx.graph import function_name, module_of
+from elc_fx.inputs import ExampleInputs
+from elc_fx.interpret import CPU, Interpreter, Operation
+from elc_fx.regions import Chain, Join, Part, find_chains, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
+from elc_fx.shapes import run_recording_shapes
+
+Windows = Mapping[fx.Node, Ints]  # the kernel size that a convolution keeps, where that is less than all of it
+
+
+class SerialInterpreter(Interpreter):
+    """Reads activations as scales and shifts, and what does nothing in eval as the identity."""
+
+    def __init__(self, captured: fx.GraphModule, shapes: Mapping[fx.Node, Ints] | None = None) -> None:
+        self.activations: set[fx.Node] = set()
+        super().__init__(captured, shapes)
+
+    def _operation(self, node: fx.Node) -> Operation | None:
+        if node.op == "call_module" and (
+            is_identity(self.captured, node) or is_drop_path(module_of(self.captured, node))
+        ):
+            return self._identity(node, bias=False)
+        if activation_of(self.captured, node) is not None:
+            operation = self._identity(node, bias=True)
+            if operation is not None:
+                self.activations.add(node)
+            return operation
+        return super()._operation(node)
+
+    def _identity(self, node: fx.Node, *, bias: bool) -> Operation | None:
+        """A stand-in for what the node becomes: only its geometry matters here."""
+        source = node.all_input_nodes[0]
+        channels, dims = self.features[source].channels, self.features[source].dims
+        if channels is None or dims is None:
+            return None
+        geometry = replace(Geometry.identity(channels, dims), bias=bias)
+
+        def load() -> AffineMap:
+            return AffineMap.identity(channels, dims, torch.empty(0, dtype=torch.float64, device=CPU))
+
+        return Operation(node, source, geometry, load)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of parts of a chain, which one convolution could replace."""
+
+    chain: Chain
+    start: int
+    end: int
+
+    @property
+    def parts(self) -> list[Part]:
+        return self.chain.parts[self.start : self.end]
+
+    @property
+    def source(self) -> fx.Node:
+        return self.chain.parts[self.start - 1].node if self.start else self.chain.source
+
+    @property
+    def output(self) -> fx.Node:
+        return self.chain.parts[self.end - 1].node
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial axes."""
+        return next(operations_of(self.parts)).geometry.dims
+
+    @property
+    def channels(self) -> int | None:
+        """Of the source, as its first layers say."""
+        return channels_of(self.parts)
+
+    @property
+    def layers(self) -> list[fx.Node]:
+        """Its convolutions and linear layers, in order."""
+        return [op.node for op in operations_of(self.parts) if op.convolves]
+
+    def nodes(self) -> set[fx.Node]:
+        return set(nodes_of(self.parts))
+
+    def geometry(self, windows: Windows) -> Geometry:
+        """The convolution that it becomes. Raises `NotAffineError` where it does not become one."""
+        if not fit_one_layer(kinds_of(self.parts)):
+            raise NotAffineError("the layers differ in data type or device")
+
+        def read(op: Operation) -> _Moved:
+            return _Moved(closed_geometry(op, windows))
+
+        return interpret(self.parts, read, lambda n: _Moved(Geometry.identity(n, self.dims)), self.channels).geometry
+
+
+def channels_of(parts: Sequence[Part]) -> int | None:
+    """The channels that parts read, as the first layer says on any of their branches."""
+    first = parts[0]
+    if isinstance(first, Operation):
+        return first.geometry.in_channels
+    found = (channels_of(branch.chain.parts) for branch in first.branches if branch.chain.parts)
+    return next((channels for channels in found if channels is not None), None)
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A geometry that composes as its region will: all padding is moved to the front of the region."""
+
+    geometry: Geometry
+
+    @property
+    def out_channels(self) -> int:
+        return self.geometry.out_channels
+
+    def then(self, second: _Moved) -> _Moved:
+        a, b = self.geometry, second.geometry
+        merged = a.then(replace(b, padding=((0, 0),) * b.dims))
+        return _Moved(replace(merged, padding=moved(a.padding, a.stride, b.padding)))
+
+    def __add__(self, other: _Moved) -> _Moved:
+        return _Moved(self.geometry + other.geometry)
+
+    def beside(self, other: _Moved) -> _Moved:
+        return _Moved(self.geometry.beside(other.geometry))
+
+
+def moved(first: Padding, stride: Ints, second: Padding) -> Padding:
+    """p₁ + s₁·p₂ on each side of each axis: what a layer must see of its input for p₂ more of its output."""
+    return tuple((low + s * q, high + s * r) for (low, high), s, (q, r) in zip(first, stride, second, strict=True))
+
+
+def closed_geometry(op: Operation, windows: Windows) -> Geometry:
+    """The geometry of an operation whose gates are closed: zero padding, and the window of the kernel that is kept."""
+    geometry = replace(op.geometry, padding_mode="zeros")
+    kept = windows.get(op.node)
+    return geometry if kept is None else windowed(geometry, kept)
+
+
+def windowed(geometry: Geometry, kept: Ints) -> Geometry:
+    """The middle `kept` taps of each axis, at their places."""
+    padding = []
+    for k, size, d, (low, high) in zip(geometry.kernel_size, kept, geometry.dilation, geometry.padding, strict=True):
+        start = window_start(k, size)
+        padding.append((low - d * start, high - d * (k - size - start)))
+    return replace(geometry, kernel_size=kept, padding=tuple(padding))
+
+
+def window_start(kernel_size: int, kept: int) -> int:
+    return (kernel_size - kept) // 2
+
+
+class SerialGraph:
+    """A captured model with its serial chains, those inside of branches included."""
+
+    def __init__(self, captured: Capture, shapes: Mapping[fx.Node, Ints] | None = None) -> None:
+        self.captured = captured
+        self.graph_module = captured.graph_module
+        self.shapes = shapes or {}
+        self.interpreter = SerialInterpreter(self.graph_module, shapes)
+        chains, joins, self.refusals = find_chains(self.interpreter)
+        self.chains = list(_all_chains(chains, joins))
+        self.activations = self.interpreter.activations
+
+    @classmethod
+    def of(cls, model: nn.Module, examples: ExampleInputs) -> SerialGraph:
+        """The graph of a model in eval mode, with the shapes of all values. Raises `CaptureError`."""
+        captured = capture(model, examples.bound(model), trainable=True, leaves=tuple(MODULES))
+        return cls(captured, run_recording_shapes(captured)[1])
+
+    def regions(self, longest: int) -> Iterator[Region]:
+        """Every run of at most `longest` layers or joins that follow each other in a chain."""
+        for chain in self.chains:
+            heavy = [i for i, part in enumerate(chain.parts) if is_heavy(part)]
+            for first, start in enumerate(heavy):
+                for last in heavy[first : first + longest]:
+                    region = Region(chain, start, self._end(chain, last))
+                    if any(not _can_be_decoupled(op) for op in operations_of([chain.parts[last]])):
+                        break
+                    if len(region.layers) > 1 or isinstance(chain.parts[start], Join):
+                        yield region
+
+    def _end(self, chain: Chain, last: int) -> int:
+        """A layer takes the scales and shifts after it, such as its batch norm, with it."""
+        end = last + 1
+        while end < len(chain.parts):
+            part = chain.parts[end]
+            if not isinstance(part, Operation) or not part.geometry.is_scale or part.convolves:
+                break
+            if part.node in self.activations:
+                break
+            end += 1
+        return end
+
+
+def _all_chains(chains: Sequence[Chain], joins: Sequence[Join]) -> Iterator[Chain]:
+    inner = [branch.chain for join in joins for branch in join.branches]
+    for chain in [*chains, *inner]:
+        if chain.parts:
+            yield chain
+            yield from _all_chains([], [part for part in chain.parts if isinstance(part, Join)])
+
+
+def is_heavy(part: Part) -> bool:
+    """Whether it is, or has, a convolution or linear layer."""
+    return any(op.convolves for op in operations_of([part]))
+
+
+def _can_be_decoupled(op: Operation) -> bool:
+    geometry = op.geometry
+    pools = not op.convolves and any(k > 1 for k in geometry.kernel_size)
+    return not (geometry.transposed or geometry.fill or (pools and geometry.padded))
+
+
+# Which convolutions of a region keep their kernels.
+
+
+def capacity(parts: Sequence[Part]) -> int:
+    """How many convolutions one after the other could keep a kernel larger than one tap."""
+    return sum(_capacity_of(part) for part in parts)
+
+
+def _capacity_of(part: Part) -> int:
+    if isinstance(part, Operation):
+        return int(part.convolves and any(k > 1 for k in part.geometry.kernel_size))
+    return max(capacity(branch.chain.parts) for branch in part.branches)
+
+
+def windows_keeping(parts: Sequence[Part], count: int) -> dict[fx.Node, Ints]:
+    """The windows with which `count` convolutions on each path keep their kernels, and the others become pointwise.
+
+    Those with a stride come first, since without its kernel such a layer would not look at most of its input; then
+    those before others, since a padding is only in the way where the layer behind it keeps its kernel.
+    """
+    share = [0] * len(parts)
+    order = sorted(range(len(parts)), key=lambda i: not _strides(parts[i]))
+    for i in order:
+        share[i] = min(_capacity_of(parts[i]), count - sum(share))
+    windows: dict[fx.Node, Ints] = {}
+    for part, own in zip(parts, share, strict=True):
+        if isinstance(part, Join):
+            for branch in part.branches:
+                windows |= windows_keeping(branch.chain.parts, own)
+        elif _capacity_of(part) and not own:
+            windows[part.node] = (1,) * part.geometry.dims
+    return windows
+
+
+def _strides(part: Part) -> bool:
+    return any(op.convolves and any(s > 1 for s in op.geometry.stride) for op in operations_of([part]))
+
+
+# Rings: how far beyond its border an inner value has to be known.
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rings of the input and output of an operation or join of a region, per axis and side."""
+
+    ring_in: Padding
+    ring_out: Padding
+
+
+def rings(parts: Sequence[Part], windows: Windows, ring: Padding, steps: dict[fx.Node, Step]) -> Padding:
+    """The ring that the parts need of their source to give `ring` at their end. steps: gets that of every operation.
+
+    An operation with stride s and padding p reads s·r + p beyond the border to give a ring of r.
+    """
+    for part in reversed(parts):
+        if isinstance(part, Join):
+            needs = [rings(branch.chain.parts, windows, ring, steps) for branch in part.branches]
+            before = tuple((max(low for low, _ in n), max(high for _, high in n)) for n in zip(*needs, strict=True))
+            steps[part.node] = Step(before, ring)
+            ring = before
+            continue
+        geometry = closed_geometry(part, windows)
+        padding = geometry.padding if part.geometry.padding_mode == "zeros" else part.geometry.padding
+        if not part.convolves and not pads(part):
+            padding = ((0, 0),) * geometry.dims  # a crop is done as it is
+        before = moved(padding, geometry.stride, ring)
+        before = tuple((max(low, 0), max(high, 0)) for low, high in before)
+        steps[part.node] = Step(before, ring)
+        ring = before
+    return ring
+
+
+def pads(op: Operation) -> bool:
+    """Whether the operation is a padding and nothing else."""
+    return not op.convolves and op.geometry.padded and function_name(op.node) != "getitem"
+
+
+def decouples_padding(op: Operation, step: Step, *, at_source: bool) -> bool:
+    """Whether an operation pads what has a ring. Zeros around the source of the region are there already."""
+    free = at_source and op.geometry.padding_mode == "zeros"
+    return (op.convolves or pads(op)) and op.geometry.padded and not free and has_size(step.ring_in)
+
+
+def has_size(ring: Padding) -> bool:
+    return any(side for sides in ring for side in sides)
