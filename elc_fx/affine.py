@@ -506,6 +506,21 @@ def flat_padding(padding: Padding) -> list[int]:
     return [side for sides in reversed(padding) for side in sides]
 
 
+def paddings(padding: Padding) -> list[Padding]:
+    """The same padding as one or two that torch can do: it crops first, and cannot crop what only padding gives."""
+    if not any(low < 0 < high or high < 0 < low for low, high in padding):
+        return [padding]
+    grow = tuple((max(low, 0), max(high, 0)) for low, high in padding)
+    return [grow, tuple((min(low, 0), min(high, 0)) for low, high in padding)]
+
+
+def pad_zeros(x: Tensor, padding: Padding) -> Tensor:
+    """x with zeros around its last axes, or cropped where `padding` is negative."""
+    for step in paddings(padding):
+        x = F.pad(x, flat_padding(step))
+    return x
+
+
 def regroup(kernel: Tensor, groups: int, target: int) -> Tensor:
     """A kernel of `groups` groups as one of `target` groups, a divisor, with zeros between the former groups.
 

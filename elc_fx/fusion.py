@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from elc_fx.affine import AffineMap, Geometry, flat_padding, regroup, transposed_weight
+from elc_fx.affine import AffineMap, Geometry, flat_padding, paddings, regroup, transposed_weight
 from elc_fx.capture import Refusal
 from elc_fx.errors import NotAffineError, VerificationError
 from elc_fx.graph import label, module_of
@@ -261,7 +261,9 @@ def _padded(geometry: Geometry, source: Any, call: Callable[..., Any]) -> Any:
         source = call(F.pad, source, [0, 0] * geometry.dims + [0, 1], value=1.0)
     if needs_explicit_padding(geometry):
         if geometry.padding_mode == "zeros":
-            return call(F.pad, source, flat_padding(geometry.padding))
+            for step in paddings(geometry.padding):
+                source = call(F.pad, source, flat_padding(step))
+            return source
         grow = tuple((max(low, 0), max(high, 0)) for low, high in geometry.padding)
         crop = tuple((min(low, 0), min(high, 0)) for low, high in geometry.padding)
         source = call(F.pad, source, flat_padding(grow), geometry.padding_mode)

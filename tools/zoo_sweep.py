@@ -126,12 +126,24 @@ def measure(model: nn.Module, arguments: Arguments) -> Measured:
 def relative_error(expected: Any, actual: Any) -> float:
     """The largest |expected − actual| over the largest |expected| of a tensor, for the worst tensor of all.
 
-    Infinite where structures, shapes, dtypes or integers differ, or where a value is not finite.
+    Infinite where structures, shapes, dtypes or integers differ, or where a value is not finite. Detections are compared
+    as sets: which of two boxes with equal scores comes first is a matter of rounding.
     """
+    expected, actual = _in_order(expected), _in_order(actual)
     (tensors, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(actual)
     if structure != other_structure:
         return math.inf
     return max((_tensor_error(*pair) for pair in zip(tensors, others, strict=True)), default=0.0)
+
+
+def _in_order(output: Any) -> Any:
+    """Detections from left to right, in place of the order of their scores."""
+    if isinstance(output, list):
+        return [_in_order(element) for element in output]
+    if isinstance(output, dict) and "boxes" in output:
+        order = output["boxes"][:, 0].argsort()
+        return {name: values[order] for name, values in output.items()}
+    return output
 
 
 def _tensor_error(expected: Any, actual: Any) -> float:

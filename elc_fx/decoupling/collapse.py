@@ -35,6 +35,7 @@ from elc_fx.report import Report, Totals
 from elc_fx.serial import channels_of
 from elc_fx.verification import verify_merge
 
+KEEPS_CHANNELS = (RegionInput, RingPad, DecoupledPadding)
 MOST_NAMED = 8  # open gates that an error lists by name
 
 
@@ -97,15 +98,18 @@ def _merge_regions(graph_module: fx.GraphModule, verify: bool) -> Fusion:
         if node.op == "call_module" and isinstance(module := module_of(graph_module, node), RegionOutput):
             end = node.args[0]
             assert isinstance(end, fx.Node)
-            fusion.apply(_merge_of(module.candidate, end, whole, refusals))
+            fusion.apply(_merge_of(graph_module, module.candidate, end, whole, refusals))
     if fusion.refusals:
         raise NotAffineError(str(fusion.refusals[0]))
     return fusion
 
 
-def _merge_of(name: str, end: fx.Node, chains: dict[fx.Node, Chain], refusals: list[Refusal]) -> Merge:
+def _merge_of(
+    graph_module: fx.GraphModule, name: str, end: fx.Node, chains: dict[fx.Node, Chain], refusals: list[Refusal]
+) -> Merge:
     chain = next((chain for chain in chains.values() if chain.parts and chain.parts[-1].node is end), None)
-    if chain is not None:
+    begins = chain is not None and chain.source.op == "call_module" and module_of(graph_module, chain.source)
+    if chain is not None and type(begins) is RegionInput and begins.candidate == name:
         operations = list(operations_of(chain.parts))
         dims, layers = operations[0].geometry.dims, sum(op.convolves for op in operations)
         geometry = interpret(
@@ -141,7 +145,7 @@ class ClosedInterpreter(Interpreter):
         return super()._module(node)
 
     def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        if node.op == "call_module" and isinstance(module_of(self.captured, node), RegionInput):
+        if node.op == "call_module" and isinstance(module_of(self.captured, node), KEEPS_CHANNELS):
             return tuple(node.all_input_nodes)
         return super()._passes_on(node)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elc_fx.affine import CONV, Ints, Padding, flat_padding
+from elc_fx.affine import CONV, Ints, Padding, flat_padding, pad_zeros
 
 ORIGINAL, BLENDED, MERGEABLE = "original", "blended", "mergeable"
 
@@ -138,16 +138,16 @@ class DecoupledPadding(DecouplingNode):
             return z if self.pads_itself else self._pad(z, self.padding)
         if self.state == MERGEABLE:
             return z
-        interior = F.pad(z, flat_padding(negative(self.ring)))
+        interior = pad_zeros(z, negative(self.ring))
         original = self._pad(interior, self.ring)
         return original if self.state == ORIGINAL else self.blend(original, z)
 
     def _pad(self, interior: Tensor, ring: Padding) -> Tensor:
         """The original padding as far as it reaches, zeros beyond."""
         if self.mode == "zeros":
-            return F.pad(interior, flat_padding(ring))
+            return pad_zeros(interior, ring)
         padded = F.pad(interior, flat_padding(self.padding), self.mode)
-        return F.pad(padded, flat_padding(difference(ring, self.padding)))
+        return pad_zeros(padded, difference(ring, self.padding))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ring={self.ring}, padding={self.padding}, mode={self.mode}"
@@ -162,7 +162,7 @@ class RingPad(nn.Module):
         self.rings = rings
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x, flat_padding(self.change)) if self.rings.on else x
+        return pad_zeros(x, self.change) if self.rings.on else x
 
     def extra_repr(self) -> str:
         return f"change={self.change}"
@@ -251,7 +251,7 @@ class DecoupledConvolution(DecouplingNode):
     def _convolve(self, x: Tensor, weight: Tensor, padding: Padding, mode: str) -> Tensor:
         own: Ints = tuple(low for low, _ in padding)
         if mode != "zeros" or any(low != high or low < 0 for low, high in padding):
-            x = F.pad(x, flat_padding(padding), "constant" if mode == "zeros" else mode)
+            x = pad_zeros(x, padding) if mode == "zeros" else F.pad(x, flat_padding(padding), mode)
             own = (0,) * len(padding)
         output: Tensor = CONV[len(padding)](x, weight, self.bias, self.stride, own, self.dilation, self.groups)
         return output
@@ -279,7 +279,7 @@ class InteriorBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if not (self.training and self.rings.on):
             return super().forward(input)
-        interior = F.pad(input, flat_padding(negative(self.ring)))
+        interior = pad_zeros(input, negative(self.ring))
         axes = [axis for axis in range(input.dim()) if axis != 1]
         count = math.prod(interior.shape[axis] for axis in axes)
         precise = interior.float() if interior.dtype in (torch.float16, torch.bfloat16) else interior

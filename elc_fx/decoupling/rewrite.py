@@ -99,6 +99,7 @@ class _Rewriter:
         self.activations = serial.activations
         self.position = {node: index for index, node in enumerate(self.graph.nodes)}
         self.calls = Counter(str(node.target) for node in self.graph.nodes if node.op == "call_module")
+        self.ends: dict[fx.Node, fx.Node] = {}  # of regions that are done: the node that gives the last one's value now
         # Of the region at hand:
         self.windows: Windows = {}
         self.steps: dict[fx.Node, Step] = {}
@@ -108,7 +109,8 @@ class _Rewriter:
 
     def rewrite(self, candidate: Candidate, region: Region, windows: Windows) -> None:
         """The region, between a node that marks its input and one that marks its output."""
-        parts, source, output = region.parts, region.source, region.output
+        parts, output = region.parts, region.output
+        source = self.ends.get(region.source, region.source)
         first_layer = next(op for op in operations_of(parts) if op.convolves and op.dtype is not None)
         nothing: Padding = ((0, 0),) * first_layer.geometry.dims
         self.windows, self.steps, self.rings = windows, {}, Rings()
@@ -125,6 +127,7 @@ class _Rewriter:
             marker = self._call(RegionOutput(candidate.full_name), f"{output.name}_region_output", end)
         for node in readers:
             node.replace_input_with(end, marker)
+        self.ends[output] = marker
 
     def _rewrite_parts(self, parts: Sequence[Part], value: fx.Node, ring: Padding) -> tuple[fx.Node, Padding]:
         """value, ring: what the parts read, and the ring that it has. Returns what they give."""

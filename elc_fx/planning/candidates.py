@@ -25,7 +25,8 @@ LARGEST_KERNEL = 7  # of a merged convolution, per axis
 class Candidate:
     """A region, and the convolution that could replace it.
 
-    name: of the region. layers: its convolutions and linear layers. kernels: what is left of the kernels that shrink.
+    name: of the region. layers: its convolutions and linear layers. kernels: what is left of the kernels that shrink,
+    by node.
     kernel_size, result: of the merged convolution. activations, paddings: what has to be decoupled besides the kernels.
     ring: how many positions beyond its border the inner layers have to compute. flops, parameters: before and after
     (FLOPs for the batch of the example inputs). nodes: of the captured graph, which tell the region again.
@@ -192,7 +193,7 @@ class CandidateFinder:
         return Candidate(
             name=self.names[region.start, region.end, id(region.chain)],
             layers=tuple(dict.fromkeys(label(op.node) for op in layers)),
-            kernels=tuple((label(node), kept) for node, kept in windows.items()),
+            kernels=tuple((node.name, kept) for node, kept in windows.items()),
             kernel_size=geometry.kernel_size,
             result=str(geometry),
             activations=tuple(label(op.node) for op in operations if op.node in self.graph.activations),

@@ -139,7 +139,7 @@ class Plan:
                     f"the plan is for another model: `{candidate.name}` is not a region of this one: {detail}"
                 )
             region, kept = found[names], dict(candidate.kernels)
-            windows = {node: kept[label(node)] for node in region.layers if label(node) in kept}
+            windows = {node: kept[node.name] for node in region.layers if node.name in kept}
             if (result := str(region.geometry(windows))) != candidate.result:
                 raise PlanError(
                     f"the plan is for another model: `{candidate.name}` would become {result}, "
