@@ -126,8 +126,8 @@ def measure(model: nn.Module, arguments: Arguments) -> Measured:
 def relative_error(expected: Any, actual: Any) -> float:
     """The largest |expected − actual| over the largest |expected| of a tensor, for the worst tensor of all.
 
-    Infinite where structures, shapes, dtypes or integers differ, or where a value is not finite. Detections are compared
-    as sets: which of two boxes with equal scores comes first is a matter of rounding.
+    Infinite where structures, shapes, dtypes or integers differ, or where a value is not finite. Detections are
+    compared as sets: which of two boxes with equal scores comes first is a matter of rounding.
     """
     expected, actual = _in_order(expected), _in_order(actual)
     (tensors, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(actual)
