@@ -7,12 +7,12 @@ rings) is computed only while one of its paddings is not fully original; `Rings`
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from elc_fx.affine import CONV, Ints, Padding, flat_padding, pad_zeros
 
@@ -279,32 +279,71 @@ class InteriorBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if not (self.training and self.rings.on):
             return super().forward(input)
-        interior = pad_zeros(input, negative(self.ring))
-        axes = [axis for axis in range(input.dim()) if axis != 1]
-        count = math.prod(interior.shape[axis] for axis in axes)
-        precise = interior.float() if interior.dtype in (torch.float16, torch.bfloat16) else interior
-        variance, mean = torch.var_mean(precise, axes, correction=0)
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            self._update(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
-        scale = (variance + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias
-        shape = (1, -1, *[1] * len(self.ring))
-        return torch.addcmul(shift.view(shape).to(input.dtype), scale.view(shape).to(input.dtype), input)
-
-    def _update(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
         momentum = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        assert momentum is not None
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+        running = (self.running_mean, self.running_var)
+        output: Tensor = _NormaliseByInterior.apply(
+            input, self.weight, self.bias, self.ring, running, momentum or 0.0, self.eps
+        )
+        return output
+
+
+class _NormaliseByInterior(torch.autograd.Function):
+    """y = (x − mean) / √(var + eps) · weight + bias with the mean and variance of x's interior, and its gradient.
+
+    With x̂ = (x − mean) / √(var + eps) and sums over all positions, of which m are interior, the gradient is
+    dx = weight / √(var + eps) · (dy − [interior] (Σ dy + x̂ Σ dy·x̂) / m).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        ring: Padding,
+        running: tuple[Tensor | None, Tensor | None],
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        mean, variance = torch.batch_norm_update_stats(_interior(x, ring), *running, momentum)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.ring, ctx.eps = ring, eps
+        return F.batch_norm(x, mean, variance, weight, bias, False, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, weight, mean, variance = ctx.saved_tensors
+        scale = torch.rsqrt(variance + ctx.eps)
+        ones = torch.ones_like(mean) if weight is None else weight
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, ones, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        interior = _interior(x, ctx.ring)
+        count = interior.numel() // interior.shape[1]
+        by_x = -ones * scale * scale * dweight / count
+        constant = -ones * scale * dbias / count - by_x * mean
+        shape = (1, -1, *[1] * len(ctx.ring))
+        _interior(dx, ctx.ring).addcmul_(by_x.view(shape).to(x.dtype), interior).add_(constant.view(shape).to(x.dtype))
+        return (
+            dx,
+            None if weight is None else dweight,
+            dbias if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _interior(x: Tensor, ring: Padding) -> Tensor:
+    """The view of x without its ring."""
+    inside: list[Any] = [..., *(slice(low, x.shape[2 + axis] - high) for axis, (low, high) in enumerate(ring))]
+    return x[tuple(inside)]
 
 
 class RegionInput(nn.Module):
