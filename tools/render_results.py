@@ -18,7 +18,9 @@ from typing import Annotated, Any
 import typer
 
 import bench_compile
+import bench_decouple
 import cifar_lossless
+import decouple_zoo
 import provenance
 import terminal
 import zoo_sweep
@@ -35,6 +37,12 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "compile_zoo_total": ("compile_zoo", lambda result: bench_compile.zoo_table(result | {"rows": []}, STYLE)),
     "compile_chains": ("compile_chains", lambda result: bench_compile.chains_table(result, STYLE)),
     "compile_memory": ("compile_memory", lambda result: bench_compile.memory_table(result, STYLE)),
+    "decouple_flops": ("decouple_flops", lambda result: bench_decouple.flops_table(result["rows"], STYLE)),
+    "decouple_training_step": (
+        "decouple_training_step",
+        lambda result: bench_decouple.steps_table(result["rows"], STYLE),
+    ),
+    "decouple_zoo": ("decouple_zoo", lambda result: decouple_zoo.table(result["rows"], STYLE)),
     "compile_end_to_end": ("compile_end_to_end", lambda result: bench_compile.end_to_end_table(result, STYLE)),
 }
 
