@@ -198,7 +198,7 @@ class CandidateFinder:
             result=str(geometry),
             activations=tuple(label(op.node) for op in operations if op.node in self.graph.activations),
             paddings=tuple(label(op.node) for op in padded),
-            ring=max((side for step in steps.values() for sides in step.ring_in for side in sides), default=0),
+            ring=max((side for step in steps.values() for sides in step.ring_out for side in sides), default=0),
             flops=(before, geometry.flops(size) * positions),
             parameters=(self._parameters(region), geometry.weights + geometry.out_channels),
             nodes=tuple(sorted(node.name for node in region.nodes())),

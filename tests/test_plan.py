@@ -1,0 +1,150 @@
+"""Candidates and plans: names, patterns, costs, JSON, and errors that say what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bench_decouple
+import elc_fx
+from cifar_models import VGG16, ResNet
+
+IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return ResNet(3).eval()
+
+
+def named(model: nn.Module, **keywords: int) -> dict[str, elc_fx.Candidate]:
+    return {c.full_name: c for c in elc_fx.candidates(model, IMAGE, **keywords)}
+
+
+def test_blocks_branches_and_runs_of_blocks_are_candidates(resnet: nn.Module) -> None:
+    found = named(resnet)
+    for name in ("layer1.0:1x1", "layer1.0:3x3", "layer1.0:5x5", "layer1.0.conv1..layer1.0.conv2:3x3", "layer1:3x3"):
+        assert name in found, name
+    assert "layer1.1.conv1..layer2.0.conv2:3x3" in found
+    block, branch = found["layer1.0:3x3"], found["layer1.0.conv1..layer1.0.conv2:3x3"]
+    assert block.layers == branch.layers == ("layer1.0.conv1", "layer1.0.conv2")
+    assert set(branch.nodes) < set(block.nodes)
+    assert block.flops[1] * 2 == block.flops[0] and block.saves
+    assert len(block.activations) == 1 and len(block.kernels) == 1 and not block.paddings and block.ring == 0
+    both = found["layer1.0:5x5"]
+    assert len(both.paddings) == 1 and both.ring == 1 and not both.saves
+    assert found["layer2.0:3x3"].result == "3×3 16→32 stride 2 padding 1"
+
+
+def test_the_convolution_with_a_stride_keeps_its_kernel(resnet: nn.Module) -> None:
+    """Else the first one."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1)).eval()
+    candidate = named(model)["0..2:3x3"]
+    assert candidate.kernels == (("_0", (1, 1)),)
+    assert named(resnet)["layer1.0:3x3"].kernels == (("layer1_0_conv2", (1, 1)),)
+    plan = elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0"], kernels={"layer1.0.conv1": 1, "layer1.0.conv2": 3})
+    assert plan.candidates[0].kernels == (("layer1_0_conv1", (1, 1)),)
+    with pytest.raises(elc_fx.PlanError, match="cannot keep 5"):
+        elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0"], kernels={"layer1.0.conv1": 5})
+
+
+def test_the_number_of_layers_in_a_row_is_capped(resnet: nn.Module) -> None:
+    few, more = named(resnet, longest=1), named(resnet, longest=2)
+    assert set(few) < set(more)
+    assert max(len(c.layers) for c in few.values()) == 2
+
+
+def test_patterns_names_and_what_is_kept(resnet: nn.Module) -> None:
+    def names(**keywords: object) -> list[str]:
+        return [c.full_name for c in elc_fx.Plan.of(resnet, IMAGE, **keywords).candidates]  # type: ignore[arg-type]
+
+    assert names(collapse=["layer1.*"]) == ["layer1:3x3"]
+    assert names(collapse=["layer?.0.*"]) == ["layer1.0:3x3", "layer2.0:3x3", "layer3.0:3x3"]
+    assert names(collapse=["layer1.0:1x1", "layer3.2:5x5"]) == ["layer1.0:1x1", "layer3.2:5x5"]
+    assert names(collapse=["layer1.*"], keep=["layer1.1"]) == ["layer1.0:3x3", "layer1.2:3x3"]
+    (everything,) = elc_fx.Plan.of(resnet, IMAGE).candidates
+    assert len(everything.layers) == 19
+
+
+def test_what_cannot_be_planned_is_an_error_that_says_why(resnet: nn.Module) -> None:
+    for collapse, message in (
+        (["layer1.0", "layer1.*"], "overlap"),
+        (["layer9.*"], "no candidate is called `layer9"),
+        (["layer1.0:4x4"], "can be 1x1, 3x3, 5x5, not 4x4"),
+    ):
+        with pytest.raises(elc_fx.PlanError, match=message):
+            elc_fx.Plan.of(resnet, IMAGE, collapse=collapse)
+    with pytest.raises(elc_fx.PlanError, match="no layer is called `laier1`"):
+        elc_fx.Plan.of(resnet, IMAGE, keep=["laier1"])
+    with pytest.raises(elc_fx.InvalidInputError, match="sequence of names"):
+        elc_fx.Plan.of(resnet, IMAGE, collapse="layer1.*")  # type: ignore[arg-type]
+    with pytest.raises(elc_fx.TrainingModeError):
+        elc_fx.candidates(ResNet(1), IMAGE)
+    with pytest.raises(elc_fx.InvalidInputError):
+        elc_fx.candidates("resnet", IMAGE)  # type: ignore[arg-type]
+
+
+def test_a_plan_is_stored_as_json_and_checked_against_its_model(resnet: nn.Module) -> None:
+    plan = elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.*", "layer2.1"])
+    restored = elc_fx.Plan.from_json(plan.to_json())
+    assert restored == plan and hash(restored) == hash(plan)
+    elc_fx.decouple(resnet, restored)
+    assert "layer1:3x3" in str(plan) and "2 regions" in str(plan)
+    with pytest.raises(elc_fx.PlanError, match="another model"):
+        elc_fx.decouple(VGG16().eval(), plan)
+    with pytest.raises(elc_fx.PlanError, match="another model"):
+        elc_fx.decouple(ResNet(1).eval(), plan)
+    data = json.loads(plan.to_json())
+    del data["candidates"][0]["nodes"]
+    for text in ("{", "[]", "{}", '{"format": 99}', '{"format": 1}', json.dumps(data)):
+        with pytest.raises(elc_fx.InvalidInputError):
+            elc_fx.Plan.from_json(text)
+
+
+def test_the_list_prints_as_a_table_and_as_json(resnet: nn.Module) -> None:
+    found = elc_fx.candidates(resnet, IMAGE)
+    assert "layer3.2:5x5" in str(found) and "FLOPs before" in str(found)
+    assert [elc_fx.Candidate.from_dict(data) for data in json.loads(found.to_json())] == list(found)
+    assert str(elc_fx.Candidates()) == "No candidates."
+
+
+def test_linear_layers_are_candidates() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Dropout(0.5), nn.Linear(32, 4)).double().eval()
+    x = torch.randn(5, 7, 8, dtype=torch.float64)
+    (candidate,) = elc_fx.candidates(model, x)
+    assert candidate.full_name == "0..3:linear"
+    assert candidate.flops == (2 * 35 * (8 * 32 + 32 * 4), 2 * 35 * 8 * 4)
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x))
+    torch.testing.assert_close(decoupled(x), model(x), rtol=0, atol=0)
+    elc_fx.set_gate(decoupled, 0)
+    torch.testing.assert_close(elc_fx.merge(decoupled)(x), decoupled(x))
+
+
+def test_squeeze_and_excitation_is_a_boundary() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            y = y * torch.sigmoid(self.fc(y.mean((2, 3), keepdim=True)))
+            z: Tensor = self.b(y)
+            return z
+
+    assert not elc_fx.candidates(Gated().eval(), IMAGE)
+
+
+@pytest.mark.parametrize(("model", "change"), [(ResNet(9), -0.508), (VGG16(), -0.783)])
+def test_the_flops_are_those_of_the_arithmetic_on_paper(model: nn.Module, change: float) -> None:
+    model.eval()
+    plan = bench_decouple.collapsing(model, IMAGE)
+    decoupled = elc_fx.decouple(model, plan)
+    elc_fx.set_gate(decoupled, 0)
+    before, after = (elc_fx.measure(m, (IMAGE,)).flops for m in (model, elc_fx.merge(decoupled)))
+    assert after / before - 1 == pytest.approx(change, abs=5e-4)
+    assert before - after == sum(c.flops[0] - c.flops[1] for c in plan.candidates)
