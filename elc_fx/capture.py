@@ -136,6 +136,7 @@ def capture(
     _mark_eval(captured, root)
     if trainable:
         _make_dropouts_modules(captured)
+        _make_batch_norms_modules(captured, root)
     _drop_identities(captured, kept=DROPOUT_MODULES if trainable else ())
     _read_overwritten_values_from_their_writer(captured)
     captured.graph.lint()
@@ -634,6 +635,43 @@ def _make_dropouts_modules(captured: fx.GraphModule) -> None:
             called = captured.graph.call_module(node.name, (node.all_input_nodes[0],))
         node.replace_all_uses_with(called)
         captured.graph.erase_node(node)
+
+
+def _make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> None:
+    """A subclass of torch's batch norm whose forward was traced, with its statistics fixed, becomes torch's again."""
+    for node in list(captured.graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "__name__", "") != "batch_norm":
+            continue
+        arguments = signature_of(node)
+        read = {name: arguments.get(name) for name in ("weight", "bias", "running_mean", "running_var")}
+        paths = {
+            n: str(a.target).rpartition(".") for n, a in read.items() if isinstance(a, fx.Node) and a.op == "get_attr"
+        }
+        owners = {owner for owner, _, _ in paths.values()}
+        if len(owners) != 1 or any(attribute != name for name, (_, _, attribute) in paths.items()):
+            continue
+        path = owners.pop()
+        owner: Any = root.get_submodule(path)
+        plain_class = next(
+            (cls for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(owner, cls)), None
+        )
+        if plain_class is None or not path or arguments.get("training", False) is not False:
+            continue
+        plain = plain_class(owner.num_features, owner.eps, owner.momentum, device="meta")
+        plain._parameters, plain._buffers = dict(owner._parameters), dict(owner._buffers)
+        plain.affine, plain.track_running_stats = owner.affine, owner.track_running_stats
+        for name, child in captured.get_submodule(path).named_children():
+            plain.add_module(name, child)
+        parent, _, name = path.rpartition(".")
+        setattr(captured.get_submodule(parent), name, plain.eval())
+        with captured.graph.inserting_before(node):
+            called = captured.graph.call_module(path, (arguments["input"],))
+        node.replace_all_uses_with(called)
+        sources = [source for source in node.all_input_nodes if source.op == "get_attr"]
+        captured.graph.erase_node(node)
+        for source in sources:
+            if not source.users:
+                captured.graph.erase_node(source)
 
 
 def _drop_identities(captured: fx.GraphModule, kept: tuple[type[nn.Module], ...]) -> None:

@@ -672,8 +672,13 @@ class Interpreter:
             return tuple(tensors) if axis == -1 or (rank and axis == rank - 1) else None
         return tuple(tensors) if axis in (1, -dims - 1) else None
 
-    def settled_assertions(self) -> list[fx.Node]:
-        """Assertions that a value has as many axes as the layer before it gives: readers that stand between layers."""
+    def erase_settled_assertions(self) -> None:
+        """Erases assertions on axes that the layers settle, and what only those read: they stand between layers."""
+        for assertion in self._settled_assertions():
+            _erase_unread(self.captured.graph, assertion)
+
+    def _settled_assertions(self) -> list[fx.Node]:
+        """Assertions that a value has as many axes as the layer before it gives."""
         settled = []
         for node in self.captured.graph.nodes:
             compared = node.args[0] if node.target is torch._assert else None
@@ -818,6 +823,15 @@ def _is_torchs(node: fx.Node) -> bool:
     """Whether a function or method is torch's or an operator, and not a user's of the same name."""
     home = getattr(node.target, "__module__", None) or ""
     return node.op != "call_function" or not home or home.startswith(("torch.", "_operator")) or home == "torch"
+
+
+def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases a node, and the comparisons and attributes of sizes that only it read."""
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for source in inputs:
+        if not source.users and source.target in (operator.eq, getattr, "dim"):
+            _erase_unread(graph, source)
 
 
 def _whose_axes(node: fx.Node) -> fx.Node | None:

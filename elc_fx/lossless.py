@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -97,8 +96,7 @@ class LosslessCompilation:
         self, graph_module: fx.GraphModule, path: str, shapes: dict[fx.Node, Ints]
     ) -> tuple[fx.GraphModule, tuple[int, int]]:
         interpreter = Interpreter(graph_module, shapes)
-        for assertion in interpreter.settled_assertions():
-            _erase_unread(graph_module.graph, assertion)
+        interpreter.erase_settled_assertions()
         before = depth_of(graph_module, interpreter)
         chains, joins, refusals = find_chains(interpreter)
         planner = Planner(interpreter)
@@ -161,15 +159,6 @@ def _measured(module: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurem
         ) from error
     finally:
         before.restore()
-
-
-def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Erases a node, and the comparisons and attributes of sizes that only it read."""
-    inputs = node.all_input_nodes
-    graph.erase_node(node)
-    for source in inputs:
-        if not source.users and source.target in (operator.eq, getattr, "dim"):
-            _erase_unread(graph, source)
 
 
 def _parameters(module: nn.Module) -> int:

@@ -17,7 +17,7 @@ from elc_fx.activations import MODULES, activation_of
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding
 from elc_fx.capture import Capture, capture, is_drop_path, is_identity
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import function_name, module_of
+from elc_fx.graph import module_of
 from elc_fx.inputs import ExampleInputs
 from elc_fx.interpret import CPU, Interpreter, Operation
 from elc_fx.regions import Chain, Join, Part, find_chains, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
@@ -172,6 +172,7 @@ class SerialGraph:
         self.graph_module = captured.graph_module
         self.shapes = shapes or {}
         self.interpreter = SerialInterpreter(self.graph_module, shapes)
+        self.interpreter.erase_settled_assertions()
         chains, joins, self.refusals = find_chains(self.interpreter)
         self.chains = list(_all_chains(chains, joins))
         self.activations = self.interpreter.activations
@@ -187,10 +188,12 @@ class SerialGraph:
         for chain in self.chains:
             heavy = [i for i, part in enumerate(chain.parts) if is_heavy(part)]
             for first, start in enumerate(heavy):
+                seen = start
                 for last in heavy[first : first + longest]:
-                    region = Region(chain, start, self._end(chain, last))
-                    if any(not _can_be_decoupled(op) for op in operations_of([chain.parts[last]])):
+                    if not all(_can_be_decoupled(op) for op in operations_of(chain.parts[seen : last + 1])):
                         break
+                    seen = last + 1
+                    region = Region(chain, start, self._end(chain, last))
                     if len(region.layers) > 1 or isinstance(chain.parts[start], Join):
                         yield region
 
@@ -222,8 +225,7 @@ def is_heavy(part: Part) -> bool:
 
 def _can_be_decoupled(op: Operation) -> bool:
     geometry = op.geometry
-    pools = not op.convolves and any(k > 1 for k in geometry.kernel_size)
-    return not (geometry.transposed or geometry.fill or (pools and geometry.padded))
+    return not (geometry.transposed or geometry.fill) and (op.convolves or pads(op) or not geometry.padded)
 
 
 # Which convolutions of a region keep their kernels.
@@ -300,7 +302,9 @@ def rings(parts: Sequence[Part], windows: Windows, ring: Padding, steps: dict[fx
 
 def pads(op: Operation) -> bool:
     """Whether the operation is a padding and nothing else."""
-    return not op.convolves and op.geometry.padded and function_name(op.node) != "getitem"
+    geometry = op.geometry
+    alone = all(k == 1 for k in geometry.kernel_size) and geometry.groups == geometry.in_channels
+    return not op.convolves and geometry.padded and alone and geometry.out_channels == geometry.in_channels
 
 
 def decouples_padding(op: Operation, step: Step, *, at_source: bool) -> bool:

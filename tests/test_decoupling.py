@@ -418,6 +418,15 @@ def test_calibration_fits_the_line_of_each_activation() -> None:
         a = torch.stack([z[:, c], torch.ones_like(z[:, c])], 1)
         expected = torch.linalg.lstsq(a, z[:, c].relu().unsqueeze(1)).solution.squeeze(1)
         torch.testing.assert_close(torch.stack([node.slope[c], node.offset[c]]).detach(), expected)
+    for same in (torch.cat(batches), [{"input": b, "label": 0} for b in batches]):
+        (other,) = (
+            m
+            for m in elc_fx.decouple(model, plan, calibration=same).modules()
+            if type(m).__name__ == "DecoupledActivation"
+        )
+        torch.testing.assert_close(other.slope, node.slope)
+    with pytest.raises(elc_fx.InvalidInputError, match="not finite"):
+        elc_fx.decouple(model, plan, calibration=[batches[0] * float("nan")])
     with pytest.raises(elc_fx.InvalidInputError, match="no batches"):
         elc_fx.decouple(model, plan, calibration=[])
     with pytest.raises(elc_fx.InvalidInputError, match="does not fit"):
@@ -486,6 +495,91 @@ def test_functional_activations(act: Callable[[Tensor], Tensor]) -> None:
     close(decoupled(x), model(x))
     elc_fx.set_gate(decoupled, 0)
     close(elc_fx.merge(decoupled)(x), decoupled(x))
+
+
+def net(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(*modules).double().eval()
+
+
+def conv(inputs: int = 4, outputs: int = 4, **keywords: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, **{"padding": 1, **keywords})
+
+
+class ChannelPad(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv(6, 4, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.relu(nn.functional.pad(self.a(x), (1, 1, 1, 1, 1, 1))))
+        return y
+
+
+class NormAndAct(nn.BatchNorm2d):
+    """A subclass with a forward of its own, whose statistics tracing would fix."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "expected 4 axes")
+        y: Tensor = self.act(
+            nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            )
+        )
+        return y
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([conv(), conv(), nn.BatchNorm2d(4)])
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 0
+        for branch in self.branches:
+            y += branch(x)
+        y += 0
+        return self.act(y)  # type: ignore[no-any-return]
+
+
+def test_a_batch_norm_of_a_subclass_follows_train() -> None:
+    model = net(conv(), NormAndAct(4), conv(), NormAndAct(4), conv())
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    trained = copy.deepcopy(model).train()
+    for kernel in ("3x3", "5x5"):
+        decoupled = decouple(model, elc_fx.Plan.of(model, x, collapse=[f"*:{kernel}"])).train()
+        assert set(model.state_dict()) <= set(decoupled.state_dict())
+        close(decoupled(x), copy.deepcopy(trained)(x))
+        elc_fx.set_gate(decoupled.eval(), 0)
+        close(elc_fx.merge(decoupled)(x), decoupled(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "there_are"),
+    [
+        (net(nn.utils.parametrizations.weight_norm(conv()), nn.ReLU(), conv()), True),
+        (net(nn.ZeroPad2d(1), conv(padding=0), nn.ReLU(), nn.ZeroPad2d((0, 1, 2, 1)), conv(padding=0)), True),
+        (net(conv(), nn.ReLU(), nn.ReflectionPad2d(1), conv(padding=0), nn.ReLU(), conv()), True),
+        (net(conv(), nn.ReLU(), nn.AvgPool2d(2), conv(), nn.ReLU(), nn.AvgPool2d(3, 2, 1), conv()), True),
+        (net(conv(), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2), nn.ReLU(), conv()), False),
+        (net(ChannelPad()), False),
+        (net(Sum(), Sum(), conv()), True),
+    ],
+)
+def test_other_operations_inside_a_region(model: nn.Module, there_are: bool) -> None:
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    candidates = elc_fx.candidates(model, x)
+    assert bool(candidates) == there_are
+    for candidate in candidates:
+        decoupled = decouple(model, elc_fx.Plan((candidate,), ("input",)))
+        close(decoupled(x), model(x))
+        if elc_fx.gates(decoupled):
+            elc_fx.set_gate(decoupled, 0)
+        close(elc_fx.merge(decoupled)(x), decoupled(x))
 
 
 def test_a_training_mode_model_is_refused() -> None:

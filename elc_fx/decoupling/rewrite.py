@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from elc_fx.activations import MODULES, activation_of, line_for_gaussian
@@ -40,7 +41,11 @@ from elc_fx.planning.plan import Plan
 from elc_fx.regions import Join, Part, operations_of
 from elc_fx.serial import Region, SerialGraph, Step, Windows, decouples_padding, has_size, moved, pads, rings
 
-IN_PLACE = {"iadd": "add", "add_": "add", "isub": "sub", "sub_": "sub", "subtract_": "sub"}
+IN_PLACE = {
+    **{f"i{name}": name for name in ("add", "sub", "mul")},
+    **{f"{name}_": name for name in ("add", "sub", "mul", "div", "neg", "subtract", "multiply", "divide")},
+    "itruediv": "div",
+}
 
 
 def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = None) -> DecoupledModule:
@@ -52,9 +57,10 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
     Args:
         model: the module that the plan was made for, in eval mode.
         plan: which regions.
-        calibration: batches (tensors, or sequences that begin with the model's inputs, as a loader gives them) from
-            which the line that replaces each activation is fitted. Without them, it is the least-squares line for what
-            the batch norm before the activation gives, else for a standard normal.
+        calibration: batches (tensors, sequences that begin with the model's inputs, as a loader gives them, or mappings
+            that have them by name; or one tensor) from which the line that replaces each activation is fitted. Without
+            them, it is the least-squares line for what the batch norm before the activation gives, else for a standard
+            normal.
 
     Raises:
         TrainingModeError: the model is in training mode.
@@ -142,8 +148,7 @@ class _Rewriter:
         ends = [self._rewrite_parts(branch.chain.parts, source, ring) for branch in join.branches]
         wanted = self.steps[join.node].ring_out
         for node in (join.node, *join.inner):
-            if function_name(node) in IN_PLACE:
-                self._make_functional(node)
+            self._make_functional(node)
             for value, end in dict(ends).items():
                 if value in node.all_input_nodes and end != wanted:
                     with self.graph.inserting_before(node):
@@ -152,12 +157,16 @@ class _Rewriter:
 
     def _make_functional(self, node: fx.Node) -> None:
         """x += y as x + y: what a decoupling node gives may be needed for its gradient."""
-        node.target = getattr(torch, IN_PLACE[function_name(node)])
-        node.op = "call_function"
+        if function_name(node) in IN_PLACE:
+            node.target = getattr(torch, IN_PLACE[function_name(node)])
+            node.op = "call_function"
+        elif node.op == "call_module" and hasattr(module := module_of(self.graph_module, node), "inplace"):
+            module.__dict__["inplace"] = False  # an attribute of torch's activations and dropouts
 
     def _rewrite_operation(self, op: Operation, source: fx.Node, ring: Padding) -> tuple[fx.Node, Padding]:
         """One operation, and before it what makes its input what it needs."""
         node, step, geometry, value = op.node, self.steps[op.node], op.geometry, source
+        self._make_functional(node)
         at_source = source is self.begin
         splits = decouples_padding(op, step, at_source=at_source)
         # A convolution pads the region's source itself, and so does a padding.
@@ -228,8 +237,6 @@ class _Rewriter:
         assert activation is not None
         if op.node.op == "call_module":
             activation = self._own_module(op.node)
-            if hasattr(activation, "inplace"):
-                setattr(activation, "inplace", False)  # noqa: B010
         channels, dims = op.geometry.out_channels, op.geometry.dims
         mean, std = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
         if self._is_batch_norm(op.source):
@@ -300,21 +307,21 @@ def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> N
     Raises `InvalidInputError` where there is no batch, or one does not fit the model.
     """
     nodes = [module for module in decoupled.modules() if isinstance(module, DecoupledActivation)]
-    inputs = sum(node.op == "placeholder" and not node.args for node in decoupled.graph.nodes)
     count = 0
     for node in nodes:
         node.fit = LineFit(len(node.slope), node.dims)
     try:
         with torch.no_grad():
-            for batch in calibration:
-                arguments = (batch,) if isinstance(batch, Tensor) else tuple(batch)[:inputs]
-                _run(decoupled, arguments)
+            for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
+                _run(decoupled, batch)
                 count += 1
         if not count:
             raise InvalidInputError("calibration has no batches")
         for node in nodes:
             assert node.fit is not None
             slope, offset = node.fit.line()
+            if not bool((slope.isfinite() & offset.isfinite()).all()):
+                raise InvalidInputError("the calibration batches give activations that are not finite")
             node.slope.data.copy_(slope)
             node.offset.data.copy_(offset)
     finally:
@@ -322,13 +329,26 @@ def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> N
             node.fit = None
 
 
-def _run(decoupled: DecoupledModule, arguments: tuple[Any, ...]) -> None:
+def _run(decoupled: DecoupledModule, batch: Any) -> None:
+    """Calls the network with a tensor, the first elements of a sequence, or what a mapping has by the right names."""
+    names = [str(node.target) for node in decoupled.graph.nodes if node.op == "placeholder"]
+    required = sum(node.op == "placeholder" and not node.args for node in decoupled.graph.nodes)
     weight = next(decoupled.parameters(), None)
     device = torch.device("cpu") if weight is None else weight.device
+    args: Sequence[Any] = ()
+    kwargs: dict[str, Any] = {}
     try:
-        decoupled(*(value.to(device) if isinstance(value, Tensor) else value for value in arguments))
+        if isinstance(batch, Mapping):
+            kwargs = {name: value for name, value in batch.items() if name in names}
+        else:
+            args = (batch,) if isinstance(batch, Tensor) else tuple(batch)[:required]
+        decoupled(*pytree.tree_map_only(Tensor, _to(device), args), **pytree.tree_map_only(Tensor, _to(device), kwargs))
     except Exception as error:
         # Whatever the model's own layers raise: the batch and the model do not go together.
         raise InvalidInputError(
             f"a calibration batch does not fit the model: {type(error).__name__}: {error}"
         ) from error
+
+
+def _to(device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(device)
