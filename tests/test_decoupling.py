@@ -558,6 +558,37 @@ def test_a_batch_norm_of_a_subclass_follows_train() -> None:
         close(elc_fx.merge(decoupled)(x), decoupled(x))
 
 
+def test_a_batch_norm_whose_statistics_stay_fixed_is_told() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = conv(), conv(), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n = self.norm
+            y = nn.functional.batch_norm(self.a(x), n.running_mean, n.running_var, n.weight, n.bias, self.training)
+            z: Tensor = self.b(y.relu() + torch.ones_like(y))
+            return z
+
+    class Bare(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+            self.register_buffer("var", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            z: Tensor = self.b(nn.functional.batch_norm(self.a(x), self.mean, self.var).relu())
+            return z
+
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    model = net(Bare())
+    with pytest.warns(UserWarning, match="fixed statistics"):
+        elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["*:3x3"]))
+    model = net(Own())
+    decoupled = decouple(model, elc_fx.Plan(()))
+    close(decoupled.train()(x), copy.deepcopy(model).train()(x))
+
+
 @pytest.mark.parametrize(
     ("model", "there_are"),
     [

@@ -83,6 +83,13 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
                 f"{before:,} FLOPs become {after:,}",
                 stacklevel=2,
             )
+    for node in captured.graph_module.graph.nodes:
+        if node.op == "call_function" and function_name(node) == "batch_norm":
+            warnings.warn(
+                f"`{node.name}` normalises with fixed statistics, as tracing in eval mode recorded it, also in training: "
+                "use a batch norm module to train it",
+                stacklevel=2,
+            )
     rewriter = _Rewriter(graph)
     for candidate, region, windows in located:
         rewriter.rewrite(candidate, region, windows)
