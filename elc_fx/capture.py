@@ -657,7 +657,8 @@ def _make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> None
         )
         if plain_class is None or not path or arguments.get("training", False) is not False:
             continue
-        plain = plain_class(owner.num_features, owner.eps, owner.momentum, device="meta")
+        momentum = owner.momentum if owner.momentum is None else arguments.get("momentum", 0.1)
+        plain = plain_class(owner.num_features, arguments.get("eps", 1e-5), momentum, device="meta")
         plain._parameters, plain._buffers = dict(owner._parameters), dict(owner._buffers)
         plain.affine, plain.track_running_stats = owner.affine, owner.track_running_stats
         for name, child in captured.get_submodule(path).named_children():

@@ -86,8 +86,8 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
     for node in captured.graph_module.graph.nodes:
         if node.op == "call_function" and function_name(node) == "batch_norm":
             warnings.warn(
-                f"`{node.name}` normalises with fixed statistics, as tracing in eval mode recorded it, also in training: "
-                "use a batch norm module to train it",
+                f"`{node.name}` normalises with fixed statistics in training too, as tracing in eval mode recorded it; "
+                "a batch norm module would follow train()",
                 stacklevel=2,
             )
     rewriter = _Rewriter(graph)
