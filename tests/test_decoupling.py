@@ -256,6 +256,7 @@ def test_the_composed_kernel_is_what_impulses_see(data: st.DataObject) -> None:
     """The response of the closed region to an impulse in the middle of an input, channel by channel."""
     model = data.draw(stacks(2, 2, 4, data.draw(st.integers(2, 3)))).double().eval()
     x = inputs_of(model, 2, 30)
+    assume(runs(model, x))
     candidates = [
         c for c in elc_fx.candidates(model, x) if len(c.layers) == sum("Conv" in type(m).__name__ for m in model)
     ]
@@ -590,7 +591,7 @@ def test_a_batch_norm_whose_statistics_stay_fixed_is_told() -> None:
     decoupled = decouple(model, elc_fx.Plan(()))
     trained = copy.deepcopy(model).train()
     close(decoupled.train()(x), trained(x))
-    close(decoupled.norm.running_mean, trained.norm.running_mean)  # type: ignore[arg-type, union-attr]
+    close(decoupled.get_submodule("0.norm").running_mean, trained[0].norm.running_mean)  # type: ignore
 
 
 @pytest.mark.parametrize(
