@@ -657,14 +657,17 @@ def _make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> None
         )
         if plain_class is None or not path or arguments.get("training", False) is not False:
             continue
+        parent, _, name = path.rpartition(".")
+        holder = captured.get_submodule(parent)
+        if holder is root.get_submodule(parent):  # the caller's own, of which the graph calls other parts
+            continue
         momentum = owner.momentum if owner.momentum is None else arguments.get("momentum", 0.1)
         plain = plain_class(owner.num_features, arguments.get("eps", 1e-5), momentum, device="meta")
         plain._parameters, plain._buffers = dict(owner._parameters), dict(owner._buffers)
         plain.affine, plain.track_running_stats = owner.affine, owner.track_running_stats
-        for name, child in captured.get_submodule(path).named_children():
-            plain.add_module(name, child)
-        parent, _, name = path.rpartition(".")
-        setattr(captured.get_submodule(parent), name, plain.eval())
+        for child_name, child in captured.get_submodule(path).named_children():
+            plain.add_module(child_name, child)
+        setattr(holder, name, plain.eval())
         with captured.graph.inserting_before(node):
             called = captured.graph.call_module(path, (arguments["input"],))
         node.replace_all_uses_with(called)
