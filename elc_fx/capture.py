@@ -434,9 +434,22 @@ class _Tracer(fx.Tracer):
                     kwargs[key] = value
                 else:
                     args.append(value)
+        self._check_order()
         if "forward" in vars(self.root):  # a forward that was put on the instance
             return lambda *_: forward(*args, **kwargs), []
         return lambda *_: root_fn(self.root, *args, **kwargs), []
+
+    def _check_order(self) -> None:
+        """A graph takes its inputs by position, where none without a default can follow one with a default."""
+        defaulted = None
+        for node in self.graph.find_nodes(op="placeholder"):
+            if node.args:
+                defaulted = defaulted or node
+            elif defaulted is not None:
+                raise _UntruthfulError(
+                    f"its input `{node.target}` has no default and comes after `{defaulted.target}`, which has one; "
+                    f"give example_inputs with `{defaulted.target}`"
+                )
 
     def _inputs(self, name: str, parameter: inspect.Parameter, given: dict[str, Any]) -> list[tuple[str, Any]]:
         if parameter.kind is parameter.VAR_POSITIONAL:

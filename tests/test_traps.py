@@ -1741,6 +1741,37 @@ def test_default_dtype_and_device_do_not_reach_the_result() -> None:
     assert_same(compiled(x), model(x))
 
 
+class KeywordAfterDefault(nn.Module):
+    """An input without a default behind one that has one, as only Python's keyword-only arguments allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = conv_bn(3, 4)
+
+    def forward(self, x: Tensor, scale: float | None = None, *, y: Tensor) -> Tensor:
+        z: Tensor = self.block(x)
+        return (z if scale is None else z * scale) + y
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["without examples", "with examples"])
+def test_required_keyword_after_a_default(examples: bool) -> None:
+    """The root stays as it is, its children are compiled."""
+    model = ready(KeywordAfterDefault())
+    x = image(2, 3, 5, 5)
+    given = {"x": x, "y": torch.ones(2, 4, 5, 5)}
+    compiled = elc_fx.compile(model, given if examples else None)
+    assert_same(compiled(**given), model(**given))
+    assert_same(compiled(**given, scale=2.0), model(**given, scale=2.0))
+    assert len(elc_fx.report_of(compiled).merged) == 1
+    assert "`y` has no default and comes after `scale`" in str(elc_fx.report_of(compiled).opaque[0])
+
+
+def test_required_keyword_after_a_default_has_no_candidates() -> None:
+    model = ready(KeywordAfterDefault())
+    with pytest.raises(elc_fx.CaptureError, match="give example_inputs with `scale`"):
+        elc_fx.candidates(model, {"x": image(2, 3, 5, 5), "y": torch.ones(2, 4, 5, 5)})
+
+
 # --- verification ----------------------------------------------------------------------------------------------------
 
 
