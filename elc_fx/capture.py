@@ -27,7 +27,7 @@ from torch.fx.proxy import ParameterProxy
 
 from elc_fx.errors import ElcError
 from elc_fx.graph import module_of, overwritten_argument, signature_of
-from elc_fx.questions import Question, Watch, may_ask
+from elc_fx.questions import Question, Watch, branches_on_training, may_ask
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -71,12 +71,14 @@ class Refusal:
 class Capture:
     """The graph of a model, sharing its modules, and the submodules that stayed opaque.
 
-    inputs: the example of each placeholder, in order; None where none were given.
+    inputs: the example of each placeholder, in order; None where none were given. eval_only: the modules whose own
+    code does something else in training mode, of which the graph has recorded what it does in eval mode.
     """
 
     graph_module: fx.GraphModule
     opaque: tuple[Refusal, ...]
     inputs: tuple[Any, ...] | None
+    eval_only: tuple[Refusal, ...]
 
 
 class CaptureError(ElcError):
@@ -141,7 +143,13 @@ def capture(
     _read_overwritten_values_from_their_writer(captured)
     captured.graph.lint()
     opaque = tuple(refusal for module, refusal in refused.items() if tracer.used(module))
-    return Capture(captured, opaque, None if given is None else tuple(tracer.examples))
+    entered = [(name, m) for name, m in root.named_modules() if m is root or tracer.entered(m)]
+    eval_only = tuple(
+        Refusal(name, f"`{type(module).__name__}.{method}` branches on self.training")
+        for name, module in entered
+        if (method := branches_on_training(module))
+    )
+    return Capture(captured, opaque, None if given is None else tuple(tracer.examples), eval_only)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -324,6 +332,9 @@ class _Tracer(fx.Tracer):
     def used(self, module: nn.Module) -> bool:
         return module in self._called
 
+    def entered(self, module: nn.Module) -> bool:
+        return self.used(module) and not self.is_leaf_module(module, "")
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self.trainable and is_drop_path(m):
             return True
@@ -478,7 +489,7 @@ class _Tracer(fx.Tracer):
         """An input that is accepted only with its default value, which the traced code has seen."""
         self.examples.append(default)
         node = self.create_node("placeholder", name, (default,), {})
-        message = f"`{name}` was bound to its default {default!r} by elc_fx; compile with example_inputs that give it"
+        message = f"`{name}` was bound to its default {default!r} by elc_fx; give it in the example_inputs"
         check, arguments = (_is_none, (node,)) if default is None else (_equals, (node, default))
         compared = self.create_node("call_function", check, arguments, {})
         compared.meta["is_wrapped"] = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import os
 import sys
 import types
@@ -86,6 +87,30 @@ def may_ask(module: nn.Module) -> bool:
     if cls not in _classes:
         _classes[cls] = _any_asks([getattr(cls, "forward", None)], cls)
     return _classes[cls] or (bool(functions) and _any_asks(functions, cls))
+
+
+def branches_on_training(module: nn.Module) -> str | None:
+    """The name of a method in which the module's own code decides by `self.training`, if there is one."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.") or cls is object:
+            continue
+        for function in _functions_of(cls):
+            if function.__name__ not in ("__init__", "train", "eval") and _decides_by_training(function.__code__):
+                return function.__name__
+    return None
+
+
+def _decides_by_training(code: types.CodeType) -> bool:
+    """Whether an attribute `training` is read right before a jump or a `not`."""
+    if "training" not in code.co_names:
+        return False
+    instructions = list(dis.get_instructions(code))
+    return any(
+        read.opname.startswith("LOAD_ATTR")
+        and read.argval == "training"
+        and ("JUMP" in then.opname or then.opname in ("UNARY_NOT", "TO_BOOL", "COPY"))
+        for read, then in itertools.pairwise(instructions)
+    )
 
 
 def _functions_of(value: Any) -> Iterator[types.FunctionType]:

@@ -7,6 +7,7 @@ rings) is computed only while one of its paddings is not fully original; `Rings`
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,27 +32,39 @@ class Rings:
 
 
 class DecouplingNode(nn.Module):
-    """A module with a gate. gate: a scalar buffer in [0, 1]; `set_gate` changes it, and tells `state`."""
+    """A module with a gate. gate: a scalar buffer in [0, 1], which `set_gate` changes."""
 
     gate: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("gate", torch.ones(()))
-        self.state = ORIGINAL
+        self._read = self.gate, self.gate._version, ORIGINAL  # the gate when it was last read, and what it said
 
     @property
     def has_gate(self) -> bool:
         """Whether the gate changes anything."""
         return True
 
+    @property
+    def state(self) -> str:
+        """What the gate says to compute. It is read again only after a change, since reading waits for the device."""
+        gate, (seen, version, state) = self.gate, self._read
+        if torch.compiler.is_compiling() or gate.is_meta:
+            return state
+        if gate is not seen or gate.is_inference() or gate._version != version:
+            value = float(gate)
+            state = ORIGINAL if value == 1 else MERGEABLE if value == 0 else BLENDED
+            self._read = gate, -1 if gate.is_inference() else gate._version, state
+        return state
+
     def set_gate(self, value: float) -> None:
         self.gate.fill_(value)
-        self.state = ORIGINAL if value == 1 else MERGEABLE if value == 0 else BLENDED
+        _ = self.state  # for code that torch.compile made, which does not read the gate
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.set_gate(float(self.gate))
+        _ = self.state
 
     def blend(self, original: Tensor, mergeable: Tensor) -> Tensor:
         gate = self.gate.to(original.dtype)
@@ -110,7 +123,7 @@ class LineFit:
     def _rows(self, t: Tensor) -> Tensor:
         """[values, channels]"""
         t = t.detach().double()
-        return t.movedim(1, -1).flatten(0, -2) if self.dims else t.flatten(0, -2)
+        return t.movedim(-1 - self.dims, -1).flatten(0, -2)
 
     def line(self) -> tuple[Tensor, Tensor]:
         """Slope and offset, [channels] each. Where x never varies, the line is flat, through the mean of y."""
@@ -268,11 +281,15 @@ class DecoupledConvolution(DecouplingNode):
 
 
 class InteriorBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm of a value with a ring: the statistics of a training batch are those of the interior alone."""
+    """Batch norm of a value with a ring: the statistics of a training batch are those of the interior alone.
+
+    While no ring is computed, it does what the original's class does.
+    """
 
     def __init__(self, original: nn.modules.batchnorm._BatchNorm, ring: Padding, rings: Rings) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(vars(original))
+        self.original_class: Any = type(original)
         self.ring = ring
         self.rings = rings
 
@@ -283,7 +300,13 @@ class InteriorBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if not (self.training and self.rings.on):
-            return super().forward(input)
+            return self.original_class.forward(self, input)
+        interior = [n - low - high for n, (low, high) in zip(input.shape[2:], self.ring, strict=True)]
+        if input.shape[0] * math.prod(interior) == 1:
+            raise ValueError(
+                f"batch norm in training needs more than 1 value per channel, got an input of {tuple(input.shape)} "
+                f"with a ring of {self.ring}"
+            )
         momentum = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

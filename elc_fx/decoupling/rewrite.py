@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from elc_fx.activations import MODULES, activation_of, line_for_gaussian
 from elc_fx.affine import Padding
-from elc_fx.capture import capture
+from elc_fx.capture import Capture, capture
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.nodes import (
     DecoupledActivation,
@@ -51,8 +51,9 @@ IN_PLACE = {
 def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = None) -> DecoupledModule:
     """A trainable copy of `model` in which nothing but gates keeps the plan's regions from being one convolution each.
 
-    With all gates at 1, as they are at first, it computes what the model computes, in training mode too. Close the
-    gates with `set_gate` or a `GateSchedule` while it is trained, then `merge` it. The model itself is not changed.
+    With all gates at 1, as they are at first, it computes what the model computes, in training mode too (but for
+    methods that branch on `self.training`, of which a warning tells). Close the gates with `set_gate` or a
+    `GateSchedule` while it is trained, then `merge` it. The model itself is not changed.
 
     Args:
         model: the module that the plan was made for, in eval mode.
@@ -83,16 +84,13 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
                 f"{before:,} FLOPs become {after:,}",
                 stacklevel=2,
             )
-    for node in captured.graph_module.graph.nodes:
-        if node.op == "call_function" and function_name(node) == "batch_norm":
-            warnings.warn(
-                f"`{node.name}` normalises with fixed statistics in training too, as tracing in eval mode recorded it; "
-                "a batch norm module would follow train()",
-                stacklevel=2,
-            )
+    _warn_of_eval_in_training(captured)
+    read = _attributes_read(captured.graph_module)
     rewriter = _Rewriter(graph)
     for candidate, region, windows in located:
         rewriter.rewrite(candidate, region, windows)
+    for path in read - _attributes_read(captured.graph_module):
+        _delete_parameter(captured.graph_module, path)
     decoupled = DecoupledModule(captured.graph_module, captured.graph_module.graph, type(model).__name__)
     decoupled.plan = plan
     decoupled.delete_all_unused_submodules()
@@ -101,6 +99,40 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
     if calibration is not None:
         fit_activations(decoupled, calibration)
     return decoupled
+
+
+def _warn_of_eval_in_training(captured: Capture) -> None:
+    """Warns where the graph will do in training mode what the model does in eval mode only."""
+    for refusal in captured.eval_only:
+        where = f"`{refusal.where}`: " if refusal.where else ""
+        warnings.warn(
+            f"{where}{refusal.reason}; the decoupled network does in training, too, what that does in eval mode",
+            stacklevel=3,
+        )
+    for node in captured.graph_module.graph.nodes:
+        if node.op == "call_function" and function_name(node) == "batch_norm":
+            warnings.warn(
+                f"`{node.name}` normalises with fixed statistics in training too, as tracing in eval mode recorded it; "
+                "a batch norm module would follow train()",
+                stacklevel=3,
+            )
+
+
+def _attributes_read(graph_module: fx.GraphModule) -> set[str]:
+    """The attributes that the graph reads, after those that nobody uses are taken out of it."""
+    for node in reversed(graph_module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph_module.graph.erase_node(node)
+    return {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+
+
+def _delete_parameter(graph_module: fx.GraphModule, path: str) -> None:
+    """What a function was given as its weight is now the weight of a module."""
+    owner, _, name = path.rpartition(".")
+    holder = graph_module.get_submodule(owner)
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    if name in holder._parameters and not any(f"{owner}.".startswith(f"{target}.") for target in called):
+        del holder._parameters[name]
 
 
 class _Rewriter:
@@ -199,6 +231,12 @@ class _Rewriter:
             self._rewrite_activation(op)
         elif has_size(step.ring_in) and self._is_batch_norm(node):
             norm: Any = self._own_module(node)
+            if isinstance(norm, nn.SyncBatchNorm):
+                warnings.warn(
+                    f"`{label(node)}` stands between layers whose borders are decoupled: while their gates are below "
+                    "1, each process normalises with the statistics of its own batch",
+                    stacklevel=5,
+                )
             self._put(node, InteriorBatchNorm(norm, step.ring_in, self.rings))
         return node, step.ring_out
 
@@ -268,7 +306,15 @@ class _Rewriter:
     def _own_module(self, node: fx.Node) -> nn.Module:
         """The module that a node calls; if others call it too, a copy."""
         module = module_of(self.graph_module, node)
-        return copy.deepcopy(module) if self.calls[str(node.target)] > 1 else module
+        if self.calls[str(node.target)] == 1:
+            return module
+        if next(module.parameters(), None) is not None:
+            warnings.warn(
+                f"`{node.target}` is called more than once; inside of a region the call `{node.name}` gets weights of "
+                "its own, which train apart from the others",
+                stacklevel=5,
+            )
+        return copy.deepcopy(module)
 
     def _put(self, node: fx.Node, module: nn.Module) -> None:
         """Makes a node call a module of its own, in the place of the one that it called if nobody else calls that."""

@@ -1,0 +1,174 @@
+"""What was once wrong with decoupling: each a plain case."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import assert_same, image, ready
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel
+
+import elc_fx
+
+
+def stack(*between: nn.Module) -> nn.Sequential:
+    return ready(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *between, nn.Conv2d(4, 4, 3, padding=1)))
+
+
+def decoupled(model: nn.Module, x: Tensor, *collapse: str) -> elc_fx.DecoupledModule:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*costs more than it saves")
+        return elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=collapse or ("*",)))
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------
+
+
+def test_gate_that_others_write_is_obeyed() -> None:
+    """Averaged models, loaders and synchronisation copy buffers without asking the module."""
+    model, x = stack(nn.BatchNorm2d(4), nn.ReLU()), image(2, 3, 6, 6)
+    net = decoupled(model, x, "*:5x5")
+    closed = decoupled(model, x, "*:5x5")
+    elc_fx.set_gate(closed, 0)
+    for source, target in zip(closed.buffers(), net.buffers(), strict=True):
+        target.copy_(source)
+    assert_same(net(x), closed(x))
+    assert_same(elc_fx.merge(net)(x), net(x))
+
+
+def test_averaged_model_follows_the_gates() -> None:
+    model, x = stack(nn.BatchNorm2d(4), nn.ReLU()), image(2, 3, 6, 6)
+    net = decoupled(model, x, "*:5x5")
+    average = AveragedModel(net)
+    average.update_parameters(net)
+    assert_same(average(x), net(x))
+    elc_fx.set_gate(net, 0)
+    average.update_parameters(net)
+    assert_same(average(x), net(x))
+    assert_same(elc_fx.merge(average.module)(x), net(x))
+
+
+def test_functional_call_with_other_gates() -> None:
+    model, x = stack(nn.ReLU()), image(2, 3, 6, 6)
+    net = decoupled(model, x, "*:5x5")
+    for value in (0.0, 0.25, 1.0, 0.0):
+        other = pickle.loads(pickle.dumps(net))
+        elc_fx.set_gate(other, value)
+        assert_same(functional_call(net, dict(other.named_buffers()), (x,)), other(x))
+    assert_same(net(x), model(x))
+
+
+# --- batch norms -----------------------------------------------------------------------------------------------------
+
+
+def test_one_value_per_channel_is_refused_as_torch_does() -> None:
+    model = stack(nn.BatchNorm2d(4), nn.ReLU())
+    net = decoupled(model, image(1, 3, 4, 4), "*:5x5").train()
+    elc_fx.set_gate(net, 0.5)
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        net(image(1, 3, 1, 1))
+    for name, value in net.named_buffers():
+        assert value.isfinite().all() and ("running" not in name or torch.equal(value, before[name]))
+
+
+def test_synchronised_batch_norm_between_rings_is_told() -> None:
+    model = stack(nn.SyncBatchNorm(4), nn.ReLU())
+    plan = elc_fx.Plan.of(model, image(1, 3, 4, 4), collapse=["*:5x5"])
+    with pytest.warns(UserWarning, match="each process normalises with the statistics of its own batch"):
+        elc_fx.decouple(model, plan)
+
+
+# --- what tracing in eval mode records -------------------------------------------------------------------------------
+
+
+class Auxiliary(nn.Module):
+    """A head for training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.extra = stack(nn.ReLU()), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.body(x)
+        if self.training:
+            return self.head(y), self.extra(y)
+        return self.head(y)
+
+
+class PassesTrainingOn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = stack(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.body(x), 0.5, training=self.training)
+
+
+def test_branch_on_training_is_told() -> None:
+    model, x = ready(Auxiliary()), image(2, 3, 5, 5)
+    plan = elc_fx.Plan.of(model, x, collapse=["body"])
+    with pytest.warns(UserWarning, match=r"`Auxiliary\.forward` branches on self\.training"):
+        elc_fx.decouple(model, plan)
+
+
+def test_training_passed_on_is_not_a_branch() -> None:
+    model, x = ready(PassesTrainingOn()), image(2, 3, 5, 5)
+    plan = elc_fx.Plan.of(model, x, collapse=["body:5x5"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*costs more than it saves")
+        net = elc_fx.decouple(model, plan).train()
+    assert (net(x) == 0).any()
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_calibration_with_unbatched_images() -> None:
+    model, x = stack(nn.ReLU()), image(3, 6, 6)
+    plan = elc_fx.Plan.of(model, x, collapse=["*:3x3"])
+    one = elc_fx.decouple(model, plan, calibration=[x])
+    batch = elc_fx.decouple(model, plan, calibration=[x[None]])
+    for name, value in one.named_parameters():
+        assert_same(value, batch.get_parameter(name))
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(4, 3, 3, 3, dtype=torch.float64))
+        self.second = nn.Parameter(torch.randn(4, 4, 3, 3, dtype=torch.float64))
+        self.last = nn.Parameter(torch.randn(2, 4, 1, 1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(F.relu(F.conv2d(x, self.first, padding=1)), self.second, padding=1)
+        return F.conv2d(F.relu(x), self.last)
+
+
+@pytest.mark.parametrize("kernel", ["3x3", "5x5"])
+def test_weights_of_functions_are_not_left_behind(kernel: str) -> None:
+    model, x = Functional().eval(), image(2, 3, 6, 6)
+    net = decoupled(model, x, f"conv2d..conv2d_1:{kernel}")
+    assert_same(net(x), model(x))
+    elc_fx.set_gate(net, 0.5)
+    net.train()(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters()), [n for n, p in net.named_parameters() if p.grad is None]
+    assert net.last.shape == (2, 4, 1, 1)
+
+
+def test_layer_called_twice_is_told() -> None:
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model, x = stack(nn.ReLU(), shared, nn.ReLU(), shared, nn.ReLU()), image(2, 3, 6, 6)
+    plan = elc_fx.Plan.of(model, x, collapse=["*:1x1"])
+    with pytest.warns(UserWarning, match="called more than once"):
+        net = elc_fx.decouple(model, plan)
+    assert_same(net(x), model(x))
