@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from elc_fx.errors import InvalidInputError
@@ -19,19 +20,20 @@ from elc_fx.graph import function_name, module_of
 MODULES: set[type[nn.Module]] = {
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
     *(nn.Softsign, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink),
-    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Threshold),
+    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Threshold, nn.RReLU),
 }
 NAMES = frozenset(
     name + suffix
     for name in (
         *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "softsign"),
-        *("hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink", "tanhshrink", "sigmoid", "logsigmoid"),
-        *("tanh", "threshold", "clamp", "clamp_min", "clamp_max", "clip"),
+        *("hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink", "tanhshrink", "sigmoid", "log_sigmoid"),
+        *("tanh", "threshold", "clamp", "clamp_min", "clamp_max", "clip", "special_expit", "expit"),
     )
     for suffix in ("", "_")
 )
 FUNCTIONS: set[Callable[..., Any]] = set()  # the user's
 
+OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 POINTS = 2049  # of the quadrature; its error is about 1e-5 for an activation with a kink
 REACH = 8.0  # standard deviations to both sides
 
@@ -40,8 +42,10 @@ def register_activation(activation: type[nn.Module] | Callable[[Tensor], Tensor]
     """Makes a module class or a function known as an activation; can be used as a decorator.
 
     It must act element by element and keep the shape. A function has to be one node of a captured graph, so a Python
-    function needs `torch.fx.wrap` too. Raises `InvalidInputError` for anything else.
+    function needs `torch.fx.wrap` too. Raises `InvalidInputError` for anything else, as far as one can tell.
     """
+    if isinstance(activation, type) and issubclass(activation, OTHER_LAYERS):
+        raise InvalidInputError(f"{activation.__name__} does not act element by element")
     if isinstance(activation, type) and issubclass(activation, nn.Module):
         MODULES.add(activation)
     elif callable(activation):
@@ -74,8 +78,10 @@ class Elementwise(nn.Module):
     def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
         name = getattr(function, "__name__", "")
-        in_place = name.endswith("_") and hasattr(torch, name.removesuffix("_"))
-        self.function = getattr(torch, name.removesuffix("_")) if in_place else function
+        plain = name.removesuffix("_")
+        # In place, it would overwrite what others still read.
+        out_of_place = next((getattr(home, plain) for home in (torch, F) if hasattr(home, plain)), function)
+        self.function = out_of_place if name != plain else function
         self.args = args
         self.kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
 
@@ -86,6 +92,12 @@ class Elementwise(nn.Module):
 
     def extra_repr(self) -> str:
         return getattr(self.function, "__name__", str(self.function))
+
+
+def activation_name(activation: nn.Module) -> str:
+    if isinstance(activation, Elementwise):
+        return activation.extra_repr()
+    return type(activation).__name__
 
 
 def line_for_gaussian(activation: nn.Module, mean: Tensor, std: Tensor, dims: int) -> tuple[Tensor, Tensor]:

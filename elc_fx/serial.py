@@ -38,12 +38,20 @@ class SerialInterpreter(Interpreter):
             is_identity(self.captured, node) or is_drop_path(module_of(self.captured, node))
         ):
             return self._identity(node, bias=False)
-        if activation_of(self.captured, node) is not None:
+        if (activation := activation_of(self.captured, node)) is not None:
+            if not self._acts_per_channel(node, activation):
+                return None
             operation = self._identity(node, bias=True)
             if operation is not None:
                 self.activations.add(node)
             return operation
         return super()._operation(node)
+
+    def _acts_per_channel(self, node: fx.Node, activation: nn.Module) -> bool:
+        """Whether parameters that an activation has for each index of axis 1 stand for the channels."""
+        dims, shape = self.features[node.all_input_nodes[0]].dims, self.shapes.get(node)
+        several = any(parameter.numel() > 1 for parameter in activation.parameters())
+        return not several or dims is None or shape is None or len(shape) == dims + 2
 
     def _identity(self, node: fx.Node, *, bias: bool) -> Operation | None:
         """A stand-in for what the node becomes: only its geometry matters here."""

@@ -172,3 +172,48 @@ def test_layer_called_twice_is_told() -> None:
     with pytest.warns(UserWarning, match="called more than once"):
         net = elc_fx.decouple(model, plan)
     assert_same(net(x), model(x))
+
+
+# --- activations -----------------------------------------------------------------------------------------------------
+
+
+SPELLINGS = sorted(
+    name
+    for name in dir(F)
+    if name.rstrip("_") in ("celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu")
+    or name.rstrip("_") in ("logsigmoid", "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "softshrink")
+    or name.rstrip("_") in ("softsign", "tanh", "tanhshrink")
+)
+
+
+class Spelled(nn.Module):
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.function = function
+        self.a, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.b = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.norm(self.a(x))))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("function", [*(getattr(F, name) for name in SPELLINGS), torch.special.expit, nn.RReLU()])
+def test_every_spelling_of_an_activation_trains_between_the_gates(function: object) -> None:
+    model, x = ready(Spelled(function)), image(2, 3, 5, 5)
+    net = decoupled(model, x)
+    assert_same(net(x), model(x))
+    elc_fx.set_gate(net, 0.5)
+    net.train()(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_channels_of_a_prelu_are_axis_one_and_those_of_a_linear_layer_the_last() -> None:
+    model = ready(nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 3)))
+    assert len(elc_fx.candidates(model, image(2, 3))) == 1
+    assert elc_fx.candidates(model, image(2, 4, 3)) == []
+
+
+def test_what_is_not_elementwise_is_not_registered() -> None:
+    for layer in (nn.Conv2d, nn.Linear, nn.BatchNorm2d, 3):
+        with pytest.raises(elc_fx.InvalidInputError):
+            elc_fx.register_activation(layer)  # type: ignore[arg-type]

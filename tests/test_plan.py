@@ -148,3 +148,73 @@ def test_the_flops_are_those_of_the_arithmetic_on_paper(model: nn.Module, change
     before, after = (elc_fx.measure(m, (IMAGE,)).flops for m in (model, elc_fx.merge(decoupled)))
     assert after / before - 1 == pytest.approx(change, abs=5e-4)
     assert before - after == sum(c.flops[0] - c.flops[1] for c in plan.candidates)
+
+
+def test_a_kernel_named_twice_must_agree(resnet: nn.Module) -> None:
+    kept = {"layer1.0.conv1": 1, "layer1.0.conv2": 3}
+    assert elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0:3x3"], kernels=kept).candidates
+    with pytest.raises(elc_fx.PlanError, match="becomes 3x3"):
+        elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0:1x1"], kernels=kept)
+    for wrong in ({"layer1.0.conv1": 3.0}, {"layer1.0.conv1": "3"}, {"layer1.0.conv1": None}):
+        with pytest.raises(elc_fx.InvalidInputError, match="expected a whole number"):
+            elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0"], kernels=wrong)  # type: ignore[arg-type]
+
+
+def test_names_may_be_repeated_and_come_from_a_generator(resnet: nn.Module) -> None:
+    once = elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0"], keep=["conv1"])
+    assert elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0", "layer1.0:3x3"], keep=["conv1"]) == once
+    assert elc_fx.Plan.of(resnet, IMAGE, collapse=(n for n in ["layer1.0"]), keep=iter(["conv1"])) == once  # type: ignore[arg-type]
+    with pytest.raises(elc_fx.InvalidInputError, match="collapse is None"):
+        elc_fx.Plan.of(resnet, IMAGE, collapse=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", ["3", 0, -1, 2.0, True])
+def test_counts_out_of_range(resnet: nn.Module, count: int) -> None:
+    with pytest.raises(elc_fx.InvalidInputError, match="longest is"):
+        elc_fx.candidates(resnet, IMAGE, longest=count)
+    with pytest.raises(elc_fx.InvalidInputError, match="longest is"):
+        elc_fx.Plan.of(resnet, IMAGE, longest=count)
+    with pytest.raises(elc_fx.InvalidInputError, match="largest_kernel is"):
+        elc_fx.candidates(resnet, IMAGE, largest_kernel=count)
+
+
+def test_a_plan_is_for_the_same_layers_inside_too() -> None:
+    def model(act: nn.Module, width: int = 4) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), act, nn.Conv2d(width, 4, 3, padding=1)).eval()
+
+    plan = elc_fx.Plan.of(model(nn.ReLU()), IMAGE)
+    assert elc_fx.decouple(model(nn.ReLU(inplace=True)), plan)
+    with pytest.raises(elc_fx.PlanError, match=r"stands 1: Sigmoid, the plan says 1: ReLU"):
+        elc_fx.decouple(model(nn.Sigmoid()), plan)
+    with pytest.raises(elc_fx.PlanError, match=r"in `0\.\.2` stands 0: 3×3 3→8"):
+        elc_fx.decouple(model(nn.ReLU(), 8), plan)
+
+
+def test_a_damaged_plan_is_an_error(resnet: nn.Module) -> None:
+    good = json.loads(elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0", "layer1.1"]).to_json())
+    for key in (*good, *good["candidates"][0]):
+        for value in (None, -1, 0.5, "x", [1], [[1]], {"a": 1}, "missing"):
+            bad = json.loads(json.dumps(good))
+            holder = bad if key in bad else bad["candidates"][1]
+            if value == "missing":
+                del holder[key]
+            elif type(value) is type(holder[key]) is str or (key, value) == ("kernel_size", [1]):
+                continue  # of the right kind
+            else:
+                holder[key] = value
+            with pytest.raises(elc_fx.InvalidInputError):
+                elc_fx.Plan.from_json(json.dumps(bad))
+
+
+def test_a_plan_needs_a_name_for_each_input() -> None:
+    class AnyNumber(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, *images: Tensor) -> Tensor:
+            y: Tensor = self.b(torch.relu(self.a(images[0])))
+            return y
+
+    with pytest.raises(elc_fx.InvalidInputError, match=r"takes \*images.*wrap the model"):
+        elc_fx.Plan.of(AnyNumber().eval(), (IMAGE,))

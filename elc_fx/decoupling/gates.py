@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, Literal
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.nodes import DecouplingNode, RegionInput, RegionOutput
 from elc_fx.errors import InvalidInputError
 
@@ -32,16 +34,15 @@ def set_gate(module: nn.Module, value: float | Mapping[str, float]) -> None:
 
     value: one number in [0, 1] for all; or a mapping from names of decoupling nodes, or patterns such as "layer1.*", to
     numbers. 1 is the original network, 0 can be merged. Raises `InvalidInputError` for other numbers, for a name that
-    no node has, and for a module without decoupling nodes.
+    no node has, and for a module that `decouple` did not return.
     """
-    nodes = decoupling_nodes(module)
-    if not nodes:
-        raise _nothing_decoupled(module)
-    for pattern, number in (value if isinstance(value, Mapping) else {"*": value}).items():
-        if not isinstance(number, int | float) or not 0 <= number <= 1:
+    nodes = _decoupled(module)
+    given: Mapping[str, Any] = value if isinstance(value, Mapping) else {"*": value}
+    for pattern, number in given.items():
+        if isinstance(number, bool) or not isinstance(number, Real | Tensor) or not 0 <= float(number) <= 1:
             raise InvalidInputError(f"a gate is {number!r}, expected a number from 0 (mergeable) to 1 (original)")
         chosen = [node for name, node in nodes.items() if name == pattern or fnmatchcase(name, pattern)]
-        if not chosen:
+        if not chosen and isinstance(value, Mapping):
             raise InvalidInputError(f"no decoupling node is called `{pattern}`; there are {', '.join(nodes)}")
         for node in chosen:
             node.set_gate(float(number))
@@ -53,7 +54,7 @@ class GateSchedule:
     Call `step()` after each training step. After `total_steps` of them, all gates are 0.
 
     Args:
-        module: what `decouple` returned.
+        module: what `decouple` returned, or a module that contains it.
         total_steps: steps until all gates are closed.
         start: steps during which all gates stay at 1.
         shape: "linear", or "cosine": slow at both ends.
@@ -76,6 +77,9 @@ class GateSchedule:
         order: Literal["together", "depth", "reverse depth", "cost"] = "together",
         overlap: float = 0.5,
     ) -> None:
+        for name, number in {"total_steps": total_steps, "start": start}.items():
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise InvalidInputError(f"{name} is {number!r}, expected a whole number")
         self.module = module
         self.total_steps = total_steps
         self.start = start
@@ -88,12 +92,10 @@ class GateSchedule:
             raise InvalidInputError(f"order is {order!r}, expected 'together', 'depth', 'reverse depth' or 'cost'")
         if not 0 <= start < total_steps or not 0 <= overlap <= 1:
             raise InvalidInputError("expected 0 <= start < total_steps and 0 <= overlap <= 1")
-        nodes = decoupling_nodes(module)
-        if not nodes:
-            raise InvalidInputError(
-                f"this {type(module).__name__} has no decoupling nodes; elc_fx.decouple inserts them"
-            )
-        self.ranks = _ranks(module, list(nodes), order)
+        nodes = _decoupled(module)
+        self.ranks, regions = _ranks(module, list(nodes), order)
+        # The share of the time in which a node closes; without overlap, one region begins where the last one ends.
+        self.share = max(self.overlap, 1 / regions)
         self._apply()
 
     def step(self) -> None:
@@ -117,9 +119,7 @@ class GateSchedule:
     def gate(self, rank: float) -> float:
         """The gate now of a node that closes at `rank`, from 0 (first) to 1 (last)."""
         progress = (self.steps - self.start) / (self.total_steps - self.start)
-        # A node closes during a share of the time, at least a tenth; the last one ends with the schedule.
-        share = max(self.overlap, 0.1)
-        done = min(max((progress - rank * (1 - share)) / share, 0.0), 1.0)
+        done = min(max((progress - rank * (1 - self.share)) / self.share, 0.0), 1.0)
         if self.steps >= self.total_steps:
             done = 1.0
         return 1 - done if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
@@ -130,12 +130,18 @@ class GateSchedule:
             node.set_gate(0.0 if value < 1e-9 else value)
 
 
-def _nothing_decoupled(module: nn.Module) -> InvalidInputError:
-    return InvalidInputError(f"this {type(module).__name__} has no decoupling nodes; elc_fx.decouple inserts them")
+def _decoupled(module: nn.Module) -> dict[str, DecouplingNode]:
+    """The decoupling nodes of what `decouple` returned; there are none where all merges of the plan are exact."""
+    nodes = decoupling_nodes(module)
+    if not nodes and not any(isinstance(part, DecoupledModule) for part in module.modules()):
+        raise InvalidInputError(f"this {type(module).__name__} has no decoupling nodes; elc_fx.decouple inserts them")
+    return nodes
 
 
-def _ranks(module: nn.Module, names: list[str], order: str) -> dict[str, float]:
-    """When each node closes, from 0 to 1; the nodes of one region close together."""
+def _ranks(module: nn.Module, names: list[str], order: str) -> tuple[dict[str, float], int]:
+    """When each node closes, from 0 to 1, and the number of times; the nodes of one region close together."""
+    if order == "together":
+        return dict.fromkeys(names, 0.0), 1
     regions = _regions(module)
     keys = {name: regions.get(name, (0, 0)) for name in names}
     if order == "cost":
@@ -143,25 +149,27 @@ def _ranks(module: nn.Module, names: list[str], order: str) -> dict[str, float]:
     else:
         distinct = sorted(set(keys.values()), reverse=order == "reverse depth")
     last = max(len(distinct) - 1, 1)
-    return {name: 0.0 if order == "together" else distinct.index(keys[name]) / last for name in names}
+    return {name: distinct.index(keys[name]) / last for name in names}, max(len(distinct), 1)
 
 
 def _regions(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """(number of its region, FLOPs that the region saves) for every decoupling node."""
-    plan = getattr(module, "plan", None)
-    if plan is None or not isinstance(module, fx.GraphModule):
-        return {}
-    savings = {c.full_name: c.flops[0] - c.flops[1] for c in plan.candidates}
+    """(number of its region, FLOPs that the region saves) for every decoupling node, by name."""
     found: dict[str, tuple[int, int]] = {}
-    current: list[tuple[int, int]] = []
-    for index, node in enumerate(module.graph.nodes):
-        if node.op != "call_module":
+    number = 0
+    for prefix, part in module.named_modules():
+        if not isinstance(part, DecoupledModule):
             continue
-        called = module.get_submodule(str(node.target))
-        if isinstance(called, RegionOutput):
-            current.pop()
-        elif isinstance(called, RegionInput):
-            current.append((index, savings.get(called.candidate, 0)))
-        elif current:
-            found[str(node.target)] = current[-1]
+        savings = {c.full_name: c.flops[0] - c.flops[1] for c in part.plan.candidates}
+        current: list[tuple[int, int]] = []
+        for node in part.graph.nodes:
+            if node.op != "call_module":
+                continue
+            called = part.get_submodule(str(node.target))
+            if isinstance(called, RegionOutput):
+                current.pop()
+            elif isinstance(called, RegionInput):
+                number += 1
+                current.append((number, savings.get(called.candidate, 0)))
+            elif current:
+                found[f"{prefix}.{node.target}".lstrip(".")] = current[-1]
     return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
+from elc_fx.activations import activation_name, activation_of
 from elc_fx.affine import Ints
 from elc_fx.errors import InvalidInputError, NotAffineError, TrainingModeError
 from elc_fx.graph import label, module_of
@@ -25,8 +26,8 @@ LARGEST_KERNEL = 7  # of a merged convolution, per axis
 class Candidate:
     """A region, and the convolution that could replace it.
 
-    name: of the region. layers: its convolutions and linear layers. kernels: what is left of the kernels that shrink,
-    by node.
+    name: of the region. layers: its convolutions and linear layers. operations: all that it computes. kernels: what is
+    left of the kernels that shrink, by node.
     kernel_size, result: of the merged convolution. activations, paddings: what has to be decoupled besides the kernels.
     ring: how many positions beyond its border the inner layers have to compute. flops, parameters: before and after
     (FLOPs for the batch of the example inputs). nodes: of the captured graph, which tell the region again.
@@ -34,6 +35,7 @@ class Candidate:
 
     name: str
     layers: tuple[str, ...]
+    operations: tuple[str, ...]
     kernels: tuple[tuple[str, Ints], ...]
     kernel_size: Ints
     result: str
@@ -60,15 +62,44 @@ class Candidate:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
         """The inverse of `to_dict`, also after JSON. Raises `InvalidInputError` where fields are missing or unknown."""
-        try:
-            fields = {key: _tuples(value) for key, value in data.items()}
-            return cls(**fields)
-        except (TypeError, AttributeError) as error:
-            raise InvalidInputError(f"this is not a candidate: {error}") from None
+        if not isinstance(data, Mapping) or set(data) != set(FIELDS):
+            raise InvalidInputError(f"a candidate has the fields {', '.join(FIELDS)}, got {data!r:.200}")
+        fields = {key: _tuples(value) for key, value in data.items()}
+        for key, value in fields.items():
+            if not FIELDS[key](value):
+                raise InvalidInputError(f"`{key}` of a candidate cannot be {data[key]!r:.200}")
+        return cls(**fields)
 
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are(check: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, tuple) and all(map(check, v)) and (length is None or len(v) == length)
+
+
+def _is_kernel(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and _is_text(value[0]) and _are(_is_count)(value[1])
+
+
+# What the fields of a candidate can be.
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("name", "result"), _is_text),
+    **dict.fromkeys(("layers", "operations", "activations", "paddings", "nodes"), _are(_is_text)),
+    "kernels": _are(_is_kernel),
+    "kernel_size": _are(_is_count),
+    "ring": _is_count,
+    **dict.fromkeys(("flops", "parameters"), _are(_is_count, 2)),
+}
 
 
 def kernel_text(kernel_size: Ints) -> str:
@@ -123,10 +154,11 @@ def candidates(
 
     Raises:
         TrainingModeError: the model is in training mode.
-        InvalidInputError: an argument is of the wrong type.
+        InvalidInputError: an argument is of the wrong type, or out of its range.
         CaptureError: the model's `forward` cannot be traced.
     """
     graph = serial_graph(model, example_inputs)
+    check_counts(largest_kernel=largest_kernel)
     return Candidates(CandidateFinder(graph, longest).all(largest_kernel))
 
 
@@ -146,10 +178,27 @@ def check_model(model: Any) -> None:
         )
 
 
+def check_counts(**values: Any) -> None:
+    """Raises `InvalidInputError` for what is not a whole number above 0."""
+    for name, value in values.items():
+        if not _is_count(value) or not value:
+            raise InvalidInputError(f"{name} is {value!r}, expected a whole number above 0")
+
+
+def operation_texts(graph: SerialGraph, region: Region) -> tuple[str, ...]:
+    """What each operation of a region does, for people, and to tell regions of different models apart."""
+    texts = []
+    for op in operations_of(region.parts):
+        activation = activation_of(graph.graph_module, op.node) if op.node in graph.activations else None
+        texts.append(f"{label(op.node)}: {op.geometry if activation is None else activation_name(activation)}")
+    return tuple(texts)
+
+
 class CandidateFinder:
     """Makes candidates of the regions of one graph; their names are the same for the same graph."""
 
     def __init__(self, graph: SerialGraph, longest: int = LONGEST) -> None:
+        check_counts(longest=longest)
         self.graph = graph
         self.regions = list(graph.regions(longest))
         layers = [label(op.node) for op in graph.interpreter.operations.values() if op.convolves]
@@ -193,6 +242,7 @@ class CandidateFinder:
         return Candidate(
             name=self.names[region.start, region.end, id(region.chain)],
             layers=tuple(dict.fromkeys(label(op.node) for op in layers)),
+            operations=operation_texts(self.graph, region),
             kernels=tuple((node.name, kept) for node, kept in windows.items()),
             kernel_size=geometry.kernel_size,
             result=str(geometry),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,12 +23,13 @@ from elc_fx.planning.candidates import (
     CandidateFinder,
     candidate_table,
     kernel_text,
+    operation_texts,
     serial_graph,
 )
 from elc_fx.regions import operations_of
 from elc_fx.serial import Region, SerialGraph, capacity, windows_keeping
 
-FORMAT = 1  # of the JSON
+FORMAT = 2  # of the JSON
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,14 @@ class Plan:
             PlanError: nothing matches a name or pattern, or what is named overlaps.
             TrainingModeError, InvalidInputError, CaptureError: as `candidates`.
         """
-        for name, value in {"collapse": collapse, "keep": keep}.items():
-            if isinstance(value, str) or not all(isinstance(v, str) for v in value):
-                raise InvalidInputError(f"{name} is {value!r}, expected a sequence of names and patterns")
+        collapse, keep = _texts("collapse", collapse), _texts("keep", keep)
         graph = serial_graph(model, example_inputs)
-        chooser = _Chooser(CandidateFinder(graph, longest), tuple(keep), dict(kernels or {}))
+        chooser = _Chooser(CandidateFinder(graph, longest), keep, dict(kernels or {}))
         chosen: list[tuple[Region, Candidate]] = []
         for pattern in collapse:
             chosen.extend(chooser.matching(pattern))
-        chosen = list({id(candidate): (region, candidate) for region, candidate in chosen}.values())
-        inputs = tuple(ExampleInputs.of(model, example_inputs).bound(model))
+        chosen = list({candidate: (region, candidate) for region, candidate in chosen}.values())
+        inputs = named_inputs(model, example_inputs)
         order = {node.name: i for i, node in enumerate(graph.graph_module.graph.nodes)}
         chosen.sort(key=lambda pair: order[pair[0].output.name])
         plan = cls(tuple(candidate for _, candidate in chosen), inputs)
@@ -104,9 +105,13 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InvalidInputError(f"this is not a plan of format {FORMAT}")
         try:
-            plan = cls(tuple(Candidate.from_dict(c) for c in data["candidates"]), tuple(data["inputs"]))
-        except (KeyError, TypeError) as error:
-            raise InvalidInputError(f"this plan is not complete: {error}") from None
+            inputs, found = data["inputs"], data["candidates"]
+        except KeyError as error:
+            raise InvalidInputError(f"this plan is not complete: it has no {error}") from None
+        for name, value in {"inputs": inputs, "candidates": found}.items():
+            if not isinstance(value, list):
+                raise InvalidInputError(f"`{name}` of a plan cannot be {value!r:.200}")
+        plan = cls(tuple(Candidate.from_dict(c) for c in found), _texts("inputs", inputs))
         plan.check_disjoint()
         return plan
 
@@ -140,6 +145,11 @@ class Plan:
                 )
             region, kept = found[names], dict(candidate.kernels)
             windows = {node: kept[node.name] for node in region.layers if node.name in kept}
+            for is_, was in zip_longest(operation_texts(graph, region), candidate.operations):
+                if is_ != was:
+                    raise PlanError(
+                        f"the plan is for another model: in `{candidate.name}` stands {is_}, the plan says {was}"
+                    )
             if (result := str(region.geometry(windows))) != candidate.result:
                 raise PlanError(
                     f"the plan is for another model: `{candidate.name}` would become {result}, "
@@ -149,12 +159,36 @@ class Plan:
         return located
 
 
+def named_inputs(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
+    """The parameter names of `forward` that are given. Raises `InvalidInputError` where they stand for several."""
+    parameters = inspect.signature(model.forward).parameters
+    names = tuple(ExampleInputs.of(model, example_inputs).bound(model))
+    for name in names:
+        if parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            raise InvalidInputError(
+                f"forward of {type(model).__name__} takes {parameters[name]}, and a plan needs a name for each input; "
+                "wrap the model in a module whose forward names them"
+            )
+    return names
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    values = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
+    if values is None or not all(isinstance(v, str) for v in values):
+        raise InvalidInputError(f"{name} is {value!r:.200}, expected a sequence of names")
+    return values
+
+
 class _Chooser:
     """Finds the candidates that a name or a pattern stands for."""
 
     def __init__(self, finder: CandidateFinder, keep: tuple[str, ...], kernels: dict[str, int | Ints]) -> None:
         self.finder = finder
         self.kernels = kernels
+        for pattern, size in kernels.items():
+            sizes = (size,) if isinstance(size, int) else size
+            if not isinstance(sizes, tuple) or not all(type(n) is int for n in sizes):
+                raise InvalidInputError(f"kernels[{pattern!r}] is {size!r}, expected a whole number or a tuple of them")
         layers = {label(op.node) for op in finder.graph.interpreter.operations.values() if op.convolves}
         for pattern in (*keep, *kernels):
             if not any(_matches(name, pattern) for name in layers):
@@ -198,7 +232,10 @@ class _Chooser:
         if own:
             windows = {**windows_keeping(region.parts, capacity(region.parts)), **own}
             candidate = self.finder.candidate(region, {n: w for n, w in windows.items() if w != _size(region, n)})
-            return candidate or "its layers do not become one convolution with these kernels"
+            if candidate is None:
+                return "its layers do not become one convolution with these kernels"
+            became = kernel_text(candidate.kernel_size)
+            return candidate if kernel in ("", became) else f"with the kernels that you keep it becomes {became}"
         options = list(self.finder.of_region(region, 1 << 30 if kernel else LARGEST_KERNEL))
         if kernel:
             same = [c for c in options if kernel_text(c.kernel_size) == kernel]
