@@ -34,6 +34,12 @@ NAMES = frozenset(
 FUNCTIONS: set[Callable[..., Any]] = set()  # the user's
 
 OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+FLAT_BEYOND = {
+    "relu": (0.0, math.inf),
+    "relu6": (0.0, 6.0),
+    "hardswish": (-3.0, math.inf),
+    "hardsigmoid": (-3.0, 3.0),
+}
 POINTS = 2049  # of the quadrature; its error is about 1e-5 for an activation with a kink
 REACH = 8.0  # standard deviations to both sides
 
@@ -92,6 +98,15 @@ class Elementwise(nn.Module):
 
     def extra_repr(self) -> str:
         return getattr(self.function, "__name__", str(self.function))
+
+
+def flat_beyond(activation: nn.Module) -> tuple[float, float]:
+    """Below the first and above the second number, the activation is constant, as far as is known."""
+    name = activation_name(activation).lower()
+    if isinstance(activation, nn.Hardtanh):  # ReLU6 is one
+        return activation.min_val, activation.max_val
+    low, high = FLAT_BEYOND.get(name.removesuffix("_"), (-math.inf, math.inf))
+    return low, high
 
 
 def activation_name(activation: nn.Module) -> str:

@@ -154,7 +154,7 @@ class Fusion:
         if self.check is not None:
 
             def merged(x: Tensor) -> Any:
-                return layer(_padded(merge.geometry, x, lambda function, *args, **kwargs: function(*args, **kwargs)))
+                return layer(padded(merge.geometry, x, lambda function, *args, **kwargs: function(*args, **kwargs)))
 
             try:
                 self.check(self.captured, merge, source, nodes, merged, stored)
@@ -170,7 +170,7 @@ class Fusion:
                 self._insert_rank_check(source, rank)
             for condition in merge.geometry.sizes:
                 self._insert_size_check(source, *condition)
-            value = _padded(merge.geometry, source, self._call)
+            value = padded(merge.geometry, source, self._call)
             value = self.graph.call_module(self._register(layer, operations, merge), (value,))
         self._place(value, first)
         self._record(merge, operations, nodes)
@@ -252,7 +252,7 @@ class Fusion:
         )
 
 
-def _padded(geometry: Geometry, source: Any, call: Callable[..., Any]) -> Any:
+def padded(geometry: Geometry, source: Any, call: Callable[..., Any]) -> Any:
     """What the layer of a geometry reads: `source` with a channel of ones, or padded as torch's layers cannot.
 
     call: calls a function, for a tensor as `source`, or puts the call into a graph, for a node.

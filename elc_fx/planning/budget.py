@@ -1,0 +1,110 @@
+"""Budgets and costs: what a network may cost, and what it does cost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from numbers import Real
+from typing import Any
+
+from elc_fx.errors import InvalidInputError
+
+_NUMBER = r"\d+(?:\.\d*)?|\.\d+"
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_UNITS = {"flops": "flops?", "params": "(?:params?|parameters)", "depth": "layers?"}
+_EXAMPLES = {
+    "flops": '0.45 or "30 MFLOPs"',
+    "params": '0.5 or "1.2 M"',
+    "depth": "0.5 or 20",
+}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a network costs. flops: two per multiply-add, for the example inputs. depth: layers on the longest path."""
+
+    flops: int
+    params: int
+    depth: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self, name: str) -> str:
+        """One of the costs with its unit, for people."""
+        return _text(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a network may cost; every limit that is given holds.
+
+    Each is a fraction of the original (a number above 0, up to 1), or an absolute value: a text with a unit
+    ("30 MFLOPs", "1.2 M"), or a whole number above 1.
+
+    Raises:
+        InvalidInputError: nothing is given, or a value is neither.
+    """
+
+    flops: float | int | str | None = None
+    params: float | int | str | None = None
+    depth: float | int | str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise InvalidInputError("a budget limits at least one of flops, params and depth")
+        for name in self.names:
+            _limit_of(name, getattr(self, name))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is limited."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """From "flops=0.45,depth=20". Raises `InvalidInputError`."""
+        given: dict[str, Any] = {}
+        for part in text.split(","):
+            name, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or name not in _EXAMPLES or name in given:
+                raise InvalidInputError(
+                    f"a budget is {text!r}, expected limits like flops=0.45,depth=20, each of {', '.join(_EXAMPLES)} "
+                    "at most once"
+                )
+            given[name] = (float(value) if "." in value else int(value)) if re.fullmatch(_NUMBER, value) else value
+        return cls(**given)
+
+    def limits(self, original: Costs) -> dict[str, float]:
+        """The absolute limits for a network with these costs."""
+        return {name: _limit_of(name, getattr(self, name))(getattr(original, name)) for name in self.names}
+
+
+def _limit_of(name: str, value: Any) -> Callable[[float], float]:
+    """From the original's cost to the limit."""
+    problem = InvalidInputError(
+        f"{name} of a budget is {value!r}, expected a fraction or an absolute value, such as {_EXAMPLES[name]}"
+    )
+    if isinstance(value, str):
+        absolute = _absolute(name, value)
+        if absolute is None or not absolute > 0:
+            raise problem
+        return lambda _: absolute
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
+        raise problem
+    number = float(value)
+    if number <= 1:
+        return lambda original: number * original
+    if number != int(number):
+        raise problem
+    return lambda _: number
+
+
+def _absolute(name: str, text: str) -> float | None:
+    match = re.fullmatch(rf"({_NUMBER})\s*([kmgt]?)\s*(?:{_UNITS[name]})?", text.strip().lower())
+    return None if match is None else float(match[1]) * _PREFIXES[match[2]]
+
+
+def _text(name: str, value: float) -> str:
+    return f"{value:,.0f} {'layers' if name == 'depth' else 'parameters' if name == 'params' else 'FLOPs'}"

@@ -1,0 +1,113 @@
+"""Costs of the network that a choice of candidates leaves behind: exactly those of the merged network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from elc_fx.comparison import measure
+from elc_fx.graph import module_of
+from elc_fx.lossless import LAYERS
+from elc_fx.planning.budget import Costs
+from elc_fx.planning.candidates import Candidate, CandidateFinder
+from elc_fx.serial import Region, SerialGraph
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate in the graph: the node whose value it reads, and the one whose value it gives."""
+
+    candidate: Candidate
+    region: Region
+
+    @property
+    def source(self) -> str:
+        return self.region.source.name
+
+    @property
+    def output(self) -> str:
+        return self.region.output.name
+
+
+def choices_of(graph: SerialGraph, *, longest: int, largest_kernel: int) -> list[Choice]:
+    """All candidates of a graph with shapes."""
+    finder = CandidateFinder(graph, longest)
+    return [
+        Choice(candidate, region) for region in finder.regions for candidate in finder.of_region(region, largest_kernel)
+    ]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """How the costs follow from the choice.
+
+    original: of the network as it is. layers: how many layers each node of the graph stands for. sources: what each
+    node reads, for nodes in their order. groups: parameters that the same nodes read, as (count, those nodes).
+    """
+
+    original: Costs
+    layers: dict[str, int]
+    sources: dict[str, tuple[str, ...]]
+    groups: tuple[tuple[int, frozenset[str]], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any, graph: SerialGraph) -> CostModel:
+        """Counts one run of the model on the examples."""
+        counted = measure(model, example_inputs)
+        nodes = list(graph.graph_module.graph.nodes)
+        layers = {node.name: _layers(graph, node) for node in nodes}
+        sources = {node.name: tuple(source.name for source in node.all_input_nodes) for node in nodes}
+        groups = tuple(_parameter_groups(graph))
+        depth = _longest_path(layers, sources, ())
+        return cls(Costs(counted.flops, sum(count for count, _ in groups), depth), layers, sources, groups)
+
+    def after(self, chosen: Sequence[Choice]) -> Costs:
+        """The costs when these candidates, which do not overlap, are merged."""
+        gone = {name for choice in chosen for name in choice.candidate.nodes}
+        saved = sum(choice.candidate.flops[0] - choice.candidate.flops[1] for choice in chosen)
+        kept = sum(count for count, readers in self.groups if not readers <= gone)
+        added = sum(choice.candidate.parameters[1] for choice in chosen)
+        layers = {name: 0 if name in gone else count for name, count in self.layers.items()}
+        return Costs(self.original.flops - saved, kept + added, _longest_path(layers, self.sources, chosen))
+
+
+def _layers(graph: SerialGraph, node: fx.Node) -> int:
+    if node.op == "call_module":
+        return sum(isinstance(module, LAYERS) for module in module_of(graph.graph_module, node).modules())
+    operation = graph.interpreter.operations.get(node)
+    return int(operation is not None and operation.convolves)
+
+
+def _parameter_groups(graph: SerialGraph) -> Iterable[tuple[int, frozenset[str]]]:
+    """Parameters with the nodes that read them; those of the same nodes together."""
+    readers: dict[int, set[str]] = {}
+    sizes: dict[int, int] = {}
+    for node in graph.graph_module.graph.nodes:
+        if node.op == "call_module":
+            read = [(p, [node.name]) for p in module_of(graph.graph_module, node).parameters()]
+        elif node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            value = graph.graph_module.get_submodule(owner)._parameters.get(name)
+            read = [] if value is None else [(value, [user.name for user in node.users])]
+        else:
+            continue
+        for parameter, names in read:
+            sizes[id(parameter)] = parameter.numel()
+            readers.setdefault(id(parameter), set()).update(names)
+    counts: dict[frozenset[str], int] = {}
+    for key, own in readers.items():
+        counts[frozenset(own)] = counts.get(frozenset(own), 0) + sizes[key]
+    return [(count, names) for names, count in counts.items()]
+
+
+def _longest_path(layers: dict[str, int], sources: dict[str, tuple[str, ...]], chosen: Sequence[Choice]) -> int:
+    """Layers on the longest way through the graph, where each choice is one layer from its source to its output."""
+    merged = {choice.output: choice.source for choice in chosen}
+    depth: dict[str, int] = {}
+    for name, read in sources.items():
+        before = max((depth[source] for source in read), default=0) + layers[name]
+        depth[name] = max(before, depth[merged[name]] + 1) if name in merged else before
+    return max(depth.values(), default=0)

@@ -1,0 +1,104 @@
+"""The best cheap fit: the convolution that comes closest to what a region computes on calibration data.
+
+Least squares over windows of the region's input, in closed form. Where an activation follows that is flat on a side, as
+ReLU is below 0, only its output matters there: a target on the flat side is met by any prediction on that side. So the
+target there is moved to the prediction, and the same system is solved again; no round makes the error larger, since
+each minimises over the targets and the weights in turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elc_fx.affine import AffineMap, Geometry, pad_zeros
+from elc_fx.fusion import layer_of, padded
+
+ROWS_PER_WEIGHT = 12  # windows that a fit looks at, for each weight of an output channel
+FEWEST_ROWS = 16384
+RIDGE = 1e-5  # of the mean diagonal of the normal equations, added to it
+ROUNDS = 8  # of moving the targets on a flat side
+
+
+class Substitute(nn.Module):
+    """One convolution in the place of a region. Input and output as the region's."""
+
+    def __init__(self, fitted: AffineMap, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.geometry = fitted.geometry
+        self.layer = layer_of(fitted, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(padded(self.geometry, x, lambda function, *args, **kwargs: function(*args, **kwargs)))
+        return y
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a region's input, and how to solve for weights on them. They do not depend on the target.
+
+    count: how many of each batch. rows: [groups, windows, weights + 1], the last column ones. factor: of the normal
+    equations (Cholesky), in float64.
+    """
+
+    geometry: Geometry
+    count: int
+    rows: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, sources: Sequence[Tensor], geometry: Geometry) -> Windows:
+        """sources: batches of the region's input, [N, in_channels, *size] each (linear: [..., in_channels])."""
+        geometry = replace(geometry, bias=True)
+        weights = geometry.weights // geometry.out_channels
+        count = math.ceil(max(FEWEST_ROWS, ROWS_PER_WEIGHT * weights) / len(sources))
+        rows = torch.cat([_windows(x, geometry, count) for x in sources], dim=1).float()
+        rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
+        normal = (rows.mT @ rows).double()
+        mean = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+        ridge = RIDGE * mean[:, None, None] * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+        return cls(geometry, count, rows, torch.linalg.cholesky(normal + ridge))
+
+    def fit(self, targets: Sequence[Tensor], flat: tuple[float, float] = (-math.inf, math.inf)) -> AffineMap:
+        """The map whose outputs are closest to `targets`, the region's output for the same batches.
+
+        flat: below and above what the activation behind the region is constant.
+        """
+        g = self.geometry
+        places = Geometry.pointwise(g.out_channels, g.out_channels, g.dims, groups=g.groups)
+        goal = torch.cat([_windows(y, places, self.count) for y in targets], dim=1).float()
+        solution = self._solve(goal)
+        for _ in range(ROUNDS if any(math.isfinite(side) for side in flat) else 0):
+            reached = self.rows @ solution
+            moved = torch.where(goal <= flat[0], reached.clamp_max(flat[0]), goal)
+            moved = torch.where(goal >= flat[1], reached.clamp_min(flat[1]), moved)
+            solution = self._solve(moved)
+        weight, bias = solution[:, :-1].mT, solution[:, -1]
+        kernel = weight.reshape(g.out_channels, g.in_channels // g.groups, *g.kernel_size)
+        return AffineMap(g, kernel.contiguous(), bias.reshape(-1))
+
+    def _solve(self, goal: Tensor) -> Tensor:
+        return torch.cholesky_solve((self.rows.mT @ goal).double(), self.factor).to(goal.dtype)
+
+
+def _windows(x: Tensor, geometry: Geometry, count: int) -> Tensor:
+    """About `count` windows, evenly drawn, as [groups, windows, in_channels // groups · taps]."""
+    dims, groups = geometry.dims, geometry.groups
+    if dims:
+        x = pad_zeros(x if x.dim() == dims + 2 else x.unsqueeze(0), geometry.padding)
+        for axis, (extent, stride) in enumerate(zip(geometry.extent, geometry.stride, strict=True)):
+            x = x.unfold(2 + axis, extent, stride)
+        taps: Any = (..., *(slice(None, None, d) for d in geometry.dilation))
+        x = x[taps].movedim(1, 1 + dims)  # [N, *positions, channels, *taps]
+    else:
+        x = x.flatten(0, -2)
+    positions = tuple(x.shape[: 1 + dims])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randperm(math.prod(positions), generator=generator)[:count].to(x.device)
+    rows = x[torch.unravel_index(drawn, positions)]  # [windows, channels, *taps]
+    return rows.reshape(len(drawn), groups, -1).movedim(1, 0)

@@ -1,0 +1,63 @@
+"""The fitted convolution: finds the one that made the targets, and clipped targets do not mislead it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from elc_fx.activations import flat_beyond
+from elc_fx.affine import AffineMap, Geometry
+from elc_fx.planning.fitting import Substitute, Windows
+
+GEOMETRIES = {
+    "grouped, strided, dilated": Geometry(6, 4, (3, 3), (2, 1), (1, 2), ((1, 1), (2, 1)), groups=2),
+    "cropped": Geometry(5, 3, (3,), (1,), (1,), ((-1, 0),)),
+    "volume": Geometry(4, 2, (1, 2, 3), (1, 1, 1), (1, 1, 1), ((0, 0), (1, 0), (1, 1))),
+    "linear": Geometry(5, 3, (), (), (), ()),
+}
+
+
+@pytest.mark.parametrize("flat", [(-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_convolution_that_made_the_targets_is_found(name: str, flat: tuple[float, float]) -> None:
+    geometry = replace(GEOMETRIES[name], bias=True)
+    torch.manual_seed(0)
+    kernel = torch.randn(geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)
+    made = AffineMap(geometry, kernel, torch.randn(geometry.out_channels))
+    region = Substitute(made, torch.float32)
+    sources = [torch.randn(32, geometry.in_channels, *[9] * geometry.dims) for _ in range(3)]
+    with torch.no_grad():
+        found = Windows.of(sources, geometry).fit([region(x) for x in sources], flat)
+        assert torch.allclose(found.kernel, kernel, atol=1e-3) and torch.allclose(found.bias, made.bias, atol=1e-3)
+        assert torch.allclose(Substitute(found, torch.float32)(sources[0]), region(sources[0]), atol=1e-2)
+
+
+def test_rounds_after_a_relu_make_the_error_smaller() -> None:
+    """The targets are not those of one convolution."""
+    torch.manual_seed(0)
+    region = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    geometry = Geometry(4, 3, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    x = torch.randn(64, 3, 10, 10)
+    with torch.no_grad():
+        y = region(x) - 0.3
+        windows, errors = Windows.of([x], geometry), []
+        for flat in ((-math.inf, math.inf), (0.0, math.inf)):
+            fitted = Substitute(windows.fit([y], flat), torch.float32)
+            errors.append(float((fitted(x).relu() - y.relu()).square().mean()))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_flat_sides() -> None:
+    assert flat_beyond(nn.ReLU()) == (0.0, math.inf)
+    assert flat_beyond(nn.ReLU6()) == (0.0, 6.0)
+    assert flat_beyond(nn.Hardtanh(-2.0, 3.0)) == (-2.0, 3.0)
+    assert flat_beyond(nn.GELU()) == (-math.inf, math.inf)
+    for activation in (nn.ReLU(), nn.ReLU6(), nn.Hardswish(), nn.Hardsigmoid(), nn.Hardtanh(-2.0, 3.0)):
+        low, high = flat_beyond(activation)
+        assert activation(torch.tensor(low - 1.0)) == activation(torch.tensor(low))
+        if math.isfinite(high):
+            assert activation(torch.tensor(high + 1.0)) == activation(torch.tensor(high))
