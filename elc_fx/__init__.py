@@ -18,17 +18,21 @@ from elc_fx.errors import (
     VerificationError,
 )
 from elc_fx.fusion import MergedRegion
+from elc_fx.planning.budget import Budget, Costs
 from elc_fx.planning.candidates import Candidate, Candidates, candidates
-from elc_fx.planning.plan import Plan
+from elc_fx.planning.plan import Plan, Prediction
+from elc_fx.planning.planner import Planner, pareto, plan
 from elc_fx.report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "Candidate",
     "Candidates",
     "CaptureError",
     "Comparison",
+    "Costs",
     "DecoupledModule",
     "ElcError",
     "GateNotClosedError",
@@ -39,6 +43,8 @@ __all__ = [
     "NotAffineError",
     "Plan",
     "PlanError",
+    "Planner",
+    "Prediction",
     "Refusal",
     "Report",
     "TrainingModeError",
@@ -50,6 +56,8 @@ __all__ = [
     "gates",
     "measure",
     "merge",
+    "pareto",
+    "plan",
     "register_activation",
     "report_of",
     "set_gate",

@@ -116,8 +116,8 @@ class Candidates(list[Candidate]):
         return candidate_table(self)
 
 
-def candidate_table(candidates: Sequence[Candidate]) -> str:
-    """One line a candidate, those of one region below each other."""
+def candidate_table(candidates: Sequence[Candidate], losses: Sequence[float] | None = None) -> str:
+    """One line a candidate, those of one region below each other. losses: what each is predicted to lose."""
     rows = [
         [
             c.full_name,
@@ -127,13 +127,23 @@ def candidate_table(candidates: Sequence[Candidate]) -> str:
             f"{c.flops[1]:,}",
             f"{100 * (c.flops[1] / c.flops[0] - 1):+.1f} %" if c.flops[0] else "",
             f"{len(c.activations)} / {len(c.kernels)} / {len(c.paddings)}",
+            *([] if losses is None else [f"{losses[i]:.4g}"]),
         ]
-        for c in candidates
+        for i, c in enumerate(candidates)
     ]
-    headers = ("candidate", "layers", "becomes", "FLOPs before", "after", "change", "activations / kernels / paddings")
+    headers: tuple[str, ...] = (
+        "candidate",
+        "layers",
+        "becomes",
+        "FLOPs before",
+        "after",
+        "change",
+        "activations / kernels / paddings",
+    )
     if not rows:
         return "No candidates."
-    align = ("left", "right", "left", "right", "right", "right", "right")
+    align = ["left", "right", "left", *["right"] * (len(rows[0]) - 3)]
+    headers = headers if losses is None else (*headers, "loss")
     return tabulate(rows, headers, disable_numparse=True, colalign=align)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
+from elc_fx.affine import Geometry
 from elc_fx.comparison import measure
 from elc_fx.graph import module_of
 from elc_fx.lossless import LAYERS
@@ -22,6 +24,12 @@ class Choice:
 
     candidate: Candidate
     region: Region
+
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """Of the convolution that it becomes."""
+        kept = dict(self.candidate.kernels)
+        return self.region.geometry({node: kept[node.name] for node in self.region.layers if node.name in kept})
 
     @property
     def source(self) -> str:

@@ -30,6 +30,7 @@ class Substitute(nn.Module):
 
     def __init__(self, fitted: AffineMap, dtype: torch.dtype) -> None:
         super().__init__()
+        self.fitted = fitted
         self.geometry = fitted.geometry
         self.layer = layer_of(fitted, dtype)
 

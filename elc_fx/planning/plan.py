@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 from typing import Any
@@ -16,6 +16,7 @@ from elc_fx.affine import Ints
 from elc_fx.errors import InvalidInputError, PlanError
 from elc_fx.graph import label
 from elc_fx.inputs import ExampleInputs
+from elc_fx.planning.budget import Costs
 from elc_fx.planning.candidates import (
     LARGEST_KERNEL,
     LONGEST,
@@ -33,11 +34,53 @@ FORMAT = 2  # of the JSON
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a planner expects of a plan.
+
+    before, after: the network's costs. losses: of each candidate alone. together: of all of them, as it was measured;
+    None where it was not. gap: how far from the best choice the plan may be, relative, as the solver says.
+    """
+
+    before: Costs
+    after: Costs
+    losses: tuple[float, ...]
+    together: float | None
+    gap: float
+
+    def __str__(self) -> str:
+        changes = [
+            f"{name} {self.before.text(name)} → {self.after.text(name)}"
+            f" ({getattr(self.after, name) / max(getattr(self.before, name), 1):.1%})"
+            for name in ("flops", "params", "depth")
+        ]
+        measured = "" if self.together is None else f", {self.together:.4g} when measured together"
+        gap = f"; up to {self.gap:.1%} from the best choice" if self.gap else ""
+        return "\n".join([*changes, f"loss {sum(self.losses):.4g} in sum{measured}{gap}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Prediction:
+        """The inverse of `to_dict`, also after JSON. Raises `InvalidInputError` for anything else."""
+        try:
+            before, after = (Costs(**{k: int(v) for k, v in data[name].items()}) for name in ("before", "after"))
+            together = None if data["together"] is None else float(data["together"])
+            return cls(before, after, tuple(float(loss) for loss in data["losses"]), together, float(data["gap"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidInputError(f"this is not what a planner expects of a plan: {error}") from None
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The chosen candidates, which do not overlap. inputs: the model's, by parameter name of `forward`."""
+    """The chosen candidates, which do not overlap. inputs: the model's, by parameter name of `forward`.
+
+    prediction: what it costs and loses, where a planner made it.
+    """
 
     candidates: tuple[Candidate, ...]
     inputs: tuple[str, ...] = ()
+    prediction: Prediction | None = None
 
     @classmethod
     def of(
@@ -92,7 +135,13 @@ class Plan:
                 owner[node] = candidate.full_name
 
     def to_json(self) -> str:
-        data = {"format": FORMAT, "inputs": self.inputs, "candidates": [c.to_dict() for c in self.candidates]}
+        data: dict[str, Any] = {
+            "format": FORMAT,
+            "inputs": self.inputs,
+            "candidates": [c.to_dict() for c in self.candidates],
+        }
+        if self.prediction is not None:
+            data["prediction"] = self.prediction.to_dict()
         return json.dumps(data, indent=1)
 
     @classmethod
@@ -111,7 +160,8 @@ class Plan:
         for name, value in {"inputs": inputs, "candidates": found}.items():
             if not isinstance(value, list):
                 raise InvalidInputError(f"`{name}` of a plan cannot be {value!r:.200}")
-        plan = cls(tuple(Candidate.from_dict(c) for c in found), _texts("inputs", inputs))
+        prediction = Prediction.from_dict(data["prediction"]) if "prediction" in data else None
+        plan = cls(tuple(Candidate.from_dict(c) for c in found), _texts("inputs", inputs), prediction)
         plan.check_disjoint()
         return plan
 
@@ -120,7 +170,9 @@ class Plan:
             return "An empty plan."
         before, after = (sum(c.flops[i] for c in self.candidates) for i in (0, 1))
         total = f"{len(self.candidates)} regions, {before:,} → {after:,} FLOPs"
-        return f"{candidate_table(self.candidates)}\n\n{total}"
+        if self.prediction is None:
+            return f"{candidate_table(self.candidates)}\n\n{total}"
+        return f"{candidate_table(self.candidates, self.prediction.losses)}\n\n{total}\n{self.prediction}"
 
     def locate(self, graph: SerialGraph, longest: int = LONGEST) -> list[tuple[Candidate, Region, dict[fx.Node, Ints]]]:
         """The candidates' regions in a model's graph, and the kernels that they keep.

@@ -1,0 +1,184 @@
+"""The planner: under a budget, the candidates that lose least."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from elc_fx.errors import InvalidInputError, PlanError
+from elc_fx.planning.budget import Budget
+from elc_fx.planning.candidates import check_counts, serial_graph
+from elc_fx.planning.cost import Choice, CostModel, choices_of
+from elc_fx.planning.plan import Plan, Prediction, named_inputs
+from elc_fx.planning.sensitivity import Calibration, Loss, LossTable, Sensitivity
+from elc_fx.planning.solve import Pair, Problem, Solution, solve
+
+LONGEST_PLANNED = 6  # layers or blocks in a row that a planned candidate may replace: measuring all runs takes long
+LARGEST_PLANNED = 5  # kernel
+SAMPLES = 512
+REFINEMENTS = 6
+
+LossChoice = Literal["auto", "uniform"] | Mapping[str, float] | Loss
+
+
+class Planner:
+    """The tables of one model, from which plans for any budget follow. Arguments and errors: see `plan`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        calibration: Iterable[Any] | None = None,
+        *,
+        loss: LossChoice = "auto",
+        longest: int = LONGEST_PLANNED,
+        largest_kernel: int = LARGEST_PLANNED,
+        samples: int = SAMPLES,
+        refinements: int = REFINEMENTS,
+        cache: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        check_counts(longest=longest, largest_kernel=largest_kernel, samples=samples)
+        graph = serial_graph(model, example_inputs)
+        self.inputs = named_inputs(model, example_inputs)
+        self.model = CostModel.of(model, example_inputs, graph)
+        found = choices_of(graph, longest=longest, largest_kernel=largest_kernel)
+        self.choices = [choice for choice in found if choice.candidate.saves]
+        self.sensitivity: Sensitivity | None = None
+        self.refinements = refinements
+        self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
+        if isinstance(loss, str) and loss not in ("auto", "uniform"):
+            raise InvalidInputError(f"loss is {loss!r}, expected 'auto', 'uniform', a mapping or a function")
+        if loss == "uniform":
+            self.losses = [float(len(choice.candidate.layers) - 1) for choice in self.choices]
+        elif isinstance(loss, Mapping):
+            self.losses = _from_table(loss, self.choices)
+        elif calibration is None:
+            raise InvalidInputError("calibration is None: pass batches to measure losses on, or loss='uniform'")
+        else:
+            batches = Calibration(graph.graph_module, calibration, samples)
+            function: Loss | None = loss if callable(loss) else None
+            self.sensitivity = Sensitivity(graph, batches, function, progress=progress)
+            table = LossTable() if cache is None else LossTable(Path(cache), _key(batches, loss))
+            self.losses = self.sensitivity.each_alone(self.choices, table)
+
+    def plan(self, budget: Budget) -> Plan:
+        """The plan that loses least. Where losses add up wrongly, choices are measured together, and chosen again."""
+        if not isinstance(budget, Budget):
+            raise InvalidInputError(f"budget is a {type(budget).__name__}, expected an elc_fx.Budget")
+        limits = budget.limits(self.model.original)
+        together: dict[Pair, float] = {}
+        best: tuple[float, Solution] | None = None
+        seen: set[tuple[int, ...]] = set()
+        for _ in range(self.refinements + 1):
+            solution = solve(Problem(self.choices, self.losses, self.model, limits, together))
+            if solution.chosen in seen:
+                break
+            seen.add(solution.chosen)
+            loss = self._loss_together(solution.chosen)
+            if best is None or loss < best[0]:
+                best = loss, solution
+            if self.sensitivity is None or len(solution.chosen) < 2:
+                break
+            _correct(together, solution, self._in_order(solution.chosen), loss)
+        assert best is not None
+        return self._plan_of(best[1])
+
+    def _loss_together(self, chosen: tuple[int, ...]) -> float:
+        if self.sensitivity is None:
+            return sum(self.losses[i] for i in chosen)
+        if chosen not in self.measured:
+            self.measured[chosen] = self.sensitivity.together([self.choices[i] for i in self._in_order(chosen)])[0]
+        return self.measured[chosen]
+
+    def _in_order(self, chosen: Sequence[int]) -> list[int]:
+        """As their outputs stand in the graph."""
+        order = {name: position for position, name in enumerate(self.model.sources)}
+        return sorted(chosen, key=lambda i: order[self.choices[i].output])
+
+    def _plan_of(self, solution: Solution) -> Plan:
+        order = self._in_order(solution.chosen)
+        chosen = [self.choices[i] for i in order]
+        together = None if self.sensitivity is None else self.measured[solution.chosen]
+        losses = tuple(self.losses[i] for i in order)
+        prediction = Prediction(self.model.original, self.model.after(chosen), losses, together, solution.gap)
+        plan = Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)
+        plan.check_disjoint()
+        return plan
+
+
+def _correct(together: dict[Pair, float], solution: Solution, order: Sequence[int], measured: float) -> None:
+    """What the sum left out is put down to the choices that follow each other."""
+    pairs: list[Pair] = [(min(a, b), max(a, b)) for a, b in itertools.pairwise(order)]
+    if not math.isfinite(measured):
+        measured = 10 * solution.loss + 1
+    for pair in pairs:
+        together[pair] = together.get(pair, 0.0) + (measured - solution.loss) / len(pairs)
+
+
+def _from_table(table: Mapping[str, float], choices: Sequence[Choice]) -> list[float]:
+    names = {choice.candidate.full_name for choice in choices}
+    for name, loss in table.items():
+        if name not in names:
+            raise PlanError(f"the table of losses names `{name}`, which is no candidate that saves FLOPs")
+        if isinstance(loss, bool) or not isinstance(loss, int | float) or not loss >= 0:
+            raise InvalidInputError(f"the loss of `{name}` is {loss!r}, expected a number from 0 on")
+    return [float(table.get(choice.candidate.full_name, math.inf)) for choice in choices]
+
+
+def _key(calibration: Calibration, loss: Any) -> str:
+    name = loss if isinstance(loss, str) else f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', loss)}"
+    return hashlib.sha256(f"1 {name} {calibration.fingerprint()}".encode()).hexdigest()[:20]
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: Budget,
+    calibration: Iterable[Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """Which regions of a model to collapse, so that it keeps a budget and loses least.
+
+    Every candidate is collapsed alone, after the best cheap fit of its convolution on the calibration batches, and the
+    change of the network's output is its loss. The choice is the exact optimum for the sum of the losses; then it is
+    measured as a whole and corrected where the sum was wrong.
+
+    Args:
+        model, example_inputs: as for `candidates`; costs are those of these shapes.
+        budget: what the merged network may cost.
+        calibration: batches, as for `decouple`. Take them from the training set.
+        loss: "auto", see docs/planning.md; "uniform": one for each layer that goes; a mapping from names of candidates
+            ("layer1.0:3x3") to losses, where what is missing is never chosen; or a function (output, output of the
+            original) → number.
+        longest, largest_kernel: which candidates there are, as for `candidates`.
+        samples: how many samples of `calibration` are used.
+        refinements: how often the choice is corrected at most.
+        cache: a folder in which losses are kept as soon as they are known, and found by the next call.
+        progress: show a bar on a terminal.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says what can.
+        TrainingModeError, InvalidInputError, CaptureError: as `candidates`.
+    """
+    if not isinstance(budget, Budget):
+        raise InvalidInputError(f"budget is a {type(budget).__name__}, expected an elc_fx.Budget")
+    return Planner(model, example_inputs, calibration, **options).plan(budget)
+
+
+def pareto(
+    model: nn.Module,
+    example_inputs: Any,
+    budgets: Iterable[Budget],
+    calibration: Iterable[Any] | None = None,
+    **options: Any,
+) -> list[Plan]:
+    """The plan for each budget, from tables that are measured once. Arguments and errors: see `plan`."""
+    planner = Planner(model, example_inputs, calibration, **options)
+    return [planner.plan(budget) for budget in budgets]

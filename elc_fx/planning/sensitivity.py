@@ -1,0 +1,304 @@
+"""Losses: how far the network's output moves when regions are collapsed, after the best cheap fit, on calibration data.
+
+The graph is walked once, node by node, for all batches. Where a candidate's region ends, what it reads and gives is
+known: a convolution is fitted to that, and only what comes after the region is run again with its output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, fx
+
+from elc_fx.activations import activation_of, flat_beyond
+from elc_fx.affine import AffineMap
+from elc_fx.errors import InvalidInputError
+from elc_fx.graph import overwritten_argument
+from elc_fx.planning.cost import Choice
+from elc_fx.planning.fitting import Substitute, Windows
+from elc_fx.serial import SerialGraph
+
+Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
+
+
+class Calibration:
+    """Batches of a model's inputs. batches: for each, the values of the graph's placeholders, in order."""
+
+    def __init__(self, graph_module: fx.GraphModule, batches: Iterable[Any], samples: int) -> None:
+        self.graph_module = graph_module
+        self.batches: list[list[Any]] = []
+        count = 0
+        for batch in [batches] if isinstance(batches, Tensor) else batches:
+            values = _placeholder_values(graph_module, batch, samples - count)
+            self.batches.append(values)
+            count += next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
+            if count >= samples:
+                break
+        if not self.batches:
+            raise InvalidInputError("calibration has no batches")
+
+    def fingerprint(self) -> str:
+        """Of the data and of everything that the graph computes with."""
+        digest = hashlib.sha256(str(self.graph_module.graph).encode())
+        state = self.graph_module.state_dict()
+        for name, value in [*state.items(), *enumerate(pytree.tree_leaves(self.batches))]:
+            digest.update(str(name).encode())
+            if isinstance(value, Tensor):
+                value = value.detach().cpu().contiguous()
+                digest.update(str((value.dtype, value.shape)).encode())
+                digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(value).encode())
+        return digest.hexdigest()
+
+
+def _placeholder_values(graph_module: fx.GraphModule, batch: Any, most: int) -> list[Any]:
+    """A tensor is the first input, a sequence begins with the inputs, a mapping has them by name."""
+    nodes = graph_module.graph.find_nodes(op="placeholder")
+    if isinstance(batch, Mapping):
+        given = dict(batch)
+    else:
+        values = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+        given = {str(node.target): value for node, value in zip(nodes, values, strict=False)}
+    weight = next(graph_module.parameters(), None)
+    found = []
+    for node in nodes:
+        if str(node.target) not in given and not node.args:
+            raise InvalidInputError(f"a calibration batch has no input `{node.target}`")
+        value = given.get(str(node.target), node.args[0] if node.args else None)
+        if isinstance(value, Tensor):
+            value = value[:most] if value.dim() else value
+            value = value if weight is None else value.to(weight.device)
+            if weight is not None and value.is_floating_point() and weight.is_floating_point():
+                value = value.to(weight.dtype)
+        found.append(value)
+    return found
+
+
+class Walk(fx.Interpreter):
+    """One batch on its way through the graph. env: the values that are still needed."""
+
+    def __init__(self, graph_module: fx.GraphModule, values: Sequence[Any]) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+        self.captured = graph_module
+        self.args_iter: Iterator[Any] = iter(values)
+
+    def step(self, node: fx.Node) -> None:
+        self.env[node] = self.run_node(node)
+
+    def output_with(self, node: fx.Node, value: Any, rest: Sequence[fx.Node]) -> Any:
+        """What the network gives if `node` had this value. rest: the nodes after it."""
+        kept, self.env = self.env, {**self.env, node: value}
+        try:
+            for later in rest:
+                self.step(later)
+            return self.env[rest[-1]]
+        finally:
+            self.env = kept
+
+    def fetch_args_and_kwargs_from_env(self, n: fx.Node) -> Any:
+        args, kwargs = super().fetch_args_and_kwargs_from_env(n)  # type: ignore[misc]
+        if overwritten_argument(self.captured, n) is not None:  # others will still read it
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+        return args, kwargs
+
+
+class Sensitivity:
+    """Measures losses of choices on one graph and one set of batches.
+
+    loss: of an output against the original's; "auto" is the Kullback–Leibler divergence of the classes' distributions
+    for one output [N, classes], else the mean squared error over the mean square of the original's output.
+    """
+
+    def __init__(self, graph: SerialGraph, calibration: Calibration, loss: Loss | None, *, progress: bool) -> None:
+        self.graph_module = graph.graph_module
+        self.nodes = list(graph.graph_module.graph.nodes)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.calibration = calibration
+        self.loss = loss or divergence
+        self.progress = progress and sys.stderr.isatty()
+
+    def each_alone(self, choices: Sequence[Choice], known: LossTable) -> list[float]:
+        """The loss of every choice when it alone is collapsed. known: what was measured before; gets the rest.
+
+        Under torch.distributed, every process measures its share.
+        """
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        names = [choice.candidate.full_name for choice in choices]
+        open_ = [choice for choice, name in zip(choices, names, strict=True) if name not in known]
+        own = open_[rank::world]
+        if own:
+            self._measure(own, known)
+        if world > 1:
+            gathered: list[Any] = [None] * world
+            dist.all_gather_object(gathered, {c.candidate.full_name: known[c.candidate.full_name] for c in own})
+            for table in gathered:
+                known.update(table)
+        return [known[name] for name in names]
+
+    @torch.no_grad()
+    def _measure(self, choices: Sequence[Choice], known: LossTable) -> None:
+        ending: dict[fx.Node, list[Choice]] = defaultdict(list)
+        needed = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
+        for choice in choices:
+            source, output = choice.region.source, choice.region.output
+            ending[output].append(choice)
+            needed[source] = max(needed[source], self.position[output])
+        walks = [Walk(self.graph_module, values) for values in self.calibration.batches]
+        expected = [self._output(values, needed) for values in self.calibration.batches]
+        description, console = f"{len(choices)} candidates", Console(stderr=True)
+        bar = track(self.nodes, description, console=console, disable=not self.progress)
+        windows: dict[Any, Windows] = {}  # of the sources that later candidates read too
+        for position, node in enumerate(bar):
+            for walk in walks:
+                walk.step(node)
+            rest = self.nodes[position + 1 :]
+            for choice in ending.get(node, ()):
+                fitted = self._fitted(choice, walks, walks, windows)
+                losses = []
+                for walk, wanted in zip(walks, expected, strict=True):
+                    value = fitted(walk.env[choice.region.source])
+                    losses.append(float(self.loss(walk.output_with(node, value, rest), wanted)))
+                known[choice.candidate.full_name] = _mean(losses)
+            windows = {key: value for key, value in windows.items() if needed[key[0]] > position}
+            for walk in walks:
+                self._forget(walk, node, needed)
+
+    def _output(self, values: Sequence[Any], needed: Mapping[fx.Node, int]) -> Any:
+        """What the original gives for a batch."""
+        walk = Walk(self.graph_module, values)
+        try:
+            for node in self.nodes:
+                walk.step(node)
+                self._forget(walk, node, needed)
+        except Exception as error:
+            # Whatever the model's own layers raise: the batch and the model do not go together.
+            raise InvalidInputError(
+                f"a calibration batch does not fit the model: {type(error).__name__}: {error}"
+            ) from error
+        return walk.env[self.nodes[-1]]
+
+    @torch.no_grad()
+    def together(self, choices: Sequence[Choice]) -> tuple[float, dict[str, AffineMap]]:
+        """The loss when all choices are collapsed, and the convolutions, by the nodes whose values they give.
+
+        They are fitted in their order, each to what the network computes that is collapsed up to there.
+        """
+        ends = {choice.region.output: choice for choice in choices}
+        inside = {node for choice in choices for node in choice.region.nodes()}
+        fitted: dict[str, AffineMap] = {}
+        needed = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
+        for choice in choices:
+            source = choice.region.source
+            needed[source] = max(needed[source], self.position[choice.region.output])
+        walks, collapsed = ([Walk(self.graph_module, values) for values in self.calibration.batches] for _ in range(2))
+        for node in self.nodes:
+            for walk in walks:
+                walk.step(node)
+            if node in ends:
+                substitute = self._fitted(ends[node], collapsed, walks, {})
+                fitted[node.name] = substitute.fitted
+                for walk in collapsed:
+                    walk.env[node] = substitute(walk.env[ends[node].region.source])
+            elif node not in inside:
+                for walk in collapsed:
+                    walk.step(node)
+            for walk in (*walks, *collapsed):
+                self._forget(walk, node, needed)
+        last = self.nodes[-1]
+        pairs = zip(collapsed, walks, strict=True)
+        return _mean([float(self.loss(a.env[last], b.env[last])) for a, b in pairs]), fitted
+
+    def _fitted(
+        self, choice: Choice, read: Sequence[Walk], given: Sequence[Walk], windows: dict[Any, Windows]
+    ) -> Substitute:
+        """The best convolution for a choice. windows: those that are there already, by source and geometry."""
+        region = choice.region
+        sources = [walk.env[region.source] for walk in read]
+        key = region.source, replace(choice.geometry, out_channels=0)
+        if key not in windows:
+            windows[key] = Windows.of(sources, choice.geometry)
+        there = replace(windows[key], geometry=replace(choice.geometry, bias=True))
+        targets = [walk.env[region.output] for walk in given]
+        return Substitute(there.fit(targets, self._flat(region.output)), sources[0].dtype)
+
+    def _flat(self, output: fx.Node) -> tuple[float, float]:
+        """What the activation behind a value does not tell apart, if it is the value's only reader."""
+        readers = list(output.users)
+        activation = activation_of(self.graph_module, readers[0]) if len(readers) == 1 else None
+        return (-float("inf"), float("inf")) if activation is None else flat_beyond(activation)
+
+    def _forget(self, walk: Walk, node: fx.Node, needed: Mapping[fx.Node, int]) -> None:
+        """Drops the values that nothing after `node` reads."""
+        now = self.position[node]
+        for value in (node, *node.all_input_nodes):
+            if needed[value] <= now and value.op != "output":
+                walk.env.pop(value, None)
+
+
+def divergence(output: Any, expected: Any) -> Tensor:
+    """ "auto", see `Sensitivity`."""
+    if isinstance(expected, Tensor) and expected.dim() == 2 and expected.shape[1] > 1:
+        given, wanted = (F.log_softmax(t.double(), 1) for t in (output, expected))
+        return F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+    pairs = [
+        (a.double(), b.double())
+        for a, b in zip(pytree.tree_leaves(output), pytree.tree_leaves(expected), strict=True)
+        if isinstance(b, Tensor) and b.is_floating_point()
+    ]
+    if not pairs:
+        raise InvalidInputError("the model gives no tensor of floating point numbers; pass a loss of your own")
+    errors = [(a - b).square().mean() / b.square().mean().clamp_min(1e-30) for a, b in pairs]
+    return torch.stack(errors).mean()
+
+
+def _mean(losses: Sequence[float]) -> float:
+    mean = sum(losses) / len(losses)
+    return mean if mean == mean else float("inf")  # what gives NaN is never chosen
+
+
+class LossTable(dict[str, float]):
+    """Losses by candidate. With a folder, each is appended to a file as soon as it is known, and found there again.
+
+    key: of the network, the data and the loss; another key is another table. A line that was cut off is left out.
+    """
+
+    def __init__(self, folder: Path | None = None, key: str = "") -> None:
+        super().__init__()
+        self.file: Path | None = None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob(f"losses-{key}-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if (entry := _entry(line)) is not None:
+                    super().__setitem__(*entry)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.file = folder / f"losses-{key}-{rank}.jsonl"
+
+    def __setitem__(self, name: str, loss: float) -> None:
+        super().__setitem__(name, loss)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(f"\n{json.dumps([name, loss])}")
+
+
+def _entry(line: str) -> tuple[str, float] | None:
+    try:
+        name, loss = json.loads(line)
+        return str(name), float(loss)
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,202 @@
+"""The planner as a user calls it: budgets met, losses measured, resumed, corrected, and errors that help."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import flops, image, ready
+from torch import Tensor, nn
+
+import elc_fx
+from elc_fx.planning import sensitivity
+from elc_fx.planning.planner import Planner
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.b(torch.relu(self.a(x))) + x)
+        return y
+
+
+def network() -> nn.Module:
+    parts = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), *(Block(6) for _ in range(4))]
+    return ready(nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))).float()
+
+
+def data(batches: int = 2) -> list[Tensor]:
+    return [image(16, 3, 8, 8, seed=i, dtype=torch.float32) for i in range(batches)]
+
+
+def planner(**options: Any) -> Planner:
+    return Planner(network(), data()[0][:1], data(), progress=False, **options)
+
+
+@pytest.mark.parametrize("budget", [{"flops": 0.6}, {"depth": 6}, {"params": 0.7, "flops": 0.8}])
+def test_the_merged_network_keeps_the_budget_to_the_number(budget: dict[str, float]) -> None:
+    model, x = network(), data()[0][:1]
+    plan = elc_fx.plan(model, x, elc_fx.Budget(**budget), data(), progress=False)
+    assert plan.prediction is not None and plan.candidates
+    decoupled = elc_fx.decouple(model, plan)
+    elc_fx.set_gate(decoupled, 0)
+    merged = elc_fx.merge(decoupled)
+    measured, after = elc_fx.measure(merged, x), plan.prediction.after
+    assert (measured.flops, measured.parameters, measured.depth) == (after.flops, after.params, after.depth)
+    limits = elc_fx.Budget(**budget).limits(plan.prediction.before)
+    assert all(getattr(after, name) <= limit for name, limit in limits.items())
+    assert flops(model, x) == plan.prediction.before.flops
+    assert elc_fx.Plan.from_json(plan.to_json()) == plan
+    assert "loss" in str(plan) and "FLOPs" in str(plan)
+
+
+def test_a_loss_is_that_of_the_network_with_the_fitted_convolution() -> None:
+    """Against a run of the whole network with another forward in the place of the region."""
+    made = planner()
+    model, batches = network(), data()
+    assert made.sensitivity is not None
+    for choice, loss in zip(made.choices, made.losses, strict=True):
+        assert made.sensitivity.together([choice])[0] == pytest.approx(loss, rel=1e-5, abs=1e-9)
+    named = {choice.candidate.full_name: i for i, choice in enumerate(made.choices)}
+    chosen = named["3:3x3"]
+    _, fitted = made.sensitivity.together([made.choices[chosen]])
+    substitute = sensitivity.Substitute(next(iter(fitted.values())), torch.float32)
+    with torch.no_grad():
+        expected = [model(x) for x in batches]
+        model[3].forward = lambda x: substitute(x).relu()  # type: ignore[method-assign]
+        losses = [float(sensitivity.divergence(model(x), y)) for x, y in zip(batches, expected, strict=True)]
+    assert sum(losses) / len(losses) == pytest.approx(made.losses[chosen], rel=1e-4)
+
+
+def test_nothing_of_the_callers_is_changed() -> None:
+    model, batches = network(), data()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    copies = [batch.clone() for batch in batches]
+    elc_fx.plan(model, batches[0][:1], elc_fx.Budget(flops=0.6), batches, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(batches, copies, strict=True))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_plan_measured_together_is_no_worse_than_the_first_choice() -> None:
+    for budget in (elc_fx.Budget(flops=0.8), elc_fx.Budget(flops=0.6), elc_fx.Budget(flops=0.45)):
+        once, often = planner(refinements=0).plan(budget), planner().plan(budget)
+        assert once.prediction and often.prediction
+        assert once.prediction.together is not None and often.prediction.together is not None
+        assert often.prediction.together <= once.prediction.together + 1e-9
+
+
+def test_pareto_is_plan_after_plan() -> None:
+    model, x = network(), data()[0][:1]
+    budgets = [elc_fx.Budget(flops=f) for f in (0.9, 0.7, 0.5)]
+    curve = elc_fx.pareto(model, x, budgets, data(), progress=False)
+    assert curve == [elc_fx.plan(model, x, budget, data(), progress=False) for budget in budgets]
+    losses = [plan.prediction.together for plan in curve if plan.prediction]
+    assert losses == sorted(losses)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("kind", ["uniform", "table", "function"])
+def test_other_losses(kind: str) -> None:
+    model, x = network(), data()[0][:1]
+    losses: dict[str, Any] = {
+        "uniform": "uniform",
+        "table": {"2:3x3": 1.0, "3:3x3": 0.5, "4:3x3": 2.0},
+        "function": lambda output, expected: (output - expected).abs().max(),
+    }
+    plan = elc_fx.plan(model, x, elc_fx.Budget(flops=0.8), data(), loss=losses[kind], progress=False)
+    assert plan.candidates and plan.prediction
+    if kind == "table":
+        assert [c.full_name for c in plan.candidates] == ["3:3x3", "2:3x3"][:1] or plan.prediction.losses == (1.0, 0.5)
+        with pytest.raises(elc_fx.PlanError, match="which is no candidate"):
+            elc_fx.plan(model, x, elc_fx.Budget(flops=0.8), loss={"9:3x3": 1.0})
+    if kind == "uniform":
+        assert elc_fx.plan(model, x, elc_fx.Budget(flops=0.8), loss="uniform") == plan
+
+
+def test_losses_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = planner(cache=tmp_path)
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join(lines[: len(lines) // 2]) + '\n["cut o', encoding="utf-8")  # killed while it wrote
+    measured: list[str] = []
+    original = sensitivity.LossTable.__setitem__
+
+    def note(self: sensitivity.LossTable, name: str, loss: float) -> None:
+        measured.append(name)
+        original(self, name, loss)
+
+    monkeypatch.setattr(sensitivity.LossTable, "__setitem__", note)
+    resumed = planner(cache=tmp_path)
+    assert resumed.losses == pytest.approx(full.losses) and 0 < len(measured) < len(full.losses)
+    measured.clear()
+    assert planner(cache=tmp_path).losses == resumed.losses and not measured
+    Planner(network(), data()[0][:1], data(1), progress=False, cache=tmp_path)  # other data, another table
+    assert len(measured) == len(full.losses)
+
+
+def test_a_budget_that_cannot_be_met_says_what_can() -> None:
+    model, x = network(), data()[0][:1]
+    with pytest.raises(elc_fx.PlanError, match=r"at most .* FLOPs wanted, .* FLOPs is the least .*`_8`|no candidate"):
+        elc_fx.plan(model, x, elc_fx.Budget(flops=0.001), loss="uniform")
+    with pytest.raises(elc_fx.PlanError, match="depth: at most 1 layers wanted"):
+        elc_fx.plan(model, x, elc_fx.Budget(depth="1"), loss="uniform")
+
+
+def test_bad_arguments() -> None:
+    model, x = network(), data()[0][:1]
+    budget = elc_fx.Budget(flops=0.8)
+    for arguments, message in (
+        ({"calibration": None}, "pass batches"),
+        ({"calibration": []}, "no batches"),
+        ({"calibration": [{"other": x}]}, "no input `input"),
+        ({"calibration": data(), "loss": "best"}, "expected 'auto'"),
+        ({"calibration": data(), "samples": 0}, "samples is 0"),
+        ({"calibration": data(), "longest": "3"}, "longest is"),
+        ({"calibration": [torch.zeros(2, 5, 8, 8)]}, "does not fit the model"),
+    ):
+        with pytest.raises(elc_fx.InvalidInputError, match=message):
+            elc_fx.plan(model, x, budget, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(elc_fx.InvalidInputError, match=r"expected an elc_fx\.Budget"):
+        elc_fx.plan(model, x, 0.5, data())  # type: ignore[arg-type]
+    with pytest.raises(elc_fx.TrainingModeError):
+        elc_fx.plan(network().train(), x, budget, data())
+
+
+TWO = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch.distributed as dist
+from test_planner import planner
+dist.init_process_group("gloo")
+losses = planner().losses
+if dist.get_rank() == 0:
+    print(json.dumps(losses))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_work(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(tests=str(Path(__file__).parent)), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == pytest.approx(planner().losses, rel=1e-3, abs=1e-7)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
