@@ -200,3 +200,16 @@ def quiet() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
+
+
+def test_the_collapsed_network_is_the_one_that_was_measured() -> None:
+    made = planner(longest=2)
+    plan = made.plan(elc_fx.Budget(flops=0.4))
+    assert plan.prediction is not None and len(plan.candidates) > 1
+    collapsed, model, batches = made.collapse(plan), network(), data()
+    with torch.no_grad():
+        losses = [float(sensitivity.divergence(collapsed(x), model(x))) for x in batches]
+    assert sum(losses) / len(losses) == pytest.approx(plan.prediction.together, rel=1e-4)
+    assert elc_fx.measure(collapsed, data()[0][:1]).flops == plan.prediction.after.flops
+    with pytest.raises(elc_fx.PlanError, match="not among the candidates"):
+        planner(longest=1).collapse(elc_fx.Plan.of(network(), data()[0][:1]))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import fx, nn
 
 from elc_fx.errors import InvalidInputError, PlanError
 from elc_fx.planning.budget import Budget
@@ -89,6 +89,21 @@ class Planner:
             _correct(together, solution, self._in_order(solution.chosen), loss)
         assert best is not None
         return self._plan_of(best[1])
+
+    def collapse(self, plan: Plan) -> fx.GraphModule:
+        """The network with the plan's regions as the convolutions that were fitted to them, without any training.
+
+        They are fitted in their order, each to what the network computes that is collapsed up to there. Raises
+        `PlanError` for a candidate that is not one of `choices`, and `InvalidInputError` without calibration.
+        """
+        if self.sensitivity is None:
+            raise InvalidInputError("there are no calibration batches to fit convolutions to")
+        numbers = {choice.candidate: i for i, choice in enumerate(self.choices)}
+        for candidate in plan.candidates:
+            if candidate not in numbers:
+                raise PlanError(f"`{candidate.full_name}` is not among the candidates that were planned with")
+        order = self._in_order([numbers[candidate] for candidate in plan.candidates])
+        return self.sensitivity.collapsed([self.choices[i] for i in order])
 
     def _loss_together(self, chosen: tuple[int, ...]) -> float:
         if self.sensitivity is None:

@@ -6,6 +6,7 @@ known: a convolution is fitted to that, and only what comes after the region is 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -221,6 +222,24 @@ class Sensitivity:
         last = self.nodes[-1]
         pairs = zip(collapsed, walks, strict=True)
         return _mean([float(self.loss(a.env[last], b.env[last])) for a, b in pairs]), fitted
+
+    def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
+        """A copy of the network in which the choices, in their order, are the convolutions that were fitted to them."""
+        _, fitted = self.together(choices)
+        result = copy.deepcopy(self.graph_module)
+        nodes, now = {node.name: node for node in result.graph.nodes}, dict[str, fx.Node]()
+        for choice in choices:
+            path = f"{choice.output}_collapsed"
+            weight = next(result.parameters())
+            result.add_submodule(path, Substitute(fitted[choice.output], weight.dtype).to(weight.device))
+            with result.graph.inserting_after(nodes[choice.output]):
+                source = now.get(choice.source, nodes[choice.source])
+                now[choice.output] = result.graph.call_module(path, (source,))
+            nodes[choice.output].replace_all_uses_with(now[choice.output])
+        result.graph.eliminate_dead_code()
+        result.delete_all_unused_submodules()
+        result.recompile()
+        return result
 
     def _fitted(
         self, choice: Choice, read: Sequence[Walk], given: Sequence[Walk], windows: dict[Any, Windows]
