@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import elc_fx
 from elc_fx.activations import flat_beyond
 from elc_fx.affine import AffineMap, Geometry
 from elc_fx.planning.fitting import Substitute, Windows
@@ -49,6 +50,19 @@ def test_rounds_after_a_relu_make_the_error_smaller() -> None:
             fitted = Substitute(windows.fit([y], flat), torch.float32)
             errors.append(float((fitted(x).relu() - y.relu()).square().mean()))
     assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, 1e-20, 1e15])
+def test_fewer_windows_than_weights(scale: float) -> None:
+    """Singular normal equations, of which rounding makes indefinite ones."""
+    torch.manual_seed(0)
+    geometry = Geometry(4, 64, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    x = scale * torch.randn(2, 64, 6, 6).relu() * torch.logspace(-6, 3, 64).view(-1, 1, 1)
+    y = torch.randn(2, 4, 6, 6)
+    fitted = Windows.of([x], geometry).fit([y], (0.0, math.inf))
+    assert fitted.kernel.isfinite().all() and fitted.bias is not None and fitted.bias.isfinite().all()
+    with pytest.raises(elc_fx.InvalidInputError, match="not finite"):
+        Windows.of([x / 0], geometry)
 
 
 def test_flat_sides() -> None:

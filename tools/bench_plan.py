@@ -148,6 +148,18 @@ def table(rows: Sequence[Mapping[str, Any]], style: str = "simple") -> str:
     return tabulate(lines, (*headers, "random: median (range)"), tablefmt=style, disable_numparse=True)
 
 
+def seconds_table(rows: Sequence[Mapping[str, Any]], style: str = "simple") -> str:
+    """How long the planner took: the losses of all candidates, and then the plan for one budget."""
+    lines = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == network]
+        plans = [row["seconds"]["plan"] for row in own]
+        tables = own[0]["seconds"]["tables"]
+        lines.append([network, own[0]["candidates"], f"{tables:.0f}", f"{statistics.median(plans):.1f}"])
+    headers = ("network", "candidates", "losses [s]", "plan for a budget [s]")
+    return tabulate(lines, headers, tablefmt=style, disable_numparse=True, colalign=("left", *["right"] * 3))
+
+
 def main(
     weights: Annotated[list[Path], typer.Option(help="A weight file of a CIFAR network; several times for several.")],
     data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an archive.")],

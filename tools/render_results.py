@@ -19,6 +19,7 @@ import typer
 
 import bench_compile
 import bench_decouple
+import bench_plan
 import cifar_lossless
 import decouple_zoo
 import provenance
@@ -43,6 +44,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
         lambda result: bench_decouple.steps_table(result["rows"], STYLE),
     ),
     "decouple_zoo": ("decouple_zoo", lambda result: decouple_zoo.table(result["rows"], STYLE)),
+    "plan_accuracy": ("plan_accuracy", lambda result: bench_plan.table(result["rows"], STYLE)),
+    "plan_seconds": ("plan_accuracy", lambda result: bench_plan.seconds_table(result["rows"], STYLE)),
     "compile_end_to_end": ("compile_end_to_end", lambda result: bench_compile.end_to_end_table(result, STYLE)),
 }
 

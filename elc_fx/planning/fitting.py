@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from elc_fx.affine import AffineMap, Geometry, pad_zeros
+from elc_fx.errors import InvalidInputError
 from elc_fx.fusion import layer_of, padded
 
 ROWS_PER_WEIGHT = 12  # windows that a fit looks at, for each weight of an output channel
 FEWEST_ROWS = 16384
-RIDGE = 1e-5  # of the mean diagonal of the normal equations, added to it
+RIDGE = 1e-5  # of the mean diagonal of the normal equations, added to it; more where they are singular
 ROUNDS = 8  # of moving the targets on a flat side
 
 
@@ -61,9 +62,7 @@ class Windows:
         rows = torch.cat([_windows(x, geometry, count) for x in sources], dim=1).float()
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
         normal = (rows.mT @ rows).double()
-        mean = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-        ridge = RIDGE * mean[:, None, None] * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-        return cls(geometry, count, rows, torch.linalg.cholesky(normal + ridge))
+        return cls(geometry, count, rows, _factor(normal))
 
     def fit(self, targets: Sequence[Tensor], flat: tuple[float, float] = (-math.inf, math.inf)) -> AffineMap:
         """The map whose outputs are closest to `targets`, the region's output for the same batches.
@@ -85,6 +84,20 @@ class Windows:
 
     def _solve(self, goal: Tensor) -> Tensor:
         return torch.cholesky_solve((self.rows.mT @ goal).double(), self.factor).to(goal.dtype)
+
+
+def _factor(normal: Tensor) -> Tensor:
+    """The Cholesky factor, with a larger ridge where the products' rounding in float32 needs it."""
+    if not normal.isfinite().all():
+        raise InvalidInputError("the calibration batches give activations that are not finite")
+    mean = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = mean[:, None, None] * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    ridge = RIDGE
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(normal + ridge * scaled)
+        if not failed.any():
+            return factor
+        ridge *= 10
 
 
 def _windows(x: Tensor, geometry: Geometry, count: int) -> Tensor:
