@@ -38,7 +38,7 @@ class Prediction:
     """What a planner expects of a plan.
 
     before, after: the network's costs. losses: of each candidate alone. together: of all of them, as it was measured;
-    None where it was not. gap: how far from the best choice the plan may be, relative, as the solver says.
+    None where it was not. gap: how far the solver may have been from its optimum, relative.
     """
 
     before: Costs

@@ -22,7 +22,9 @@ from elc_fx.planning.solve import Pair, Problem, Solution, solve
 LONGEST_PLANNED = 6  # layers or blocks in a row that a planned candidate may replace: measuring all runs takes long
 LARGEST_PLANNED = 5  # kernel
 SAMPLES = 512
-REFINEMENTS = 6
+REFINEMENTS = 8
+EMPHASES = (0.7, 1.5, 2.0, 3.0)  # powers of the losses
+SHUN = 4.0  # by what the loss of a choice is multiplied to see how it is without
 
 LossChoice = Literal["auto", "uniform"] | Mapping[str, float] | Loss
 
@@ -73,22 +75,49 @@ class Planner:
         if not isinstance(budget, Budget):
             raise InvalidInputError(f"budget is a {type(budget).__name__}, expected an elc_fx.Budget")
         limits = budget.limits(self.model.original)
+        best = solve(Problem(self.choices, self.losses, self.model, limits))
+        if self.sensitivity is not None:
+            best = self._refined(best, limits)
+        return self._plan_of(best)
+
+    def _refined(self, first: Solution, limits: Mapping[str, float]) -> Solution:
+        """The solution that loses least when its choices are measured together, of `first` and others near it.
+
+        The others: the best after what the sum left out is put down to the choices that follow each other; the best
+        where large losses count more, or less, than they are, since many small changes, fitted one after the other,
+        can make up for each other; and the best that shun one of the choices of the best so far.
+        """
         together: dict[Pair, float] = {}
-        best: tuple[float, Solution] | None = None
-        seen: set[tuple[int, ...]] = set()
-        for _ in range(self.refinements + 1):
+        best, seen = first, {first.chosen}
+        solution, loss = first, self._loss_together(first.chosen)
+        for _ in range(self.refinements):
+            if len(solution.chosen) < 2:
+                break
+            _correct(together, solution, self._in_order(solution.chosen), loss)
             solution = solve(Problem(self.choices, self.losses, self.model, limits, together))
             if solution.chosen in seen:
                 break
             seen.add(solution.chosen)
             loss = self._loss_together(solution.chosen)
-            if best is None or loss < best[0]:
-                best = loss, solution
-            if self.sensitivity is None or len(solution.chosen) < 2:
+            best = min(best, solution, key=lambda s: self._loss_together(s.chosen))
+        weighted = self.losses
+        for emphasis in EMPHASES if self.refinements else ():
+            raised = [loss**emphasis for loss in self.losses]
+            solution = solve(Problem(self.choices, raised, self.model, limits))
+            if self._loss_together(solution.chosen) < self._loss_together(best.chosen):
+                best, weighted = solution, raised
+        tried: set[int] = set()
+        for _ in range(self.refinements):
+            left = [i for i in best.chosen if i not in tried]
+            if not left:
                 break
-            _correct(together, solution, self._in_order(solution.chosen), loss)
-        assert best is not None
-        return self._plan_of(best[1])
+            shunned = max(left, key=lambda i: self.losses[i])
+            tried.add(shunned)
+            others = [loss * SHUN if i == shunned else loss for i, loss in enumerate(weighted)]
+            solution = solve(Problem(self.choices, others, self.model, limits))
+            if self._loss_together(solution.chosen) < self._loss_together(best.chosen):
+                best, weighted = solution, others
+        return best
 
     def collapse(self, plan: Plan) -> fx.GraphModule:
         """The network with the plan's regions as the convolutions that were fitted to them, without any training.
@@ -106,8 +135,7 @@ class Planner:
         return self.sensitivity.collapsed([self.choices[i] for i in order])
 
     def _loss_together(self, chosen: tuple[int, ...]) -> float:
-        if self.sensitivity is None:
-            return sum(self.losses[i] for i in chosen)
+        assert self.sensitivity is not None
         if chosen not in self.measured:
             self.measured[chosen] = self.sensitivity.together([self.choices[i] for i in self._in_order(chosen)])[0]
         return self.measured[chosen]
@@ -174,7 +202,7 @@ def plan(
             original) → number.
         longest, largest_kernel: which candidates there are, as for `candidates`.
         samples: how many samples of `calibration` are used.
-        refinements: how often the choice is corrected at most.
+        refinements: how often, at most, a choice is corrected, and then looked for without one of its candidates.
         cache: a folder in which losses are kept as soon as they are known, and found by the next call.
         progress: show a bar on a terminal.
 
