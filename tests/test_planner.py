@@ -213,3 +213,29 @@ def test_the_collapsed_network_is_the_one_that_was_measured() -> None:
     assert elc_fx.measure(collapsed, data()[0][:1]).flops == plan.prediction.after.flops
     with pytest.raises(elc_fx.PlanError, match="not among the candidates"):
         planner(longest=1).collapse(elc_fx.Plan.of(network(), data()[0][:1]))
+
+
+def test_inputs_that_are_no_batches_stay_whole() -> None:
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = network(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, table: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.head(self.body(x)) + table.sum(0)}
+
+    model = TwoInputs().eval()
+    table = torch.ones(40, 2)
+    batches = [{"x": x, "table": table} for x in data()]
+    made = Planner(model, {"x": data()[0][:1], "table": table}, batches, samples=20, progress=False)
+    assert made.sensitivity is not None
+    shapes = [[tuple(v.shape) for v in batch] for batch in made.sensitivity.calibration.batches]
+    assert shapes == [[(16, 3, 8, 8), (40, 2)], [(4, 3, 8, 8), (40, 2)]]
+    assert made.plan(elc_fx.Budget(flops=0.7)).candidates
+
+
+def test_names_do_not_mix_up_stored_losses(tmp_path: Path) -> None:
+    """A candidate's name depends on which others there are."""
+    for longest in (1, 3, 6):
+        stored, fresh = planner(longest=longest, cache=tmp_path), planner(longest=longest)
+        assert stored.losses == pytest.approx(fresh.losses, rel=1e-4, abs=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,12 @@ class Choice:
         """Of the convolution that it becomes."""
         kept = dict(self.candidate.kernels)
         return self.region.geometry({node: kept[node.name] for node in self.region.layers if node.name in kept})
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The candidate's name, and a hash of what it is: names depend on which other candidates there are."""
+        identity = repr((self.candidate.nodes, self.candidate.kernels, self.candidate.result))
+        return f"{self.candidate.full_name} {hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     @property
     def source(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import fx, nn
 
 from elc_fx.errors import InvalidInputError, PlanError
@@ -67,7 +68,8 @@ class Planner:
             batches = Calibration(graph.graph_module, calibration, samples)
             function: Loss | None = loss if callable(loss) else None
             self.sensitivity = Sensitivity(graph, batches, function, progress=progress)
-            table = LossTable() if cache is None else LossTable(Path(cache), _key(batches, loss))
+            # Nobody can tell whether a function computes what it computed when the table was made.
+            table = LossTable() if cache is None or function else LossTable(Path(cache), _key(batches))
             self.losses = self.sensitivity.each_alone(self.choices, table)
 
     def plan(self, budget: Budget) -> Plan:
@@ -175,9 +177,8 @@ def _from_table(table: Mapping[str, float], choices: Sequence[Choice]) -> list[f
     return [float(table.get(choice.candidate.full_name, math.inf)) for choice in choices]
 
 
-def _key(calibration: Calibration, loss: Any) -> str:
-    name = loss if isinstance(loss, str) else f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', loss)}"
-    return hashlib.sha256(f"1 {name} {calibration.fingerprint()}".encode()).hexdigest()[:20]
+def _key(calibration: Calibration) -> str:
+    return hashlib.sha256(f"{torch.__version__} {calibration.fingerprint()}".encode()).hexdigest()[:20]
 
 
 def plan(
@@ -203,7 +204,8 @@ def plan(
         longest, largest_kernel: which candidates there are, as for `candidates`.
         samples: how many samples of `calibration` are used.
         refinements: how often, at most, a choice is corrected, and then looked for without one of its candidates.
-        cache: a folder in which losses are kept as soon as they are known, and found by the next call.
+        cache: a folder in which losses are kept as soon as they are known, and found by the next call; not those of a
+            function.
         progress: show a bar on a terminal.
 
     Raises:

@@ -75,13 +75,14 @@ def _placeholder_values(graph_module: fx.GraphModule, batch: Any, most: int) -> 
         values = (batch,) if isinstance(batch, Tensor) else tuple(batch)
         given = {str(node.target): value for node, value in zip(nodes, values, strict=False)}
     weight = next(graph_module.parameters(), None)
+    size = next((len(v) for v in given.values() if isinstance(v, Tensor) and v.dim()), 0)
     found = []
     for node in nodes:
         if str(node.target) not in given and not node.args:
             raise InvalidInputError(f"a calibration batch has no input `{node.target}`")
         value = given.get(str(node.target), node.args[0] if node.args else None)
         if isinstance(value, Tensor):
-            value = value[:most] if value.dim() else value
+            value = value[:most] if value.dim() and len(value) == size else value
             value = value if weight is None else value.to(weight.device)
             if weight is not None and value.is_floating_point() and weight.is_floating_point():
                 value = value.to(weight.dtype)
@@ -138,17 +139,15 @@ class Sensitivity:
         Under torch.distributed, every process measures its share.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        names = [choice.candidate.full_name for choice in choices]
-        open_ = [choice for choice, name in zip(choices, names, strict=True) if name not in known]
-        own = open_[rank::world]
-        if own:
-            self._measure(own, known)
+        own = choices[rank::world]
+        if missing := [choice for choice in own if choice.key not in known]:
+            self._measure(missing, known)
         if world > 1:
             gathered: list[Any] = [None] * world
-            dist.all_gather_object(gathered, {c.candidate.full_name: known[c.candidate.full_name] for c in own})
+            dist.all_gather_object(gathered, {choice.key: known[choice.key] for choice in own})
             for table in gathered:
                 known.update(table)
-        return [known[name] for name in names]
+        return [known[choice.key] for choice in choices]
 
     @torch.no_grad()
     def _measure(self, choices: Sequence[Choice], known: LossTable) -> None:
@@ -173,7 +172,7 @@ class Sensitivity:
                 for walk, wanted in zip(walks, expected, strict=True):
                     value = fitted(walk.env[choice.region.source])
                     losses.append(float(self.loss(walk.output_with(node, value, rest), wanted)))
-                known[choice.candidate.full_name] = _mean(losses)
+                known[choice.key] = _mean(losses)
             windows = {key: value for key, value in windows.items() if needed[key[0]] > position}
             for walk in walks:
                 self._forget(walk, node, needed)
@@ -292,7 +291,8 @@ def _mean(losses: Sequence[float]) -> float:
 class LossTable(dict[str, float]):
     """Losses by candidate. With a folder, each is appended to a file as soon as it is known, and found there again.
 
-    key: of the network, the data and the loss; another key is another table. A line that was cut off is left out.
+    Keyed by `Choice.key`. key: of the network, the data and the loss; another key is another table. A line
+    that was cut off is left out.
     """
 
     def __init__(self, folder: Path | None = None, key: str = "") -> None:
