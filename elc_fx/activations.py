@@ -27,13 +27,18 @@ NAMES = frozenset(
     for name in (
         *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "softsign"),
         *("hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink", "tanhshrink", "sigmoid", "log_sigmoid"),
-        *("tanh", "threshold", "clamp", "clamp_min", "clamp_max", "clip", "special_expit", "expit"),
+        # F.threshold is called _threshold.
+        *("tanh", "threshold", "_threshold", "clamp", "clamp_min", "clamp_max", "clip", "special_expit", "expit"),
     )
     for suffix in ("", "_")
 )
 FUNCTIONS: set[Callable[..., Any]] = set()  # the user's
 
-OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+OTHER_LAYERS = (
+    *(nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm),
+    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._LPPoolNd),
+    *(nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.Softmax, nn.LogSoftmax),
+)
 FLAT_BEYOND = {
     "relu": (0.0, math.inf),
     "relu6": (0.0, 6.0),
