@@ -74,9 +74,16 @@ def test_numbers_that_are_gates() -> None:
     for value in (0, 0.25, torch.tensor(0.25), 1):
         elc_fx.set_gate(net, value)
         assert set(elc_fx.gates(net).values()) == {float(value)}
-    for wrong in (True, "1", None, -0.1, 1.1, float("nan")):
+    tensors = torch.tensor([0.1, 0.2]), torch.tensor([0.5]), torch.tensor(True), torch.tensor(1j)
+    for wrong in (True, "1", None, -0.1, 1.1, float("nan"), *tensors, {0: 1.0}, {"*": None}):
         with pytest.raises(elc_fx.InvalidInputError):
             elc_fx.set_gate(net, wrong)  # type: ignore[arg-type]
     for steps in ("10", 10.0, True, None):
         with pytest.raises(elc_fx.InvalidInputError, match="total_steps"):
             elc_fx.GateSchedule(net, steps)  # type: ignore[arg-type]
+    for overlap in ("1", None, True, torch.tensor([0.1, 0.2]), -0.1):
+        with pytest.raises(elc_fx.InvalidInputError, match="overlap"):
+            elc_fx.GateSchedule(net, 10, overlap=overlap)  # type: ignore[arg-type]
+    for function in (lambda m: elc_fx.set_gate(m, 0), lambda m: elc_fx.GateSchedule(m, 10)):
+        with pytest.raises(elc_fx.InvalidInputError, match="module is a str"):
+            function("net")

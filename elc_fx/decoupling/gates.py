@@ -39,11 +39,13 @@ def set_gate(module: nn.Module, value: float | Mapping[str, float]) -> None:
     nodes = _decoupled(module)
     given: Mapping[str, Any] = value if isinstance(value, Mapping) else {"*": value}
     for pattern, number in given.items():
-        if isinstance(number, bool) or not isinstance(number, Real | Tensor) or not 0 <= float(number) <= 1:
+        if not _is_share(number):
             raise InvalidInputError(f"a gate is {number!r}, expected a number from 0 (mergeable) to 1 (original)")
+        if not isinstance(pattern, str):
+            raise InvalidInputError(f"a decoupling node is called {pattern!r}, expected a name or a pattern")
         chosen = [node for name, node in nodes.items() if name == pattern or fnmatchcase(name, pattern)]
         if not chosen and isinstance(value, Mapping):
-            raise InvalidInputError(f"no decoupling node is called `{pattern}`; there are {', '.join(nodes)}")
+            raise InvalidInputError(f"no decoupling node is called `{pattern}`; there are {', '.join(nodes) or 'none'}")
         for node in chosen:
             node.set_gate(float(number))
 
@@ -84,18 +86,18 @@ class GateSchedule:
         self.total_steps = total_steps
         self.start = start
         self.shape = shape
-        self.overlap = 1.0 if order == "together" else overlap
+        self.overlap = overlap
         self.steps = 0
         if shape not in ("linear", "cosine"):
             raise InvalidInputError(f"shape is {shape!r}, expected 'linear' or 'cosine'")
         if order not in ("together", "depth", "reverse depth", "cost"):
             raise InvalidInputError(f"order is {order!r}, expected 'together', 'depth', 'reverse depth' or 'cost'")
-        if not 0 <= start < total_steps or not 0 <= overlap <= 1:
+        if not 0 <= start < total_steps or not _is_share(overlap):
             raise InvalidInputError("expected 0 <= start < total_steps and 0 <= overlap <= 1")
         nodes = _decoupled(module)
         self.ranks, regions = _ranks(module, list(nodes), order)
         # The share of the time in which a node closes; without overlap, one region begins where the last one ends.
-        self.share = max(self.overlap, 1 / regions)
+        self.share = max(float(overlap), 1 / regions)
         self._apply()
 
     def step(self) -> None:
@@ -130,8 +132,19 @@ class GateSchedule:
             node.set_gate(0.0 if value < 1e-9 else value)
 
 
+def _is_share(value: Any) -> bool:
+    """Whether this is a number from 0 to 1, or a tensor that holds just one."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and _is_share(value.item())
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return 0 <= float(value) <= 1
+
+
 def _decoupled(module: nn.Module) -> dict[str, DecouplingNode]:
     """The decoupling nodes of what `decouple` returned; there are none where all merges of the plan are exact."""
+    if not isinstance(module, nn.Module):
+        raise InvalidInputError(f"module is a {type(module).__name__}, expected what elc_fx.decouple returned")
     nodes = decoupling_nodes(module)
     if not nodes and not any(isinstance(part, DecoupledModule) for part in module.modules()):
         raise InvalidInputError(f"this {type(module).__name__} has no decoupling nodes; elc_fx.decouple inserts them")
