@@ -158,6 +158,9 @@ def test_a_kernel_named_twice_must_agree(resnet: nn.Module) -> None:
     for wrong in ({"layer1.0.conv1": 3.0}, {"layer1.0.conv1": "3"}, {"layer1.0.conv1": None}):
         with pytest.raises(elc_fx.InvalidInputError, match="expected a whole number"):
             elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0"], kernels=wrong)  # type: ignore[arg-type]
+    for names in (5, [("layer1.0.conv1", 1)], {1: 3}):
+        with pytest.raises(elc_fx.InvalidInputError, match="kernels is"):
+            elc_fx.Plan.of(resnet, IMAGE, kernels=names)  # type: ignore[arg-type]
 
 
 def test_names_may_be_repeated_and_come_from_a_generator(resnet: nn.Module) -> None:
@@ -204,6 +207,18 @@ def test_a_damaged_plan_is_an_error(resnet: nn.Module) -> None:
                 holder[key] = value
             with pytest.raises(elc_fx.InvalidInputError):
                 elc_fx.Plan.from_json(json.dumps(bad))
+    for text in (None, 5, "[" * 100_000):
+        with pytest.raises(elc_fx.InvalidInputError):
+            elc_fx.Plan.from_json(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kept", [[1], [], [0, 0], [5, 5]])
+def test_kernels_of_a_plan_that_its_layers_cannot_keep(resnet: nn.Module, kept: list[int]) -> None:
+    data = json.loads(elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0"]).to_json())
+    for kernels in ([["layer1_0_conv2", kept]], [["layer1_0_conv2", [1, 1]], ["conv9", [1, 1]]]):
+        data["candidates"][0]["kernels"] = kernels
+        with pytest.raises(elc_fx.PlanError, match="cannot keep the kernels"):
+            elc_fx.decouple(resnet, elc_fx.Plan.from_json(json.dumps(data)))
 
 
 def test_a_plan_needs_a_name_for_each_input() -> None:

@@ -110,6 +110,9 @@ class Plan:
         """
         collapse, keep = _texts("collapse", collapse), _texts("keep", keep)
         graph = serial_graph(model, example_inputs)
+        if kernels is not None and not isinstance(kernels, Mapping):
+            raise InvalidInputError(f"kernels is {kernels!r:.200}, expected a mapping from names of layers to sizes")
+        _texts("kernels", kernels or ())
         chooser = _Chooser(CandidateFinder(graph, longest), keep, dict(kernels or {}))
         chosen: list[tuple[Region, Candidate]] = []
         for pattern in collapse:
@@ -149,7 +152,7 @@ class Plan:
         """The inverse of `to_json`. Raises `InvalidInputError` for anything else."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InvalidInputError(f"this plan is not JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InvalidInputError(f"this is not a plan of format {FORMAT}")
@@ -197,6 +200,10 @@ class Plan:
                 )
             region, kept = found[names], dict(candidate.kernels)
             windows = {node: kept[node.name] for node in region.layers if node.name in kept}
+            if len(windows) < len(kept) or not all(_fits(k, _size(region, node)) for node, k in windows.items()):
+                raise PlanError(
+                    f"the plan is for another model: the layers of `{candidate.name}` cannot keep the kernels {kept}"
+                )
             for is_, was in zip_longest(operation_texts(graph, region), candidate.operations):
                 if is_ != was:
                     raise PlanError(
@@ -305,7 +312,7 @@ class _Chooser:
         for pattern, wanted in self.kernels.items():
             if _matches(label(node), pattern):
                 kept = (wanted,) * len(size) if isinstance(wanted, int) else tuple(wanted)
-                if len(kept) != len(size) or any(not 0 < w <= k for w, k in zip(kept, size, strict=False)):
+                if not _fits(kept, size):
                     raise PlanError(f"`{label(node)}` has a kernel of {kernel_text(size)} and cannot keep {wanted}")
                 return kept
         return None
@@ -313,6 +320,11 @@ class _Chooser:
 
 def _size(region: Region, node: fx.Node) -> Ints:
     return next(op.geometry.kernel_size for op in operations_of(region.parts) if op.node is node)
+
+
+def _fits(kept: Ints, size: Ints) -> bool:
+    """Whether a kernel can be cut to what is kept of it."""
+    return len(kept) == len(size) and all(0 < k <= n for k, n in zip(kept, size, strict=True))
 
 
 def _matches(name: str, pattern: str) -> bool:
