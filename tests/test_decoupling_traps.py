@@ -142,6 +142,20 @@ def test_calibration_with_unbatched_images() -> None:
         assert_same(value, batch.get_parameter(name))
 
 
+@pytest.mark.parametrize("size", [(4, 4), (6, 5)])
+@pytest.mark.parametrize("gate", [0.0, 0.3])
+def test_lines_of_unbatched_images(size: tuple[int, int], gate: float) -> None:
+    """Also where the height happens to be the number of channels."""
+    model, x = stack(nn.GELU()), image(3, *size)
+    net = decoupled(model, x, "*:5x5")
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    elc_fx.set_gate(net, gate)
+    assert_same(net(x), net(x[None])[0])
+    if not gate:
+        assert_same(elc_fx.merge(net)(x), net(x))
+
+
 # --- parameters ------------------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,8 @@ class DecoupledActivation(DecouplingNode):
         """slope · x + offset. Batch norm with mean 0 and variance 1 is that: one kernel, and one for the gradient."""
         if not self.dims:
             return torch.addcmul(offset, slope, x)
+        if x.dim() == self.dims + 1:  # no batch; batch norm would take the first spatial axis for the channels
+            return self._line(x[None], slope, offset)[0]
         return F.batch_norm(x, torch.zeros_like(offset), torch.ones_like(offset), slope, offset, False, eps=0.0)
 
 
