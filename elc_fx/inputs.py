@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from elc_fx.errors import InvalidInputError
 
@@ -57,6 +57,36 @@ class ExampleInputs:
         except ValueError:  # TorchScript
             return {**{str(i): value for i, value in enumerate(self.args)}, **self.kwargs}
         return dict(signature.bind(*self.args, **self.kwargs).arguments)
+
+
+def batches_of(calibration: Any) -> Iterable[Any]:
+    """The batches; a tensor is one. Raises `InvalidInputError` for what has none."""
+    if not isinstance(calibration, Iterable):
+        raise InvalidInputError(f"calibration is a {type(calibration).__name__}, expected batches")
+    return [calibration] if isinstance(calibration, Tensor) else calibration
+
+
+def batch_values(graph_module: fx.GraphModule, batch: Any) -> list[Any]:
+    """What the placeholders of a graph get of a batch, in their order, on the device of the graph's parameters.
+
+    A tensor is the first input; a sequence begins with the inputs that have no default, as a loader gives them; a
+    mapping has inputs by name. Raises `InvalidInputError` where an input without a default is missing, and for anything
+    else.
+    """
+    nodes = graph_module.graph.find_nodes(op="placeholder")
+    if isinstance(batch, Mapping):
+        given = dict(batch)
+    elif not isinstance(batch, Iterable):
+        raise InvalidInputError(f"a calibration batch is a {type(batch).__name__}, expected tensors")
+    else:
+        required = [str(node.target) for node in nodes if not node.args]
+        given = dict(zip(required, (batch,) if isinstance(batch, Tensor) else batch, strict=False))
+    for node in nodes:
+        if str(node.target) not in given and not node.args:
+            raise InvalidInputError(f"a calibration batch has no input `{node.target}`")
+    values = [given.get(str(node.target), *node.args) for node in nodes]
+    weight = next(graph_module.parameters(), None)
+    return values if weight is None else pytree.tree_map_only(Tensor, lambda t: t.to(weight.device), values)
 
 
 @contextmanager

@@ -159,6 +159,8 @@ def test_bad_arguments() -> None:
     for arguments, message in (
         ({"calibration": None}, "pass batches"),
         ({"calibration": []}, "no batches"),
+        ({"calibration": 5}, "expected batches"),
+        ({"calibration": [5]}, "a calibration batch is a int"),
         ({"calibration": [{"other": x}]}, "no input `input"),
         ({"calibration": data(), "loss": "best"}, "expected 'auto'"),
         ({"calibration": data(), "samples": 0}, "samples is 0"),
@@ -232,6 +234,27 @@ def test_inputs_that_are_no_batches_stay_whole() -> None:
     shapes = [[tuple(v.shape) for v in batch] for batch in made.sensitivity.calibration.batches]
     assert shapes == [[(16, 3, 8, 8), (40, 2)], [(4, 3, 8, 8), (40, 2)]]
     assert made.plan(elc_fx.Budget(flops=0.7)).candidates
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y: Tensor = self.body(x)
+        return y if scale is None else y * scale
+
+
+def test_labels_of_a_loader_are_no_input() -> None:
+    """A batch begins with the inputs that have no default, for `plan` as for `decouple`."""
+    model, x = Scaled().eval(), data()[0][:1]
+    loader = [(batch, torch.arange(len(batch))) for batch in data()]
+    plan = elc_fx.plan(model, x, elc_fx.Budget(flops=0.6), loader, progress=False)
+    assert plan == elc_fx.plan(model, x, elc_fx.Budget(flops=0.6), data(), progress=False)
+    with_labels, without = (elc_fx.decouple(model, plan, calibration=given) for given in (loader, data()))
+    for name, value in with_labels.named_parameters():
+        assert torch.equal(value, without.get_parameter(name))
 
 
 def test_names_do_not_mix_up_stored_losses(tmp_path: Path) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from elc_fx.activations import MODULES, activation_of, line_for_gaussian
 from elc_fx.affine import Padding
@@ -34,6 +33,7 @@ from elc_fx.decoupling.nodes import (
 )
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import function_name, label, module_of
+from elc_fx.inputs import batch_values, batches_of
 from elc_fx.interpret import Operation
 from elc_fx.islands import clone
 from elc_fx.planning.candidates import Candidate, check_model
@@ -365,7 +365,7 @@ def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> N
         node.fit = LineFit(len(node.slope), node.dims)
     try:
         with torch.no_grad():
-            for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
+            for batch in batches_of(calibration):
                 _run(decoupled, batch)
                 count += 1
         if not count:
@@ -383,25 +383,11 @@ def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> N
 
 
 def _run(decoupled: DecoupledModule, batch: Any) -> None:
-    """Calls the network with a tensor, the first elements of a sequence, or what a mapping has by the right names."""
-    names = [str(node.target) for node in decoupled.graph.nodes if node.op == "placeholder"]
-    required = sum(node.op == "placeholder" and not node.args for node in decoupled.graph.nodes)
-    weight = next(decoupled.parameters(), None)
-    device = torch.device("cpu") if weight is None else weight.device
-    args: Sequence[Any] = ()
-    kwargs: dict[str, Any] = {}
+    values = batch_values(decoupled, batch)
     try:
-        if isinstance(batch, Mapping):
-            kwargs = {name: value for name, value in batch.items() if name in names}
-        else:
-            args = (batch,) if isinstance(batch, Tensor) else tuple(batch)[:required]
-        decoupled(*pytree.tree_map_only(Tensor, _to(device), args), **pytree.tree_map_only(Tensor, _to(device), kwargs))
+        decoupled(*values)
     except Exception as error:
         # Whatever the model's own layers raise: the batch and the model do not go together.
         raise InvalidInputError(
             f"a calibration batch does not fit the model: {type(error).__name__}: {error}"
         ) from error
-
-
-def _to(device: torch.device) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(device)

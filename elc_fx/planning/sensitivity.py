@@ -28,6 +28,7 @@ from elc_fx.activations import activation_of, flat_beyond
 from elc_fx.affine import AffineMap
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import overwritten_argument
+from elc_fx.inputs import batch_values, batches_of
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.fitting import Substitute, Windows
 from elc_fx.serial import SerialGraph
@@ -41,9 +42,10 @@ class Calibration:
     def __init__(self, graph_module: fx.GraphModule, batches: Iterable[Any], samples: int) -> None:
         self.graph_module = graph_module
         self.batches: list[list[Any]] = []
-        count = 0
-        for batch in [batches] if isinstance(batches, Tensor) else batches:
-            values = _placeholder_values(graph_module, batch, samples - count)
+        weight, count = next(graph_module.parameters(), None), 0
+        dtype = weight.dtype if weight is not None and weight.is_floating_point() else None
+        for batch in batches_of(batches):
+            values = _first(batch_values(graph_module, batch), samples - count, dtype)
             self.batches.append(values)
             count += next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
             if count >= samples:
@@ -66,28 +68,15 @@ class Calibration:
         return digest.hexdigest()
 
 
-def _placeholder_values(graph_module: fx.GraphModule, batch: Any, most: int) -> list[Any]:
-    """A tensor is the first input, a sequence begins with the inputs, a mapping has them by name."""
-    nodes = graph_module.graph.find_nodes(op="placeholder")
-    if isinstance(batch, Mapping):
-        given = dict(batch)
-    else:
-        values = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-        given = {str(node.target): value for node, value in zip(nodes, values, strict=False)}
-    weight = next(graph_module.parameters(), None)
-    size = next((len(v) for v in given.values() if isinstance(v, Tensor) and v.dim()), 0)
-    found = []
-    for node in nodes:
-        if str(node.target) not in given and not node.args:
-            raise InvalidInputError(f"a calibration batch has no input `{node.target}`")
-        value = given.get(str(node.target), node.args[0] if node.args else None)
-        if isinstance(value, Tensor):
-            value = value[:most] if value.dim() and len(value) == size else value
-            value = value if weight is None else value.to(weight.device)
-            if weight is not None and value.is_floating_point() and weight.is_floating_point():
-                value = value.to(weight.dtype)
-        found.append(value)
-    return found
+def _first(values: Sequence[Any], most: int, dtype: torch.dtype | None) -> list[Any]:
+    """The first samples of a batch, in the network's precision. What is not as long as the first tensor stays whole."""
+    size = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 0)
+
+    def cut(value: Tensor) -> Tensor:
+        value = value[:most] if value.dim() and len(value) == size else value
+        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+    return [cut(value) if isinstance(value, Tensor) else value for value in values]
 
 
 class Walk(fx.Interpreter):
@@ -99,7 +88,13 @@ class Walk(fx.Interpreter):
         self.args_iter: Iterator[Any] = iter(values)
 
     def step(self, node: fx.Node) -> None:
+        written = overwritten_argument(self.captured, node)
+        before = None if written is None else self.env[written]
+        if written is not None and isinstance(before, Tensor):  # others will still read it
+            self.env[written] = before.clone()
         self.env[node] = self.run_node(node)
+        if written is not None:
+            self.env[written] = before
 
     def output_with(self, node: fx.Node, value: Any, rest: Sequence[fx.Node]) -> Any:
         """What the network gives if `node` had this value. rest: the nodes after it."""
@@ -110,12 +105,6 @@ class Walk(fx.Interpreter):
             return self.env[rest[-1]]
         finally:
             self.env = kept
-
-    def fetch_args_and_kwargs_from_env(self, n: fx.Node) -> Any:
-        args, kwargs = super().fetch_args_and_kwargs_from_env(n)  # type: ignore[misc]
-        if overwritten_argument(self.captured, n) is not None:  # others will still read it
-            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-        return args, kwargs
 
 
 class Sensitivity:
@@ -152,11 +141,9 @@ class Sensitivity:
     @torch.no_grad()
     def _measure(self, choices: Sequence[Choice], known: LossTable) -> None:
         ending: dict[fx.Node, list[Choice]] = defaultdict(list)
-        needed = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
         for choice in choices:
-            source, output = choice.region.source, choice.region.output
-            ending[output].append(choice)
-            needed[source] = max(needed[source], self.position[output])
+            ending[choice.region.output].append(choice)
+        needed = self._needed_until(choices)
         walks = [Walk(self.graph_module, values) for values in self.calibration.batches]
         expected = [self._output(values, needed) for values in self.calibration.batches]
         description, console = f"{len(choices)} candidates", Console(stderr=True)
@@ -200,10 +187,7 @@ class Sensitivity:
         ends = {choice.region.output: choice for choice in choices}
         inside = {node for choice in choices for node in choice.region.nodes()}
         fitted: dict[str, AffineMap] = {}
-        needed = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
-        for choice in choices:
-            source = choice.region.source
-            needed[source] = max(needed[source], self.position[choice.region.output])
+        needed = self._needed_until(choices)
         walks, collapsed = ([Walk(self.graph_module, values) for values in self.calibration.batches] for _ in range(2))
         for node in self.nodes:
             for walk in walks:
@@ -259,6 +243,14 @@ class Sensitivity:
         activation = activation_of(self.graph_module, readers[0]) if len(readers) == 1 else None
         return (-float("inf"), float("inf")) if activation is None else flat_beyond(activation)
 
+    def _needed_until(self, choices: Sequence[Choice]) -> dict[fx.Node, int]:
+        """The position of the last node for which each value is needed, where the choices are fitted on the way."""
+        needed = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
+        for choice in choices:
+            source = choice.region.source
+            needed[source] = max(needed[source], self.position[choice.region.output])
+        return needed
+
     def _forget(self, walk: Walk, node: fx.Node, needed: Mapping[fx.Node, int]) -> None:
         """Drops the values that nothing after `node` reads."""
         now = self.position[node]
@@ -268,7 +260,7 @@ class Sensitivity:
 
 
 def divergence(output: Any, expected: Any) -> Tensor:
-    """ "auto", see `Sensitivity`."""
+    """The loss "auto", see `Sensitivity`."""
     if isinstance(expected, Tensor) and expected.dim() == 2 and expected.shape[1] > 1:
         given, wanted = (F.log_softmax(t.double(), 1) for t in (output, expected))
         return F.kl_div(given, wanted, reduction="batchmean", log_target=True)
@@ -291,8 +283,8 @@ def _mean(losses: Sequence[float]) -> float:
 class LossTable(dict[str, float]):
     """Losses by candidate. With a folder, each is appended to a file as soon as it is known, and found there again.
 
-    Keyed by `Choice.key`. key: of the network, the data and the loss; another key is another table. A line
-    that was cut off is left out.
+    Keyed by `Choice.key`. key: of the network and the data; another key is another table. A line that was cut off is
+    left out.
     """
 
     def __init__(self, folder: Path | None = None, key: str = "") -> None:
