@@ -107,11 +107,9 @@ class Elementwise(nn.Module):
 
 def flat_beyond(activation: nn.Module) -> tuple[float, float]:
     """Below the first and above the second number, the activation is constant, as far as is known."""
-    name = activation_name(activation).lower()
     if isinstance(activation, nn.Hardtanh):  # ReLU6 is one
         return activation.min_val, activation.max_val
-    low, high = FLAT_BEYOND.get(name.removesuffix("_"), (-math.inf, math.inf))
-    return low, high
+    return FLAT_BEYOND.get(activation_name(activation).lower(), (-math.inf, math.inf))
 
 
 def activation_name(activation: nn.Module) -> str:

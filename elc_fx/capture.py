@@ -72,7 +72,7 @@ class Capture:
     """The graph of a model, sharing its modules, and the submodules that stayed opaque.
 
     inputs: the example of each placeholder, in order; None where none were given. eval_only: the modules whose own
-    code does something else in training mode, of which the graph has recorded what it does in eval mode.
+    code does something else in training mode, of which a trainable graph has recorded what it does in eval mode.
     """
 
     graph_module: fx.GraphModule
@@ -143,7 +143,7 @@ def capture(
     _read_overwritten_values_from_their_writer(captured)
     captured.graph.lint()
     opaque = tuple(refusal for module, refusal in refused.items() if tracer.used(module))
-    entered = [(name, m) for name, m in root.named_modules() if m is root or tracer.entered(m)]
+    entered = [(name, m) for name, m in root.named_modules() if m is root or tracer.entered(m)] if trainable else []
     eval_only = tuple(
         Refusal(name, f"`{type(module).__name__}.{method}` branches on self.training")
         for name, module in entered

@@ -154,7 +154,7 @@ class Fusion:
         if self.check is not None:
 
             def merged(x: Tensor) -> Any:
-                return layer(padded(merge.geometry, x, lambda function, *args, **kwargs: function(*args, **kwargs)))
+                return layer(padded(merge.geometry, x))
 
             try:
                 self.check(self.captured, merge, source, nodes, merged, stored)
@@ -252,7 +252,11 @@ class Fusion:
         )
 
 
-def padded(geometry: Geometry, source: Any, call: Callable[..., Any]) -> Any:
+def _now(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def padded(geometry: Geometry, source: Any, call: Callable[..., Any] = _now) -> Any:
     """What the layer of a geometry reads: `source` with a channel of ones, or padded as torch's layers cannot.
 
     call: calls a function, for a tensor as `source`, or puts the call into a graph, for a node.

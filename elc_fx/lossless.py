@@ -17,7 +17,7 @@ from elc_fx.errors import InvalidInputError, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
 from elc_fx.graph import module_of
 from elc_fx.inputs import ExampleInputs
-from elc_fx.interpret import Interpreter
+from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import clone, replaceable_children
 from elc_fx.regions import Planner, find_chains
 from elc_fx.report import Report, Totals
@@ -178,9 +178,18 @@ def depth_of(
     operations = {} if interpreter is None else interpreter.operations
     depth: dict[fx.Node, int] = {}
     for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            own = _layers(module_of(graph_module, node), layers)
-        else:
-            own = int(node in operations and operations[node].convolves)
+        own = layers_at(graph_module, node, operations, layers)
         depth[node] = max((depth[source] for source in node.all_input_nodes), default=0) + own
     return max(depth.values(), default=0)
+
+
+def layers_at(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    operations: Mapping[fx.Node, Operation],
+    layers: tuple[type[nn.Module], ...] = LAYERS,
+) -> int:
+    """How many convolutions and linear layers a node stands for. operations: those of the graph that were read."""
+    if node.op == "call_module":
+        return _layers(module_of(graph_module, node), layers)
+    return int(node in operations and operations[node].convolves)

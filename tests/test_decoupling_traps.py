@@ -228,14 +228,14 @@ def test_all_spellings_are_found() -> None:
 
 
 class Spelled(nn.Module):
-    def __init__(self, function: object) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
         self.a, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
         self.b = nn.Conv2d(4, 4, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.function(self.norm(self.a(x))))  # type: ignore[operator]
+        return self.b(self.function(self.norm(self.a(x))))
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -255,6 +255,7 @@ def test_channels_of_a_prelu_are_axis_one_and_those_of_a_linear_layer_the_last()
 
 
 def test_what_is_not_elementwise_is_not_registered() -> None:
-    for layer in (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, 3):
+    layers: tuple[Any, ...] = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, 3)
+    for layer in layers:
         with pytest.raises(elc_fx.InvalidInputError):
-            elc_fx.register_activation(layer)  # type: ignore[arg-type]
+            elc_fx.register_activation(layer)

@@ -166,7 +166,7 @@ def test_a_kernel_named_twice_must_agree(resnet: nn.Module) -> None:
 def test_names_may_be_repeated_and_come_from_a_generator(resnet: nn.Module) -> None:
     once = elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0"], keep=["conv1"])
     assert elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0", "layer1.0:3x3"], keep=["conv1"]) == once
-    assert elc_fx.Plan.of(resnet, IMAGE, collapse=(n for n in ["layer1.0"]), keep=iter(["conv1"])) == once  # type: ignore[arg-type]
+    assert elc_fx.Plan.of(resnet, IMAGE, collapse=(n for n in ["layer1.0"]), keep=iter(["conv1"])) == once
     with pytest.raises(elc_fx.InvalidInputError, match="collapse is None"):
         elc_fx.Plan.of(resnet, IMAGE, collapse=None)  # type: ignore[arg-type]
 

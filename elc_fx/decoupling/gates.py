@@ -29,7 +29,7 @@ def decoupling_nodes(module: nn.Module) -> dict[str, DecouplingNode]:
     return nodes
 
 
-def set_gate(module: nn.Module, value: float | Mapping[str, float]) -> None:
+def set_gate(module: nn.Module, value: float | Tensor | Mapping[str, float | Tensor]) -> None:
     """Sets the gates of all decoupling nodes, or of some.
 
     value: one number in [0, 1] for all; or a mapping from names of decoupling nodes, or patterns such as "layer1.*", to

@@ -31,10 +31,6 @@ class Costs:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def text(self, name: str) -> str:
-        """One of the costs with its unit, for people."""
-        return _text(name, getattr(self, name))
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -106,5 +102,6 @@ def _absolute(name: str, text: str) -> float | None:
     return None if match is None else float(match[1]) * _PREFIXES[match[2]]
 
 
-def _text(name: str, value: float) -> str:
+def cost_text(name: str, value: float) -> str:
+    """A cost with its unit, for people. name: as the field of `Costs`."""
     return f"{value:,.0f} {'layers' if name == 'depth' else 'parameters' if name == 'params' else 'FLOPs'}"

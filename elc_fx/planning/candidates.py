@@ -56,6 +56,11 @@ class Candidate:
         """Whether the merge costs less FLOPs than what it replaces."""
         return self.flops[1] < self.flops[0]
 
+    def windows(self, region: Region) -> dict[fx.Node, Ints]:
+        """What is left of the kernels that shrink, by the nodes of its region in a graph."""
+        kept = dict(self.kernels)
+        return {node: kept[node.name] for node in region.layers if node.name in kept}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -169,7 +174,7 @@ def candidates(
     """
     graph = serial_graph(model, example_inputs)
     check_counts(largest_kernel=largest_kernel)
-    return Candidates(CandidateFinder(graph, longest).all(largest_kernel))
+    return Candidates(candidate for _, candidate in CandidateFinder(graph, longest).all(largest_kernel))
 
 
 def serial_graph(model: nn.Module, example_inputs: Any) -> SerialGraph:
@@ -214,9 +219,10 @@ class CandidateFinder:
         layers = [label(op.node) for op in graph.interpreter.operations.values() if op.convolves]
         self.names = _names(self.regions, layers)
 
-    def all(self, largest_kernel: int) -> Iterator[Candidate]:
+    def all(self, largest_kernel: int) -> Iterator[tuple[Region, Candidate]]:
         for region in self.regions:
-            yield from self.of_region(region, largest_kernel)
+            for candidate in self.of_region(region, largest_kernel):
+                yield region, candidate
 
     def of_region(self, region: Region, largest_kernel: int) -> Iterator[Candidate]:
         """One candidate for each kernel size that the region can have, small ones first."""

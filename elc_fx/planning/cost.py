@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from elc_fx.affine import Geometry
 from elc_fx.comparison import measure
 from elc_fx.graph import module_of
-from elc_fx.lossless import LAYERS
+from elc_fx.lossless import layers_at
 from elc_fx.planning.budget import Costs
 from elc_fx.planning.candidates import Candidate, CandidateFinder
 from elc_fx.serial import Region, SerialGraph
@@ -29,8 +29,7 @@ class Choice:
     @functools.cached_property
     def geometry(self) -> Geometry:
         """Of the convolution that it becomes."""
-        kept = dict(self.candidate.kernels)
-        return self.region.geometry({node: kept[node.name] for node in self.region.layers if node.name in kept})
+        return self.region.geometry(self.candidate.windows(self.region))
 
     @functools.cached_property
     def key(self) -> str:
@@ -49,10 +48,8 @@ class Choice:
 
 def choices_of(graph: SerialGraph, *, longest: int, largest_kernel: int) -> list[Choice]:
     """All candidates of a graph with shapes."""
-    finder = CandidateFinder(graph, longest)
-    return [
-        Choice(candidate, region) for region in finder.regions for candidate in finder.of_region(region, largest_kernel)
-    ]
+    found = CandidateFinder(graph, longest).all(largest_kernel)
+    return [Choice(candidate, region) for region, candidate in found]
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,8 @@ class CostModel:
         """Counts one run of the model on the examples."""
         counted = measure(model, example_inputs)
         nodes = list(graph.graph_module.graph.nodes)
-        layers = {node.name: _layers(graph, node) for node in nodes}
+        operations = graph.interpreter.operations
+        layers = {node.name: layers_at(graph.graph_module, node, operations) for node in nodes}
         sources = {node.name: tuple(source.name for source in node.all_input_nodes) for node in nodes}
         groups = tuple(_parameter_groups(graph))
         depth = _longest_path(layers, sources, ())
@@ -87,13 +85,6 @@ class CostModel:
         added = sum(choice.candidate.parameters[1] for choice in chosen)
         layers = {name: 0 if name in gone else count for name, count in self.layers.items()}
         return Costs(self.original.flops - saved, kept + added, _longest_path(layers, self.sources, chosen))
-
-
-def _layers(graph: SerialGraph, node: fx.Node) -> int:
-    if node.op == "call_module":
-        return sum(isinstance(module, LAYERS) for module in module_of(graph.graph_module, node).modules())
-    operation = graph.interpreter.operations.get(node)
-    return int(operation is not None and operation.convolves)
 
 
 def _parameter_groups(graph: SerialGraph) -> Iterable[tuple[int, frozenset[str]]]:

@@ -36,7 +36,7 @@ class Substitute(nn.Module):
         self.layer = layer_of(fitted, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(padded(self.geometry, x, lambda function, *args, **kwargs: function(*args, **kwargs)))
+        y: Tensor = self.layer(padded(self.geometry, x))
         return y
 
 

@@ -16,7 +16,7 @@ from elc_fx.affine import Ints
 from elc_fx.errors import InvalidInputError, PlanError
 from elc_fx.graph import label
 from elc_fx.inputs import ExampleInputs
-from elc_fx.planning.budget import Costs
+from elc_fx.planning.budget import Costs, cost_text
 from elc_fx.planning.candidates import (
     LARGEST_KERNEL,
     LONGEST,
@@ -48,10 +48,10 @@ class Prediction:
     gap: float
 
     def __str__(self) -> str:
+        pairs = {name: (getattr(self.before, name), getattr(self.after, name)) for name in ("flops", "params", "depth")}
         changes = [
-            f"{name} {self.before.text(name)} → {self.after.text(name)}"
-            f" ({getattr(self.after, name) / max(getattr(self.before, name), 1):.1%})"
-            for name in ("flops", "params", "depth")
+            f"{name} {cost_text(name, before)} → {cost_text(name, after)} ({after / max(before, 1):.1%})"
+            for name, (before, after) in pairs.items()
         ]
         measured = "" if self.together is None else f", {self.together:.4g} when measured together"
         gap = f"; up to {self.gap:.1%} from the best choice" if self.gap else ""
@@ -88,8 +88,8 @@ class Plan:
         model: nn.Module,
         example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
         *,
-        collapse: Sequence[str] = ("*",),
-        keep: Sequence[str] = (),
+        collapse: Iterable[str] = ("*",),
+        keep: Iterable[str] = (),
         kernels: Mapping[str, int | Ints] | None = None,
         longest: int = LONGEST,
     ) -> Plan:
@@ -198,11 +198,13 @@ class Plan:
                 raise PlanError(
                     f"the plan is for another model: `{candidate.name}` is not a region of this one: {detail}"
                 )
-            region, kept = found[names], dict(candidate.kernels)
-            windows = {node: kept[node.name] for node in region.layers if node.name in kept}
-            if len(windows) < len(kept) or not all(_fits(k, _size(region, node)) for node, k in windows.items()):
+            region = found[names]
+            windows = candidate.windows(region)
+            fit = all(_fits(kept, _size(region, node)) for node, kept in windows.items())
+            if not fit or len(windows) < len(candidate.kernels):
                 raise PlanError(
-                    f"the plan is for another model: the layers of `{candidate.name}` cannot keep the kernels {kept}"
+                    f"the plan is for another model: the layers of `{candidate.name}` cannot keep the kernels "
+                    f"{dict(candidate.kernels)}"
                 )
             for is_, was in zip_longest(operation_texts(graph, region), candidate.operations):
                 if is_ != was:

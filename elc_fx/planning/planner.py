@@ -74,8 +74,7 @@ class Planner:
 
     def plan(self, budget: Budget) -> Plan:
         """The plan that loses least. Where losses add up wrongly, choices are measured together, and chosen again."""
-        if not isinstance(budget, Budget):
-            raise InvalidInputError(f"budget is a {type(budget).__name__}, expected an elc_fx.Budget")
+        _check_budget(budget)
         limits = budget.limits(self.model.original)
         best = solve(Problem(self.choices, self.losses, self.model, limits))
         if self.sensitivity is not None:
@@ -212,8 +211,7 @@ def plan(
         PlanError: the budget cannot be met; the message says what can.
         TrainingModeError, InvalidInputError, CaptureError: as `candidates`.
     """
-    if not isinstance(budget, Budget):
-        raise InvalidInputError(f"budget is a {type(budget).__name__}, expected an elc_fx.Budget")
+    _check_budget(budget)
     return Planner(model, example_inputs, calibration, **options).plan(budget)
 
 
@@ -225,5 +223,13 @@ def pareto(
     **options: Any,
 ) -> list[Plan]:
     """The plan for each budget, from tables that are measured once. Arguments and errors: see `plan`."""
+    budgets = list(budgets)
+    for budget in budgets:
+        _check_budget(budget)  # before anything is measured
     planner = Planner(model, example_inputs, calibration, **options)
     return [planner.plan(budget) for budget in budgets]
+
+
+def _check_budget(budget: Any) -> None:
+    if not isinstance(budget, Budget):
+        raise InvalidInputError(f"budget is a {type(budget).__name__}, expected an elc_fx.Budget")

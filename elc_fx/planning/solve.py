@@ -15,7 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from elc_fx.errors import PlanError
-from elc_fx.planning.budget import Costs
+from elc_fx.planning.budget import cost_text
 from elc_fx.planning.cost import Choice, CostModel
 
 Pair = tuple[int, int]  # two choices by their positions
@@ -62,10 +62,9 @@ def _why_infeasible(problem: Problem) -> str:
     alone = True
     for name, limit in problem.limits.items():
         least = _Programme(problem, {}).least(name)
-        reached = Costs(**{**original.to_dict(), name: least}).text(name)
-        wanted = Costs(**{**original.to_dict(), name: limit}).text(name)
+        reached, wanted, whole = (cost_text(name, value) for value in (least, limit, getattr(original, name)))
         alone &= least <= limit
-        texts.append(f"{name}: at most {wanted} wanted, {reached} is the least (of {original.text(name)})")
+        texts.append(f"{name}: at most {wanted} wanted, {reached} is the least (of {whole})")
     reason = "each limit can be kept alone, but not all together" if alone else "; ".join(texts)
     left = _untouchable(problem)
     more = f"; no candidate covers {', '.join(left)}" if left else ""
