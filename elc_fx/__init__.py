@@ -23,6 +23,7 @@ from elc_fx.planning.candidates import Candidate, Candidates, candidates
 from elc_fx.planning.plan import Plan, Prediction
 from elc_fx.planning.planner import Planner, pareto, plan
 from elc_fx.report import Report
+from elc_fx.training import FinetuneConfig, History, TrainingError, finetune
 
 __version__ = "0.1.0"
 
@@ -35,8 +36,10 @@ __all__ = [
     "Costs",
     "DecoupledModule",
     "ElcError",
+    "FinetuneConfig",
     "GateNotClosedError",
     "GateSchedule",
+    "History",
     "InvalidInputError",
     "Measurement",
     "MergedRegion",
@@ -47,12 +50,14 @@ __all__ = [
     "Prediction",
     "Refusal",
     "Report",
+    "TrainingError",
     "TrainingModeError",
     "VerificationError",
     "candidates",
     "compare",
     "compile",
     "decouple",
+    "finetune",
     "gates",
     "measure",
     "merge",

@@ -109,6 +109,7 @@ def capture(
     if (is_leaf(model) and not has_hooks(model)) or calls_differently(model):  # it needs somebody to call it
         root = nn.Sequential(model)
         root.training = model.training
+        given = _for_sequential(given)
     for name, module in root.named_modules():
         if reason := _cannot_be_entered(module):
             refused[module] = Refusal(name, reason)
@@ -175,9 +176,18 @@ def is_leaf(module: nn.Module) -> bool:
 
 def calls_differently(module: nn.Module) -> bool:
     """Whether calling the module does more than its `forward` and hooks: a class of it has a `__call__` of its own."""
-    return any(
-        "__call__" in vars(cls) for cls in type(module).__mro__ if cls not in (nn.Module, object, fx.GraphModule)
-    )
+    own = (vars(cls)["__call__"] for cls in type(module).__mro__ if cls is not nn.Module and "__call__" in vars(cls))
+    # fx gives every GraphModule one that only makes tracebacks readable.
+    return any(not getattr(call, "__qualname__", "").startswith(fx.GraphModule.__qualname__) for call in own)
+
+
+def _for_sequential(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The example arguments of a module by the name that `nn.Sequential` has for them."""
+    if given is None:
+        return None
+    if len(given) != 1:
+        raise CaptureError("a class of it has a `__call__` of its own, and it takes more than one argument")
+    return {"input": next(iter(given.values()))}
 
 
 def _cannot_be_entered(module: nn.Module) -> str | None:

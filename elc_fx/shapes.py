@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor, fx
 
@@ -10,25 +11,33 @@ from elc_fx.affine import Ints
 from elc_fx.capture import Attributes, Capture
 from elc_fx.inputs import fresh, reproducibly
 
+T = TypeVar("T")
+
 
 def run_recording_shapes(captured: Capture) -> tuple[Any, dict[fx.Node, Ints]]:
     """The output on the example inputs, and the shape of every tensor on the way. The modules stay as they were."""
-    recorder, before = _ShapeRecorder(captured.graph_module), Attributes(captured.graph_module)
+    return run_recording(captured, lambda value: tuple(value.shape))
+
+
+def run_recording(captured: Capture, what: Callable[[Tensor], T]) -> tuple[Any, dict[fx.Node, T]]:
+    """As `run_recording_shapes`, with anything else of the tensors."""
+    recorder, before = _Recorder(captured.graph_module, what), Attributes(captured.graph_module)
     try:
         with reproducibly():
             output = recorder.run(*fresh(captured.inputs or ()))
     finally:
         before.restore()
-    return output, recorder.shapes
+    return output, recorder.found
 
 
-class _ShapeRecorder(fx.Interpreter):
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+class _Recorder(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, what: Callable[[Tensor], Any]) -> None:
         super().__init__(graph_module)
-        self.shapes: dict[fx.Node, Ints] = {}
+        self.what = what
+        self.found: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.shapes[n] = tuple(value.shape)
+            self.found[n] = self.what(value)
         return value

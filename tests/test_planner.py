@@ -16,7 +16,7 @@ from networks import flops, image, ready
 from torch import Tensor, nn
 
 import elc_fx
-from elc_fx.planning import sensitivity
+from elc_fx.planning import sensitivity, stored
 from elc_fx.planning.planner import Planner
 
 
@@ -73,7 +73,7 @@ def test_a_loss_is_that_of_the_network_with_the_fitted_convolution() -> None:
     named = {choice.candidate.full_name: i for i, choice in enumerate(made.choices)}
     chosen = named["3:3x3"]
     _, fitted = made.sensitivity.together([made.choices[chosen]])
-    substitute = sensitivity.Substitute(next(iter(fitted.values())), torch.float32)
+    substitute = next(iter(fitted.values()))
     with torch.no_grad():
         expected = [model(x) for x in batches]
         model[3] = nn.Sequential(substitute, nn.ReLU())
@@ -132,13 +132,13 @@ def test_losses_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.Mon
     lines = file.read_text(encoding="utf-8").splitlines()
     file.write_text("\n".join(lines[: len(lines) // 2]) + '\n["cut o', encoding="utf-8")  # killed while it wrote
     measured: list[str] = []
-    original = sensitivity.LossTable.__setitem__
+    original = stored.StoredTable.__setitem__
 
-    def note(self: sensitivity.LossTable, name: str, loss: float) -> None:
+    def note(self: stored.StoredTable, name: str, loss: float) -> None:
         measured.append(name)
         original(self, name, loss)
 
-    monkeypatch.setattr(sensitivity.LossTable, "__setitem__", note)
+    monkeypatch.setattr(stored.StoredTable, "__setitem__", note)
     resumed = planner(cache=tmp_path)
     assert resumed.losses == pytest.approx(full.losses) and 0 < len(measured) < len(full.losses)
     measured.clear()

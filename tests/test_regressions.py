@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import elc_fx
 
@@ -182,3 +183,33 @@ def test_one_channel_that_is_broadcast_to_many_stays_one() -> None:
     model.register_parameter("g", nn.Parameter(torch.randn(8, 1, 1)))
     x = torch.randn(1, 1, 5, 5)
     torch.testing.assert_close(elc_fx.compile(model)(x), model(x))
+
+
+class Doubled(nn.Sequential):
+    def __call__(self, *arguments: Any) -> Any:
+        return 2 * super().__call__(*arguments)
+
+
+@pytest.mark.parametrize("kind", [fx.symbolic_trace, copy.deepcopy, lambda m: Doubled(*m)])
+def test_what_is_called_in_a_way_of_its_own_is_compiled_with_example_inputs_too(kind: Any) -> None:
+    """Every GraphModule has a `__call__`, which only makes tracebacks readable."""
+    torch.manual_seed(0)
+    model = kind(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval())
+    x = torch.randn(2, 3, 6, 6)
+    compiled = elc_fx.compile(model, x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in compiled.modules())
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_call_of_its_own_with_two_arguments_is_left_alone_with_the_reason() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+        def __call__(self, x: Tensor, y: Tensor) -> Any:
+            return 2 * super().__call__(x, y)
+
+    model, x = Sum().eval(), torch.ones(3)
+    compiled = elc_fx.compile(model, (x, x))
+    assert torch.equal(compiled(x, x), model(x, x))
+    assert "__call__" in elc_fx.report_of(compiled).opaque[0].reason

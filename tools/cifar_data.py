@@ -19,12 +19,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 Split = Literal["train", "test"]
 Entry = tuple[PurePosixPath, Callable[[], bytes]]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
+PADDING = 4
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -48,6 +51,38 @@ class Images:
         """Normalised float32 images and their labels, in order."""
         for pixels, labels in zip(torch.split(self.pixels, size), torch.split(self.labels, size), strict=True):
             yield normalise(pixels), labels
+
+
+class Augmented(Dataset[Any]):
+    """Images for training, whole batches at a time: padded by 4 zeros, cropped at random, half of them mirrored.
+
+    For a `DataLoader` with `collate_fn=as_it_is`. pixels, labels: as those of `Images`.
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Any:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.tensor(indices)
+        count, channels, height, width = self.pixels[chosen].shape
+        padded = F.pad(self.pixels[chosen], (PADDING,) * 4)
+        top, left = torch.randint(0, 2 * PADDING + 1, (2, count, 1))
+        rows, columns = top + torch.arange(height), left + torch.arange(width)
+        columns = torch.where(torch.rand(count, 1) < 0.5, columns, columns.flip(1))
+        image, channel = torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None]
+        return normalise(padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]), self.labels[chosen]
+
+
+def as_it_is(batch: Any) -> Any:
+    """What `__getitems__` gives is a batch already."""
+    return batch
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -23,21 +23,39 @@ from elc_fx.fusion import layer_of, padded
 ROWS_PER_WEIGHT = 12  # windows that a fit looks at, for each weight of an output channel
 FEWEST_ROWS = 16384
 RIDGE = 1e-5  # of the mean diagonal of the normal equations, added to it; more where they are singular
+BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 ROUNDS = 8  # of moving the targets on a flat side
 
 
 class Substitute(nn.Module):
-    """One convolution in the place of a region. Input and output as the region's."""
+    """One convolution in the place of a region. Input and output as the region's.
+
+    norm: a batch norm behind it, for training; nothing until `normalise`.
+    """
 
     def __init__(self, fitted: AffineMap, dtype: torch.dtype) -> None:
         super().__init__()
-        self.fitted = fitted
         self.geometry = fitted.geometry
         self.layer = layer_of(fitted, dtype)
+        self.norm: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(padded(self.geometry, x))
+        y: Tensor = self.norm(self.layer(padded(self.geometry, x)))
         return y
+
+    def normalise(self, outputs: Sequence[Tensor]) -> None:
+        """Puts a batch norm behind the convolution, with the moments of its outputs, that changes nothing in eval."""
+        if not self.geometry.dims:
+            return
+        axes = [0, *range(2, 2 + self.geometry.dims)]
+        values = torch.cat([y if y.dim() == 2 + self.geometry.dims else y.unsqueeze(0) for y in outputs]).float()
+        variance, mean = torch.var_mean(values, axes, correction=0)
+        norm: Any = BATCH_NORMS[self.geometry.dims](self.geometry.out_channels)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.weight.data.copy_((variance + norm.eps).sqrt())
+        norm.bias.data.copy_(mean)
+        self.norm = norm.to(outputs[0]).eval()
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from elc_fx.planning.budget import Budget
 from elc_fx.planning.candidates import check_counts, serial_graph
 from elc_fx.planning.cost import Choice, CostModel, choices_of
 from elc_fx.planning.plan import Plan, Prediction, named_inputs
-from elc_fx.planning.sensitivity import Calibration, Loss, LossTable, Sensitivity
+from elc_fx.planning.sensitivity import Calibration, Loss, Sensitivity
 from elc_fx.planning.solve import Pair, Problem, Solution, solve
+from elc_fx.planning.stored import StoredTable
 
 LONGEST_PLANNED = 6  # layers or blocks in a row that a planned candidate may replace: measuring all runs takes long
 LARGEST_PLANNED = 5  # kernel
@@ -69,7 +70,7 @@ class Planner:
             function: Loss | None = loss if callable(loss) else None
             self.sensitivity = Sensitivity(graph, batches, function, progress=progress)
             # Nobody can tell whether a function computes what it computed when the table was made.
-            table = LossTable() if cache is None or function else LossTable(Path(cache), _key(batches))
+            table = StoredTable() if cache is None or function else StoredTable(Path(cache), f"losses-{_key(batches)}")
             self.losses = self.sensitivity.each_alone(self.choices, table)
 
     def plan(self, budget: Budget) -> Plan:
@@ -90,7 +91,7 @@ class Planner:
         """
         together: dict[Pair, float] = {}
         best, seen = first, {first.chosen}
-        solution, loss = first, self._loss_together(first.chosen)
+        solution, loss = first, self.loss_together(first.chosen)
         for _ in range(self.refinements):
             if len(solution.chosen) < 2:
                 break
@@ -99,13 +100,13 @@ class Planner:
             if solution.chosen in seen:
                 break
             seen.add(solution.chosen)
-            loss = self._loss_together(solution.chosen)
-            best = min(best, solution, key=lambda s: self._loss_together(s.chosen))
+            loss = self.loss_together(solution.chosen)
+            best = min(best, solution, key=lambda s: self.loss_together(s.chosen))
         weighted = self.losses
         for emphasis in EMPHASES if self.refinements else ():
             raised = [loss**emphasis for loss in self.losses]
             solution = solve(Problem(self.choices, raised, self.model, limits))
-            if self._loss_together(solution.chosen) < self._loss_together(best.chosen):
+            if self.loss_together(solution.chosen) < self.loss_together(best.chosen):
                 best, weighted = solution, raised
         tried: set[int] = set()
         for _ in range(self.refinements):
@@ -116,7 +117,7 @@ class Planner:
             tried.add(shunned)
             others = [loss * SHUN if i == shunned else loss for i, loss in enumerate(weighted)]
             solution = solve(Problem(self.choices, others, self.model, limits))
-            if self._loss_together(solution.chosen) < self._loss_together(best.chosen):
+            if self.loss_together(solution.chosen) < self.loss_together(best.chosen):
                 best, weighted = solution, others
         return best
 
@@ -135,8 +136,10 @@ class Planner:
         order = self._in_order([numbers[candidate] for candidate in plan.candidates])
         return self.sensitivity.collapsed([self.choices[i] for i in order])
 
-    def _loss_together(self, chosen: tuple[int, ...]) -> float:
+    def loss_together(self, positions: Iterable[int]) -> float:
+        """The loss when several of `choices` are collapsed, measured as a whole. positions: of them in `choices`."""
         assert self.sensitivity is not None
+        chosen = tuple(sorted(positions))
         if chosen not in self.measured:
             self.measured[chosen] = self.sensitivity.together([self.choices[i] for i in self._in_order(chosen)])[0]
         return self.measured[chosen]

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +23,12 @@ from rich.progress import track
 from torch import Tensor, fx
 
 from elc_fx.activations import activation_of, flat_beyond
-from elc_fx.affine import AffineMap
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import overwritten_argument
 from elc_fx.inputs import batch_values, batches_of
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.fitting import Substitute, Windows
+from elc_fx.planning.stored import StoredTable
 from elc_fx.serial import SerialGraph
 
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
@@ -122,7 +120,7 @@ class Sensitivity:
         self.loss = loss or divergence
         self.progress = progress and sys.stderr.isatty()
 
-    def each_alone(self, choices: Sequence[Choice], known: LossTable) -> list[float]:
+    def each_alone(self, choices: Sequence[Choice], known: StoredTable) -> list[float]:
         """The loss of every choice when it alone is collapsed. known: what was measured before; gets the rest.
 
         Under torch.distributed, every process measures its share.
@@ -139,7 +137,7 @@ class Sensitivity:
         return [known[choice.key] for choice in choices]
 
     @torch.no_grad()
-    def _measure(self, choices: Sequence[Choice], known: LossTable) -> None:
+    def _measure(self, choices: Sequence[Choice], known: StoredTable) -> None:
         ending: dict[fx.Node, list[Choice]] = defaultdict(list)
         for choice in choices:
             ending[choice.region.output].append(choice)
@@ -179,14 +177,14 @@ class Sensitivity:
         return walk.env[self.nodes[-1]]
 
     @torch.no_grad()
-    def together(self, choices: Sequence[Choice]) -> tuple[float, dict[str, AffineMap]]:
-        """The loss when all choices are collapsed, and the convolutions, by the nodes whose values they give.
+    def together(self, choices: Sequence[Choice]) -> tuple[float, dict[str, Substitute]]:
+        """The loss when all choices are collapsed, and what stands for them, by the nodes whose values they give.
 
         They are fitted in their order, each to what the network computes that is collapsed up to there.
         """
         ends = {choice.region.output: choice for choice in choices}
         inside = {node for choice in choices for node in choice.region.nodes()}
-        fitted: dict[str, AffineMap] = {}
+        fitted: dict[str, Substitute] = {}
         needed = self._needed_until(choices)
         walks, collapsed = ([Walk(self.graph_module, values) for values in self.calibration.batches] for _ in range(2))
         for node in self.nodes:
@@ -194,9 +192,10 @@ class Sensitivity:
                 walk.step(node)
             if node in ends:
                 substitute = self._fitted(ends[node], collapsed, walks, {})
-                fitted[node.name] = substitute.fitted
+                fitted[node.name] = substitute
                 for walk in collapsed:
                     walk.env[node] = substitute(walk.env[ends[node].region.source])
+                substitute.normalise([walk.env[node] for walk in collapsed])
             elif node not in inside:
                 for walk in collapsed:
                     walk.step(node)
@@ -213,8 +212,7 @@ class Sensitivity:
         nodes, now = {node.name: node for node in result.graph.nodes}, dict[str, fx.Node]()
         for choice in choices:
             path = f"{choice.output}_collapsed"
-            weight = next(result.parameters())
-            result.add_submodule(path, Substitute(fitted[choice.output], weight.dtype).to(weight.device))
+            result.add_submodule(path, fitted[choice.output])
             with result.graph.inserting_after(nodes[choice.output]):
                 source = now.get(choice.source, nodes[choice.source])
                 now[choice.output] = result.graph.call_module(path, (source,))
@@ -278,38 +276,3 @@ def divergence(output: Any, expected: Any) -> Tensor:
 def _mean(losses: Sequence[float]) -> float:
     mean = sum(losses) / len(losses)
     return mean if mean == mean else float("inf")  # what gives NaN is never chosen
-
-
-class LossTable(dict[str, float]):
-    """Losses by candidate. With a folder, each is appended to a file as soon as it is known, and found there again.
-
-    Keyed by `Choice.key`. key: of the network and the data; another key is another table. A line that was cut off is
-    left out.
-    """
-
-    def __init__(self, folder: Path | None = None, key: str = "") -> None:
-        super().__init__()
-        self.file: Path | None = None
-        if folder is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.glob(f"losses-{key}-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if (entry := _entry(line)) is not None:
-                    super().__setitem__(*entry)
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        self.file = folder / f"losses-{key}-{rank}.jsonl"
-
-    def __setitem__(self, name: str, loss: float) -> None:
-        super().__setitem__(name, loss)
-        if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps([name, loss])}")
-
-
-def _entry(line: str) -> tuple[str, float] | None:
-    try:
-        name, loss = json.loads(line)
-        return str(name), float(loss)
-    except (ValueError, TypeError):
-        return None

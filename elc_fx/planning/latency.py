@@ -1,0 +1,296 @@
+"""Latency: every distinct layer that a choice could leave behind, measured on the machine at hand.
+
+A layer is run several times over in one small network, with weights and inputs of their own, and the time of a network
+that does nothing is taken off: so its time is that inside of a network, not that of a call. The sum over the layers,
+scaled so that it is right for the whole original, predicts the network that a choice leaves behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, fx, nn
+
+from elc_fx.affine import AffineMap, Geometry
+from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.fusion import layer_of, padded
+from elc_fx.planning.cost import Choice
+from elc_fx.planning.stored import StoredTable
+from elc_fx.serial import SerialGraph
+from elc_fx.shapes import run_recording
+
+Backend = Literal["eager", "compile", "onnxruntime"]
+Call = Callable[[], object]
+
+COPIES = 8  # of a layer in the network that is timed
+BLOCKS = 7  # whose median is taken
+BLOCK_SECONDS = 0.03
+
+
+class LatencyError(ElcError, RuntimeError):
+    """A layer or network cannot be run by the backend whose latency is asked for."""
+
+
+def runner(module: nn.Module, inputs: Sequence[Tensor], backend: Backend) -> Call:
+    """A call that runs the module once on the inputs, as the backend deploys it. Raises `LatencyError`."""
+    if backend not in FUSES:
+        raise InvalidInputError(f"backend is {backend!r}, expected {', '.join(map(repr, FUSES))}")
+    try:
+        return {"eager": _eager, "compile": _compiled, "onnxruntime": _onnxruntime}[backend](module, tuple(inputs))
+    except ElcError:
+        raise
+    except Exception as error:  # whatever the backend runs into
+        raise LatencyError(f"{backend} does not run this network: {type(error).__name__}: {error}") from error
+
+
+def _eager(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    def call() -> object:
+        with torch.no_grad():
+            return module(*inputs)
+
+    return call
+
+
+def _compiled(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    torch._dynamo.reset()
+    compiled = torch.compile(module, dynamic=False)
+    return _eager(compiled, inputs)  # type: ignore[arg-type]
+
+
+def _onnxruntime(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (which torch's exporter needs)
+    except ImportError as error:
+        raise LatencyError(f"{error.name} is not installed; pip install 'elc_fx[onnx]'") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch's exporter uses itself
+        program = torch.onnx.export(module.eval(), inputs, dynamo=True, verbose=False)
+    assert program is not None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    stored = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(stored, options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    feed = {name: value.detach().cpu().numpy() for name, value in zip(names, inputs, strict=True)}
+    return lambda: session.run(None, feed)
+
+
+# Whether elementwise operations after a layer become part of it.
+FUSES: dict[str, bool] = {"eager": False, "compile": True, "onnxruntime": True}
+
+
+def seconds(calls: Sequence[Call], blocks: int = BLOCKS) -> list[float]:
+    """The median time of each call. They take turns, so that a slow moment of the machine meets all of them."""
+    repeats = []
+    for call in calls:
+        call()
+        start = time.perf_counter()
+        _timed(call, 1)
+        repeats.append(max(1, round(BLOCK_SECONDS / max(time.perf_counter() - start, 1e-7))))
+    taken: list[list[float]] = [[] for _ in calls]
+    for _ in range(blocks):
+        for call, count, own in zip(calls, repeats, taken, strict=True):
+            own.append(_timed(call, count) / count)
+    return [statistics.median(own) for own in taken]
+
+
+def _timed(call: Call, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """How the latency follows from the choice, in seconds.
+
+    whole: of the original, as it was measured. nodes: of each node of the graph; choices: of each merged convolution,
+    by its key; both scaled so that the nodes sum to `whole`.
+    """
+
+    whole: float
+    nodes: Mapping[str, float]
+    choices: Mapping[str, float]
+
+    def saved(self, choice: Choice) -> float:
+        """What a choice takes away."""
+        return sum(self.nodes[name] for name in choice.candidate.nodes) - self.choices[choice.key]
+
+    def after(self, chosen: Sequence[Choice]) -> float:
+        """The latency when these candidates, which do not overlap, are merged."""
+        return self.whole - sum(self.saved(choice) for choice in chosen)
+
+
+class LatencyMeter:
+    """Times layers of one graph. known: what was measured before; gets the rest."""
+
+    def __init__(self, graph: SerialGraph, backend: Backend, known: StoredTable, *, progress: bool) -> None:
+        self.graph, self.backend, self.known = graph, backend, known
+        self.progress = progress and sys.stderr.isatty()
+        self.values = run_recording(graph.captured, lambda value: (tuple(value.shape), value.dtype))[1]
+        weight = next(graph.graph_module.parameters(), torch.empty(0))
+        self.dtype, self.device = weight.dtype, weight.device
+
+    def model(self, deployed: nn.Module, inputs: Sequence[Tensor], choices: Sequence[Choice]) -> LatencyModel:
+        """deployed: the original as it is deployed, batch norms folded; inputs: of it."""
+        nodes = {node.name: self._unit(node) for node in self.graph.graph_module.graph.nodes}
+        merged = {choice.key: self._layer(choice.geometry, choice.region.source) for choice in choices}
+        units = {unit.key: unit for unit in (*nodes.values(), *merged.values()) if unit is not None}
+        missing = [unit for unit in units.values() if unit.key not in self.known]
+        bar = track(missing, f"{len(missing)} layers", console=Console(stderr=True), disable=not self.progress)
+        for unit in bar:
+            self.known[unit.key] = self._measured(unit)
+        whole = seconds([runner(deployed, inputs, self.backend)], blocks=3 * BLOCKS)[0]
+        times = {name: 0.0 if unit is None else self.known[unit.key] for name, unit in nodes.items()}
+        scale = whole / max(sum(times.values()), 1e-12)
+        return LatencyModel(
+            whole,
+            {name: scale * value for name, value in times.items()},
+            {key: scale * self.known[unit.key] for key, unit in merged.items() if unit is not None},
+        )
+
+    def _measured(self, unit: _Unit) -> float:
+        inputs = [self._random(shape, dtype) for _ in range(COPIES) for shape, dtype in unit.inputs]
+        keep, arity = FUSES[self.backend], len(unit.inputs)
+        layers = _Copies([unit.make() for _ in range(COPIES)], arity, keep=keep).eval().to(self.device)
+        nothing = _Copies([_First() for _ in range(COPIES)], arity, keep=keep)
+        both = seconds([runner(layers, inputs, self.backend), runner(nothing, inputs, self.backend)])
+        return max(both[0] - both[1], 0.0) / COPIES
+
+    def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if dtype.is_floating_point:
+            return torch.randn(tuple(shape), dtype=dtype, device=self.device)
+        return torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+
+    def _unit(self, node: fx.Node) -> _Unit | None:
+        """What is timed for a node; None where it costs nothing, or is part of the layer before it."""
+        operations = self.graph.interpreter.operations
+        sources = node.all_input_nodes
+        if node.op not in ("call_module", "call_function", "call_method") or node not in self.values:
+            return None
+        if not sources or any(source not in self.values for source in sources) or self._follows_a_layer(node):
+            return None
+        operation = operations.get(node)
+        if operation is not None and operation.convolves:
+            return self._layer(operation.geometry, operation.source)
+        inputs = tuple(self.values[source] for source in sources)
+        module = self.graph.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        what = repr(module) if module is not None else f"{node.target} {_plain(node)}"
+        return _Unit(f"{what} {inputs}", inputs, lambda: _alone(self.graph.graph_module, node))
+
+    def _layer(self, geometry: Geometry, source: fx.Node) -> _Unit:
+        inputs = (self.values[source],)
+        geometry = replace(geometry, bias=True, fill=False)
+        return _Unit(f"{geometry} {inputs}", inputs, lambda: _Layer(geometry, self.dtype))
+
+    def _follows_a_layer(self, node: fx.Node) -> bool:
+        """Whether a deployed network computes it together with the layer before it."""
+        operations = self.graph.interpreter.operations
+        for source in node.all_input_nodes:
+            if len(source.users) > 1 or self.values[source][0] != self.values[node][0]:
+                continue
+            layer = source in operations and operations[source].convolves
+            if not layer and not self._follows_a_layer(source):
+                continue
+            scales = node in operations and not operations[node].convolves and node not in self.graph.activations
+            if scales or FUSES[self.backend]:
+                return not (node in operations and operations[node].convolves)
+        return False
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What is timed. inputs: shape and data type of each. make: a new one, with weights of its own."""
+
+    key: str
+    inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    make: Callable[[], nn.Module]
+
+
+class _Layer(nn.Module):
+    """A convolution of a geometry with random weights."""
+
+    def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.geometry = geometry
+        g = replace(geometry, ones=False)
+        kernel = torch.randn(g.out_channels, g.in_channels // g.groups, *g.kernel_size) / 100
+        self.layer = layer_of(AffineMap(g, kernel, torch.zeros(g.out_channels)), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(padded(replace(self.geometry, ones=False), x))
+        return y
+
+
+class _First(nn.Module):
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return x
+
+
+class _Copies(nn.Module):
+    """Modules side by side, each on its own inputs.
+
+    keep: give all outputs, which a compiler would not compute otherwise. Else memory is used again, as in a network.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], arity: int, *, keep: bool) -> None:
+        super().__init__()
+        self.parts, self.arity, self.keep = nn.ModuleList(modules), arity, keep
+
+    def forward(self, *inputs: Tensor) -> list[Any]:
+        n = self.arity
+        outputs: list[Any] = []
+        for i, part in enumerate(self.parts):
+            output = part(*inputs[i * n : (i + 1) * n])
+            outputs = [*outputs, output] if self.keep else [output]
+        return outputs
+
+
+def _alone(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module:
+    """A network of this node."""
+    graph = fx.Graph()
+    inputs = {source: graph.placeholder(f"x{i}") for i, source in enumerate(node.all_input_nodes)}
+    graph.output(graph.node_copy(node, inputs.__getitem__))
+    return fx.GraphModule(graph_module, graph)
+
+
+def _plain(node: fx.Node) -> str:
+    return repr(fx.map_arg((node.args, node.kwargs), lambda n: "x"))
+
+
+def machine_key(backend: Backend, device: torch.device, *more: Any) -> str:
+    """Of all that times depend on, besides the layers."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = [torch.__version__]
+    if backend == "onnxruntime":
+        import onnxruntime
+
+        versions.append(onnxruntime.__version__)
+    parts = (backend, device.type, name, os.cpu_count(), torch.get_num_threads(), *versions, *more)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in file}
+        return f"{lines.get('model name')} {lines.get('flags')}"
+    except OSError:
+        return platform.processor() or platform.machine()

@@ -1,0 +1,43 @@
+"""Numbers that take long to measure, kept on disk as soon as they are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+class StoredTable(dict[str, float]):
+    """Numbers by name. With a folder, each is appended to a file as soon as it is known, and found there again.
+
+    name: of the table, which says what its numbers depend on; another name is another table. Several processes may
+    write to one folder. A line that was cut off is left out.
+    """
+
+    def __init__(self, folder: Path | None = None, name: str = "") -> None:
+        super().__init__()
+        self.file: Path | None = None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob(f"{name}-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if (entry := _entry(line)) is not None:
+                    super().__setitem__(*entry)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.file = folder / f"{name}-{rank}.jsonl"
+
+    def __setitem__(self, key: str, number: float) -> None:
+        super().__setitem__(key, number)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(f"\n{json.dumps([key, number])}")
+
+
+def _entry(line: str) -> tuple[str, float] | None:
+    try:
+        key, number = json.loads(line)
+        return str(key), float(number)
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,602 @@
+"""Fine-tuning: a decoupled or collapsed network learns again what the original computes.
+
+One loop for one CPU, one GPU and several processes (Hugging Face Accelerate). Every epoch begins from random numbers of
+its own, so that a run that was killed and started again ends as one that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import hashlib
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from elc_fx.decoupling.gates import GateSchedule, decoupling_nodes
+from elc_fx.errors import ElcError, InvalidInputError
+
+Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
+
+MOMENTUM = 0.9
+CHECKPOINT = "checkpoint-{:05d}"  # by epochs done
+METRICS = "metrics.csv"
+
+
+class TrainingError(ElcError, RuntimeError):
+    """Training cannot go on: the loss is not finite, or a checkpoint is of another run or damaged."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune.
+
+    Args:
+        train_data: batches (inputs, target), anew in each epoch: a `DataLoader`, or another iterable. Inputs are a
+            tensor, a sequence of arguments or a mapping of them; without a loss of your own, the target holds classes.
+        epochs: passes over `train_data`.
+        validation: batches held out from the training set. The epoch that did best on it, with closed gates, is what
+            remains.
+        learning_rate: its peak. It rises over the first `warmup` (a share of all steps), then falls to 0 as a cosine.
+        weight_decay: of weights with more than one axis.
+        distillation: how much of the loss is to compute what the teacher computes, from 0 to 1.
+        temperature: at which the two distributions of classes are compared.
+        gates: the share of all steps in which the gates close; 0 closes them at once.
+        gate_shape, gate_order: as `shape` and `order` of `GateSchedule`.
+        clip: the largest norm of the gradient.
+        ema: decay of an exponential moving average of the weights, which then is what remains; None for none.
+        patience: epochs without a better validation after which training ends; None for never.
+        loss: (output, target) → a tensor with one number; by default the cross entropy.
+        bf16: autocast to bfloat16; by default where the hardware computes in it.
+        seed: of the order of the data and of all else that is random.
+        folder: where checkpoints and metrics.csv are kept. A run that was killed goes on from there.
+        tensorboard: also write events for TensorBoard, into the folder.
+        progress: show a bar on a terminal.
+    """
+
+    train_data: Iterable[Any]
+    epochs: int = 10
+    validation: Iterable[Any] | None = None
+    learning_rate: float = 0.02
+    warmup: float = 0.1
+    weight_decay: float = 5e-4
+    distillation: float = 0.9
+    temperature: float = 4.0
+    gates: float = 0.0
+    gate_shape: str = "cosine"
+    gate_order: str = "together"
+    clip: float = 5.0
+    ema: float | None = None
+    patience: int | None = None
+    loss: Loss | None = None
+    bf16: bool | None = None
+    seed: int = 0
+    folder: str | Path | None = None
+    tensorboard: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _check_whole(1, epochs=self.epochs)
+        if self.patience is not None:
+            _check_whole(1, patience=self.patience)
+        _check_share(warmup=self.warmup, distillation=self.distillation, gates=self.gates)
+        _check_positive(learning_rate=self.learning_rate, temperature=self.temperature, clip=self.clip)
+        if self.ema is not None:
+            _check_share(ema=self.ema)
+        if not self.weight_decay >= 0:
+            raise InvalidInputError(f"weight_decay is {self.weight_decay!r}, expected a number from 0 on")
+        if not isinstance(self.train_data, Iterable):
+            raise InvalidInputError(
+                f"train_data is a {type(self.train_data).__name__}, expected a DataLoader or batches (inputs, target)"
+            )
+        if self.tensorboard and self.folder is None:
+            raise InvalidInputError("tensorboard needs a folder to write to")
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same where a run goes on."""
+        left_out = ("train_data", "validation", "loss", "folder", "tensorboard", "progress")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave. loss: mean over the training batches. gate: the mean of all at the end of the epoch.
+
+    score: on the validation data, with closed gates: the share of right classes, else minus the loss.
+    """
+
+    number: int
+    loss: float
+    gate: float
+    learning_rate: float
+    images_per_second: float
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class History:
+    """The epochs of a fine-tuning, those of an earlier part of it included."""
+
+    epochs: tuple[Epoch, ...]
+
+    @property
+    def best(self) -> Epoch:
+        """The one whose weights remain: the best of those with closed gates; without validation the last."""
+        scored = [epoch for epoch in self.epochs if epoch.score is not None]
+        return max(scored, key=lambda epoch: epoch.score or 0.0) if scored else self.epochs[-1]
+
+
+def finetune(
+    network: nn.Module, train_data: Iterable[Any], *, teacher: nn.Module | None = None, **options: Any
+) -> History:
+    """Trains a decoupled or collapsed network, in place; ends in eval mode with all gates closed.
+
+    Args:
+        network: what `decouple` or `Planner.collapse` returned, or any other module.
+        train_data, options: the fields of `FinetuneConfig`.
+        teacher: the original; what it computes is learned as well. It does not change.
+
+    Raises:
+        InvalidInputError: an argument is out of its range, or the data does not fit the network.
+        TrainingError: the loss is not finite; or `folder` holds another run.
+    """
+    return Finetuning(network, FinetuneConfig(train_data, **options), teacher).run()
+
+
+@dataclass
+class _State:
+    """What changes from epoch to epoch, besides weights."""
+
+    history: list[Epoch] = field(default_factory=list)
+    steps: int = 0
+
+
+class Finetuning:
+    """One run. Arguments and errors: see `finetune`."""
+
+    def __init__(self, network: nn.Module, config: FinetuneConfig, teacher: nn.Module | None = None) -> None:
+        if not isinstance(network, nn.Module):
+            raise InvalidInputError(f"network is a {type(network).__name__}, expected a torch.nn.Module")
+        if teacher is network:
+            raise InvalidInputError("the teacher is the network itself; pass the original")
+        self.network, self.config = network, config
+        self.accelerator = Accelerator(
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(decoupling_nodes(network)))],
+            cpu=not torch.cuda.is_available(),
+        )
+        self.device = self.accelerator.device
+        self.bf16 = computes_in_bf16(self.device) if config.bf16 is None else config.bf16
+        self.teacher = None if teacher is None else copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
+        self.batches = self._shared(config.train_data)
+        self.validation = None if config.validation is None else self._shared(config.validation)
+        self.steps_per_epoch = _length(self.batches)
+        self.total = config.epochs * self.steps_per_epoch
+        self.state = _State()
+        self.folder = None if config.folder is None else Path(config.folder)
+        self.best: dict[str, Tensor] | None = None
+
+    def run(self) -> History:
+        """All epochs that are left."""
+        home = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        network = self.network.to(self.device)
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        if not parameters:
+            raise InvalidInputError("no parameter of the network requires a gradient")
+        self.optimizer = torch.optim.SGD(
+            [
+                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.config.weight_decay},
+                {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            ],
+            lr=self.config.learning_rate,
+            momentum=MOMENTUM,
+            nesterov=True,
+        )
+        self.gates = self._gate_schedule()
+        self.average = None
+        if self.config.ema is not None:
+            self.average = {k: v.detach().clone() for k, v in network.state_dict().items()}
+        self._resume()
+        self.trained = self.accelerator.prepare(network)
+        try:
+            with self._bar() as bar:
+                for number in range(len(self.state.history), self.config.epochs):
+                    self._epoch(number, bar)
+                    if self._impatient():
+                        break
+        finally:
+            self.trained = None
+        if self.average is not None and self.best is None:
+            network.load_state_dict(self.average)
+        if self.best is not None:
+            network.load_state_dict(self.best)
+        network.to(home).eval()
+        return History(tuple(self.state.history))
+
+    # One epoch
+
+    def _epoch(self, number: int, bar: Any) -> None:
+        _seed(self.config.seed + number)
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(number)
+        self.trained.train()
+        total, images, start = torch.zeros((), device=self.device), 0, time.perf_counter()
+        steps = 0
+        for batch in self.batches:
+            inputs, target = self._parts(batch)
+            loss = self._step(inputs, target)
+            total += loss
+            steps += 1
+            images += _size(inputs)
+            speed = images / (time.perf_counter() - start)
+            bar(number, steps, total, speed)
+        mean = float(self.accelerator.reduce(total / max(steps, 1), "mean"))
+        if not math.isfinite(mean):
+            raise TrainingError(
+                f"the loss is {mean} in epoch {number + 1}; give a smaller learning_rate than {self.config.learning_rate}"
+            )
+        speed = images * self.accelerator.num_processes / (time.perf_counter() - start)
+        score = self._score() if self.validation is not None and self._closed() else None
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.state.history.append(Epoch(number + 1, mean, self._mean_gate(), rate, speed, score))
+        if score is not None and History(tuple(self.state.history)).best.number == number + 1:
+            self.best = {k: v.detach().clone() for k, v in self._remaining().items()}
+        self._save()
+
+    def _step(self, inputs: Any, target: Any) -> Tensor:
+        self._set_rates()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            output = _call(self.trained, inputs)
+            wanted = None
+            if self.teacher is not None and self.config.distillation:
+                with torch.no_grad():
+                    wanted = _call(self.teacher, inputs)
+        loss = self._loss(output, target, wanted)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.steps += 1
+        if self.gates is not None:
+            self.gates.step()
+        if self.average is not None:
+            self._update_average()
+        return loss.detach()
+
+    def _loss(self, output: Any, target: Any, wanted: Any) -> Tensor:
+        share = 0.0 if wanted is None else self.config.distillation
+        total: Any = 0.0
+        if share < 1:
+            total = (1 - share) * self._task_loss(output, target)
+        if share > 0:
+            total = total + share * distance(output, wanted, self.config.temperature)
+        return total
+
+    def _task_loss(self, output: Any, target: Any) -> Tensor:
+        if self.config.loss is not None:
+            return self.config.loss(output, target)
+        if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+            raise InvalidInputError(
+                f"the network gives a {type(output).__name__} and the data a {type(target).__name__} as target; "
+                "pass a loss of your own"
+            )
+        return F.cross_entropy(output.float(), target)
+
+    def _set_rates(self) -> None:
+        """Linear warm-up, then a cosine to 0."""
+        warm = self.config.warmup * self.total
+        step = self.state.steps
+        if step < warm:
+            share = (step + 1) / math.ceil(warm)
+        else:
+            share = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.total - warm, 1)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * share
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        assert self.average is not None and self.config.ema is not None
+        # As long as there are few steps, the average is over all of them.
+        decay = min(self.config.ema, self.state.steps / (self.state.steps + 10))
+        for name, value in self.network.state_dict().items():
+            mean = self.average[name]
+            if value.is_floating_point():
+                mean.lerp_(value, 1 - decay)
+            else:
+                mean.copy_(value)
+
+    # Gates
+
+    def _gate_schedule(self) -> GateSchedule | None:
+        if not decoupling_nodes(self.network):
+            return None
+        options: Any = {"shape": self.config.gate_shape, "order": self.config.gate_order}
+        schedule = GateSchedule(self.network, max(1, round(self.config.gates * self.total)), **options)
+        if self.config.gates == 0:
+            schedule.load_state_dict({"steps": schedule.total_steps})
+        return schedule
+
+    def _closed(self) -> bool:
+        return self.gates is None or self.gates.closed
+
+    def _mean_gate(self) -> float:
+        values = [float(node.gate) for node in decoupling_nodes(self.network).values()]
+        return sum(values) / len(values) if values else 0.0
+
+    # Validation
+
+    def _remaining(self) -> dict[str, Tensor]:
+        return self.network.state_dict() if self.average is None else self.average
+
+    @torch.no_grad()
+    def _score(self) -> float:
+        assert self.validation is not None
+        current = None
+        if self.average is not None:
+            current = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+            self.network.load_state_dict(self.average)
+        self.network.eval()
+        right, count = torch.zeros((), device=self.device), 0
+        total = torch.zeros((2,), device=self.device)
+        for batch in self.validation:
+            inputs, target = self._parts(batch)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                output = _call(self.network, inputs)
+            if _classes(output, target) and self.config.loss is None:
+                right = (output.argmax(1) == target).float().sum()
+            else:
+                right = -self._task_loss(output, target) * _size(inputs)
+            count = _size(inputs)
+            total += torch.stack([right.float(), torch.tensor(float(count), device=self.device)])
+        self.network.train()
+        if current is not None:
+            self.network.load_state_dict(current)
+        total = self.accelerator.reduce(total, "sum")
+        return float(total[0] / total[1])
+
+    def _impatient(self) -> bool:
+        history = History(tuple(self.state.history))
+        patience = self.config.patience
+        if patience is None or history.epochs[-1].score is None:
+            return False
+        return history.epochs[-1].number - history.best.number >= patience
+
+    # Data
+
+    def _shared(self, batches: Iterable[Any]) -> Any:
+        """The batches of this process, on its device."""
+        if isinstance(batches, DataLoader):
+            return self.accelerator.prepare_data_loader(batches)
+        if self.accelerator.num_processes > 1:
+            raise InvalidInputError("with several processes the data has to be a DataLoader, so that each gets a share")
+        return batches
+
+    def _parts(self, batch: Any) -> tuple[Any, Any]:
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
+        inputs, target = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), (batch[0], batch[1]))
+        if self.device.type == "cpu" or self.bf16:
+            inputs = pytree.tree_map_only(Tensor, _channels_last, inputs)
+        return inputs, target
+
+    # Checkpoints
+
+    def _identity(self) -> str:
+        network = [(name, tuple(value.shape)) for name, value in self.network.state_dict().items()]
+        return hashlib.sha256(repr((self.config.identity(), self.steps_per_epoch, network)).encode()).hexdigest()
+
+    def _save(self) -> None:
+        """Written beside the last checkpoint, then renamed: a kill leaves one of the two."""
+        if self.folder is None:
+            return
+        if self.accelerator.is_main_process:
+            done = len(self.state.history)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished = self.folder / f".{CHECKPOINT.format(done)}.tmp"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            for name, weights in self._weights().items():
+                save_file(weights, unfinished / f"{name}.safetensors")
+            state = {
+                "identity": self._identity(),
+                "steps": self.state.steps,
+                "history": [asdict(epoch) for epoch in self.state.history],
+                "optimizer": self.optimizer.state_dict(),
+            }
+            torch.save(state, unfinished / "state.pt")
+            for file in unfinished.iterdir():
+                _flush(file)
+            final = self.folder / CHECKPOINT.format(done)
+            unfinished.rename(final)
+            for older in sorted(self.folder.glob("checkpoint-*")):
+                if older != final:
+                    shutil.rmtree(older)
+            write_metrics(self.folder / METRICS, self.state.history)
+            if self.config.tensorboard:
+                _write_events(self.folder, self.state.history[-1])
+        self.accelerator.wait_for_everyone()
+
+    def _weights(self) -> dict[str, dict[str, Tensor]]:
+        found = {"network": self.network.state_dict(), "average": self.average, "best": self.best}
+        return {
+            name: {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
+            for name, weights in found.items()
+            if weights is not None
+        }
+
+    def _resume(self) -> None:
+        found = sorted(self.folder.glob("checkpoint-*")) if self.folder is not None else []
+        if not found:
+            return
+        folder = found[-1]
+        try:
+            state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
+            weights = {file.stem: load_file(file, device=str(self.device)) for file in folder.glob("*.safetensors")}
+            history = [Epoch(**epoch) for epoch in state["history"]]
+        except Exception as error:  # whatever a damaged file leads to
+            raise TrainingError(f"the checkpoint {folder} cannot be read: {error}; delete it to begin anew") from error
+        if state["identity"] != self._identity():
+            raise TrainingError(
+                f"the checkpoint {folder} is of another run: the network, the data or the options differ; "
+                "give another folder, or delete it"
+            )
+        self.network.load_state_dict(weights["network"])
+        self.average, self.best = weights.get("average"), weights.get("best")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.state = _State(history, state["steps"])
+        if self.gates is not None and self.config.gates:
+            self.gates.load_state_dict({"steps": state["steps"]})
+
+    # Progress
+
+    def _bar(self) -> Any:
+        return _Bar(self)
+
+
+class _Bar:
+    """Steps of all epochs, with the loss, the gate and the speed."""
+
+    def __init__(self, run: Finetuning) -> None:
+        self.run = run
+        shown = run.config.progress and run.accelerator.is_main_process and sys.stderr.isatty()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
+        self.shown = shown
+
+    def __enter__(self) -> Callable[[int, int, Tensor, float], None]:
+        self.progress.start()
+        self.task = self.progress.add_task("fine-tuning", total=self.run.total, completed=self.run.state.steps)
+        return self._update
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def _update(self, epoch: int, steps: int, total: Tensor, speed: float) -> None:
+        if not self.shown or steps % 10:
+            return
+        run = self.run
+        gate = f", gate {run._mean_gate():.2f}" if run.gates is not None else ""
+        best = max((e.score for e in run.state.history if e.score is not None), default=None)
+        score = "" if best is None else f", best {best:.4f}"
+        done = f"epoch {epoch + 1}/{run.config.epochs}: loss {float(total) / steps:.4f}"
+        text = f"{done}{gate}{score}, {speed:,.0f} images/s"
+        self.progress.update(self.task, completed=run.state.steps, description=text)
+
+
+def distance(output: Any, wanted: Any, temperature: float) -> Tensor:
+    """How far an output is from the teacher's.
+
+    For [N, classes] the Kullback–Leibler divergence of the distributions at a temperature, times its square (Hinton et
+    al., "Distilling the Knowledge in a Neural Network", 2015); else the mean squared error over the mean square.
+    """
+    if isinstance(wanted, Tensor) and wanted.dim() == 2 and wanted.shape[1] > 1:
+        given, expected = (F.log_softmax(t.float() / temperature, 1) for t in (output, wanted))
+        return F.kl_div(given, expected, reduction="batchmean", log_target=True) * temperature**2
+    pairs = [
+        (a.float(), b.float())
+        for a, b in zip(pytree.tree_leaves(output), pytree.tree_leaves(wanted), strict=True)
+        if isinstance(b, Tensor) and b.is_floating_point()
+    ]
+    if not pairs:
+        raise InvalidInputError("the teacher gives no tensor of floating point numbers; set distillation=0")
+    return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in pairs]).mean()
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16; elsewhere it is emulated, several times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def write_metrics(file: Path, history: Iterable[Epoch]) -> None:
+    """One line for each epoch; the file is replaced as a whole."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    rows = [asdict(epoch) for epoch in history]
+    with unfinished.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    unfinished.replace(file)
+
+
+def _write_events(folder: Path, epoch: Epoch) -> None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InvalidInputError(f"tensorboard cannot be imported ({error}); pip install tensorboard") from error
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=epoch.number) as writer:
+        for name, value in asdict(epoch).items():
+            if name != "number" and value is not None:
+                writer.add_scalar(name, value, epoch.number)
+
+
+def _call(network: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return network(**inputs)
+    return network(*inputs) if isinstance(inputs, list | tuple) else network(inputs)
+
+
+def _size(inputs: Any) -> int:
+    return next((len(v) for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def _classes(output: Any, target: Any) -> bool:
+    return isinstance(output, Tensor) and output.dim() == 2 and isinstance(target, Tensor) and target.dim() == 1
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def _length(batches: Any) -> int:
+    if not isinstance(batches, Sized) or not len(batches):
+        raise InvalidInputError("train_data has no length, or is empty; give a DataLoader or a list of batches")
+    return len(batches)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _check_whole(least: int, **given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InvalidInputError(f"{name} is {value!r}, expected a whole number from {least} on")
+
+
+def _check_share(**given: Any) -> None:
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise InvalidInputError(f"{name} is {value!r}, expected a number from 0 to 1")
+
+
+def _check_positive(**given: Any) -> None:
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise InvalidInputError(f"{name} is {value!r}, expected a number above 0")
