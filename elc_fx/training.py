@@ -251,7 +251,7 @@ class Finetuning:
         mean = float(self.accelerator.reduce(total / max(steps, 1), "mean"))
         if not math.isfinite(mean):
             raise TrainingError(
-                f"the loss is {mean} in epoch {number + 1}; give a smaller learning_rate than {self.config.learning_rate}"
+                f"the loss is {mean} in epoch {number + 1}; give a learning_rate below {self.config.learning_rate}"
             )
         speed = images * self.accelerator.num_processes / (time.perf_counter() - start)
         score = self._score() if self.validation is not None and self._closed() else None

@@ -190,7 +190,7 @@ class Doubled(nn.Sequential):
         return 2 * super().__call__(*arguments)
 
 
-@pytest.mark.parametrize("kind", [fx.symbolic_trace, copy.deepcopy, lambda m: Doubled(*m)])
+@pytest.mark.parametrize("kind", [fx.symbolic_trace, copy.deepcopy, lambda m: Doubled(*m).eval()])
 def test_what_is_called_in_a_way_of_its_own_is_compiled_with_example_inputs_too(kind: Any) -> None:
     """Every GraphModule has a `__call__`, which only makes tracebacks readable."""
     torch.manual_seed(0)
