@@ -20,6 +20,7 @@ from elc_fx.errors import (
 from elc_fx.fusion import MergedRegion
 from elc_fx.planning.budget import Budget, Costs
 from elc_fx.planning.candidates import Candidate, Candidates, candidates
+from elc_fx.planning.latency import LatencyError
 from elc_fx.planning.plan import Plan, Prediction
 from elc_fx.planning.planner import Planner, pareto, plan
 from elc_fx.report import Report
@@ -41,6 +42,7 @@ __all__ = [
     "GateSchedule",
     "History",
     "InvalidInputError",
+    "LatencyError",
     "Measurement",
     "MergedRegion",
     "NotAffineError",

@@ -12,21 +12,27 @@ from elc_fx.errors import InvalidInputError
 
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _UNITS = {"flops": "flops?", "params": "(?:params?|parameters)", "depth": "layers?"}
 _EXAMPLES = {
     "flops": '0.45 or "30 MFLOPs"',
     "params": '0.5 or "1.2 M"',
     "depth": "0.5 or 20",
+    "latency": '0.5 or "12 ms"',
 }
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a network costs. flops: two per multiply-add, for the example inputs. depth: layers on the longest path."""
+    """What a network costs. flops: two per multiply-add, for the example inputs. depth: layers on the longest path.
+
+    latency: seconds for the example inputs, where it was asked for.
+    """
 
     flops: int
     params: int
     depth: int
+    latency: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,7 +43,7 @@ class Budget:
     """What a network may cost; every limit that is given holds.
 
     Each is a fraction of the original (a number above 0, up to 1), or an absolute value: a text with a unit
-    ("30 MFLOPs", "1.2 M"), or a whole number above 1.
+    ("30 MFLOPs", "1.2 M", "12 ms"), or, but for the latency, a whole number above 1.
 
     Raises:
         InvalidInputError: nothing is given, or a value is neither.
@@ -46,10 +52,11 @@ class Budget:
     flops: float | int | str | None = None
     params: float | int | str | None = None
     depth: float | int | str | None = None
+    latency: float | str | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
-            raise InvalidInputError("a budget limits at least one of flops, params and depth")
+            raise InvalidInputError("a budget limits at least one of flops, params, depth and latency")
         for name in self.names:
             _limit_of(name, getattr(self, name))
 
@@ -92,16 +99,21 @@ def _limit_of(name: str, value: Any) -> Callable[[float], float]:
     number = float(value)
     if number <= 1:
         return lambda original: number * original
-    if number != int(number):
+    if number != int(number) or name == "latency":
         raise problem
     return lambda _: number
 
 
 def _absolute(name: str, text: str) -> float | None:
+    if name == "latency":
+        match = re.fullmatch(rf"({_NUMBER})\s*({'|'.join(_SECONDS)})", text.strip().lower())
+        return None if match is None else float(match[1]) * _SECONDS[match[2]]
     match = re.fullmatch(rf"({_NUMBER})\s*([kmgt]?)\s*(?:{_UNITS[name]})?", text.strip().lower())
     return None if match is None else float(match[1]) * _PREFIXES[match[2]]
 
 
 def cost_text(name: str, value: float) -> str:
     """A cost with its unit, for people. name: as the field of `Costs`."""
+    if name == "latency":
+        return f"{1000 * value:,.3g} ms"
     return f"{value:,.0f} {'layers' if name == 'depth' else 'parameters' if name == 'params' else 'FLOPs'}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -53,8 +53,31 @@ def choices_of(graph: SerialGraph, *, longest: int, largest_kernel: int) -> list
 
 
 @dataclass(frozen=True)
+class LatencyModel:
+    """How the latency follows from the choice, in seconds.
+
+    whole: of the original, as it was measured. nodes: of each node of the graph; choices: of each merged convolution,
+    by its key; both scaled so that the nodes sum to `whole`.
+    """
+
+    whole: float
+    nodes: Mapping[str, float]
+    choices: Mapping[str, float]
+
+    def saved(self, choice: Choice) -> float:
+        """What a choice takes away."""
+        return sum(self.nodes[name] for name in choice.candidate.nodes) - self.choices[choice.key]
+
+    def after(self, chosen: Sequence[Choice]) -> float:
+        """The latency when these candidates, which do not overlap, are merged."""
+        return self.whole - sum(self.saved(choice) for choice in chosen)
+
+
+@dataclass(frozen=True)
 class CostModel:
     """How the costs follow from the choice.
+
+    The latency is None until somebody measures it (`latency.py`).
 
     original: of the network as it is. layers: how many layers each node of the graph stands for. sources: what each
     node reads, for nodes in their order. groups: parameters that the same nodes read, as (count, those nodes).
@@ -64,6 +87,7 @@ class CostModel:
     layers: dict[str, int]
     sources: dict[str, tuple[str, ...]]
     groups: tuple[tuple[int, frozenset[str]], ...]
+    latency: LatencyModel | None = None
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any, graph: SerialGraph) -> CostModel:
@@ -84,7 +108,12 @@ class CostModel:
         kept = sum(count for count, readers in self.groups if not readers <= gone)
         added = sum(choice.candidate.parameters[1] for choice in chosen)
         layers = {name: 0 if name in gone else count for name, count in self.layers.items()}
-        return Costs(self.original.flops - saved, kept + added, _longest_path(layers, self.sources, chosen))
+        latency = None if self.latency is None else self.latency.after(chosen)
+        return Costs(self.original.flops - saved, kept + added, _longest_path(layers, self.sources, chosen), latency)
+
+    def with_latency(self, latency: LatencyModel) -> CostModel:
+        """The same model, which knows latencies too."""
+        return replace(self, original=replace(self.original, latency=latency.whole), latency=latency)
 
 
 def _parameter_groups(graph: SerialGraph) -> Iterable[tuple[int, frozenset[str]]]:

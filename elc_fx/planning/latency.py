@@ -8,14 +8,16 @@ scaled so that it is right for the whole original, predicts the network that a c
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,8 +28,10 @@ from torch import Tensor, fx, nn
 from elc_fx.affine import AffineMap, Geometry
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.fusion import layer_of, padded
-from elc_fx.planning.cost import Choice
+from elc_fx.lossless import LosslessCompilation
+from elc_fx.planning.cost import Choice, LatencyModel
 from elc_fx.planning.stored import StoredTable
+from elc_fx.planning.substitution import substituted
 from elc_fx.serial import SerialGraph
 from elc_fx.shapes import run_recording
 
@@ -36,6 +40,7 @@ Call = Callable[[], object]
 
 COPIES = 8  # of a layer in the network that is timed
 BLOCKS = 7  # whose median is taken
+WHOLE_BLOCKS = 21  # for whole networks
 BLOCK_SECONDS = 0.03
 
 
@@ -45,14 +50,19 @@ class LatencyError(ElcError, RuntimeError):
 
 def runner(module: nn.Module, inputs: Sequence[Tensor], backend: Backend) -> Call:
     """A call that runs the module once on the inputs, as the backend deploys it. Raises `LatencyError`."""
-    if backend not in FUSES:
-        raise InvalidInputError(f"backend is {backend!r}, expected {', '.join(map(repr, FUSES))}")
+    check_backend(backend)
     try:
         return {"eager": _eager, "compile": _compiled, "onnxruntime": _onnxruntime}[backend](module, tuple(inputs))
     except ElcError:
         raise
     except Exception as error:  # whatever the backend runs into
         raise LatencyError(f"{backend} does not run this network: {type(error).__name__}: {error}") from error
+
+
+def check_backend(backend: Any) -> None:
+    """Raises `InvalidInputError` for what is no backend."""
+    if not isinstance(backend, str) or backend not in FUSES:
+        raise InvalidInputError(f"backend is {backend!r}, expected one of {', '.join(map(repr, FUSES))}")
 
 
 def _eager(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
@@ -117,54 +127,57 @@ def _timed(call: Call, count: int) -> float:
     return time.perf_counter() - start
 
 
-@dataclass(frozen=True)
-class LatencyModel:
-    """How the latency follows from the choice, in seconds.
-
-    whole: of the original, as it was measured. nodes: of each node of the graph; choices: of each merged convolution,
-    by its key; both scaled so that the nodes sum to `whole`.
-    """
-
-    whole: float
-    nodes: Mapping[str, float]
-    choices: Mapping[str, float]
-
-    def saved(self, choice: Choice) -> float:
-        """What a choice takes away."""
-        return sum(self.nodes[name] for name in choice.candidate.nodes) - self.choices[choice.key]
-
-    def after(self, chosen: Sequence[Choice]) -> float:
-        """The latency when these candidates, which do not overlap, are merged."""
-        return self.whole - sum(self.saved(choice) for choice in chosen)
-
-
 class LatencyMeter:
-    """Times layers of one graph. known: what was measured before; gets the rest."""
+    """Times networks and layers of one graph. cache: a folder for the times of layers."""
 
-    def __init__(self, graph: SerialGraph, backend: Backend, known: StoredTable, *, progress: bool) -> None:
-        self.graph, self.backend, self.known = graph, backend, known
+    def __init__(
+        self, graph: SerialGraph, backend: Backend, cache: str | Path | None = None, *, progress: bool = False
+    ) -> None:
+        self.graph, self.backend = graph, backend
+        self.cache = None if cache is None else Path(cache)
         self.progress = progress and sys.stderr.isatty()
-        self.values = run_recording(graph.captured, lambda value: (tuple(value.shape), value.dtype))[1]
+        self.inputs = [value for value in graph.captured.inputs or () if isinstance(value, Tensor)]
         weight = next(graph.graph_module.parameters(), torch.empty(0))
         self.dtype, self.device = weight.dtype, weight.device
+        self.values: dict[fx.Node, tuple[tuple[int, ...], torch.dtype]] = {}
 
-    def model(self, deployed: nn.Module, inputs: Sequence[Tensor], choices: Sequence[Choice]) -> LatencyModel:
-        """deployed: the original as it is deployed, batch norms folded; inputs: of it."""
+    def model(self, choices: Sequence[Choice]) -> LatencyModel:
+        """Measures every layer of the graph, and every convolution that a choice becomes."""
+        self.values = run_recording(self.graph.captured, lambda value: (tuple(value.shape), value.dtype))[1]
+        known = StoredTable(self.cache, f"latencies-{self._key()}")
         nodes = {node.name: self._unit(node) for node in self.graph.graph_module.graph.nodes}
         merged = {choice.key: self._layer(choice.geometry, choice.region.source) for choice in choices}
         units = {unit.key: unit for unit in (*nodes.values(), *merged.values()) if unit is not None}
-        missing = [unit for unit in units.values() if unit.key not in self.known]
+        missing = [unit for unit in units.values() if unit.key not in known]
         bar = track(missing, f"{len(missing)} layers", console=Console(stderr=True), disable=not self.progress)
         for unit in bar:
-            self.known[unit.key] = self._measured(unit)
-        whole = seconds([runner(deployed, inputs, self.backend)], blocks=3 * BLOCKS)[0]
-        times = {name: 0.0 if unit is None else self.known[unit.key] for name, unit in nodes.items()}
+            known[unit.key] = self._measured(unit)
+        whole = seconds([self._deployed(self.graph.graph_module)], blocks=WHOLE_BLOCKS)[0]
+        times = {name: 0.0 if unit is None else known[unit.key] for name, unit in nodes.items()}
         scale = whole / max(sum(times.values()), 1e-12)
         return LatencyModel(
             whole,
             {name: scale * value for name, value in times.items()},
-            {key: scale * self.known[unit.key] for key, unit in merged.items() if unit is not None},
+            {key: scale * known[unit.key] for key, unit in merged.items()},
         )
+
+    def whole(self, choices: Sequence[Choice]) -> tuple[float, float]:
+        """Seconds of the original and of what the choices leave behind, side by side. choices: as in the graph."""
+        layers = {choice.output: _Layer(choice.geometry, self.dtype).to(self.device) for choice in choices}
+        networks = (self.graph.graph_module, substituted(self.graph.graph_module, choices, layers))
+        before, after = seconds([self._deployed(network) for network in networks], blocks=WHOLE_BLOCKS)
+        return before, after
+
+    def _deployed(self, network: nn.Module) -> Call:
+        """A call of a network with its batch norms folded."""
+        return runner(LosslessCompilation(None, verify=False).run(network), self.inputs, self.backend)
+
+    def _key(self) -> str:
+        """Of all that times depend on, besides the layers."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor()
+        version = importlib.metadata.version("onnxruntime") if self.backend == "onnxruntime" else ""
+        parts = (self.backend, self.device.type, name, os.cpu_count(), torch.get_num_threads(), torch.__version__)
+        return hashlib.sha256(repr((*parts, version)).encode()).hexdigest()[:20]
 
     def _measured(self, unit: _Unit) -> float:
         inputs = [self._random(shape, dtype) for _ in range(COPIES) for shape, dtype in unit.inputs]
@@ -273,18 +286,6 @@ def _alone(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module:
 
 def _plain(node: fx.Node) -> str:
     return repr(fx.map_arg((node.args, node.kwargs), lambda n: "x"))
-
-
-def machine_key(backend: Backend, device: torch.device, *more: Any) -> str:
-    """Of all that times depend on, besides the layers."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    versions = [torch.__version__]
-    if backend == "onnxruntime":
-        import onnxruntime
-
-        versions.append(onnxruntime.__version__)
-    parts = (backend, device.type, name, os.cpu_count(), torch.get_num_threads(), *versions, *more)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
 def _processor() -> str:

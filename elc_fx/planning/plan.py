@@ -38,7 +38,8 @@ class Prediction:
     """What a planner expects of a plan.
 
     before, after: the network's costs. losses: of each candidate alone. together: of all of them, as it was measured;
-    None where it was not. gap: how far the solver may have been from its optimum, relative.
+    None where it was not. gap: how far the solver may have been from its optimum, relative. latency: of the original
+    and of the network that the plan leaves behind, measured as a whole, side by side, where the budget limits it.
     """
 
     before: Costs
@@ -46,13 +47,13 @@ class Prediction:
     losses: tuple[float, ...]
     together: float | None
     gap: float
+    latency: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        pairs = {name: (getattr(self.before, name), getattr(self.after, name)) for name in ("flops", "params", "depth")}
-        changes = [
-            f"{name} {cost_text(name, before)} → {cost_text(name, after)} ({after / max(before, 1):.1%})"
-            for name, (before, after) in pairs.items()
-        ]
+        pairs = {name: (before, getattr(self.after, name)) for name, before in vars(self.before).items()}
+        changes = [_change(name, *pair) for name, pair in pairs.items() if None not in pair]
+        if self.latency is not None:
+            changes.append(f"measured: {_change('latency', *self.latency)}")
         measured = "" if self.together is None else f", {self.together:.4g} when measured together"
         gap = f"; up to {self.gap:.1%} from the best choice" if self.gap else ""
         return "\n".join([*changes, f"loss {sum(self.losses):.4g} in sum{measured}{gap}"])
@@ -64,11 +65,24 @@ class Prediction:
     def from_dict(cls, data: Any) -> Prediction:
         """The inverse of `to_dict`, also after JSON. Raises `InvalidInputError` for anything else."""
         try:
-            before, after = (Costs(**{k: int(v) for k, v in data[name].items()}) for name in ("before", "after"))
+            before, after = (_costs(data[name]) for name in ("before", "after"))
             together = None if data["together"] is None else float(data["together"])
-            return cls(before, after, tuple(float(loss) for loss in data["losses"]), together, float(data["gap"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            latency = None if data.get("latency") is None else (float(data["latency"][0]), float(data["latency"][1]))
+            losses = tuple(float(loss) for loss in data["losses"])
+            return cls(before, after, losses, together, float(data["gap"]), latency)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInputError(f"this is not what a planner expects of a plan: {error}") from None
+
+
+def _change(name: str, before: float, after: float) -> str:
+    share = f" ({after / before:.1%})" if before else ""
+    return f"{name} {cost_text(name, before)} → {cost_text(name, after)}{share}"
+
+
+def _costs(data: Any) -> Costs:
+    latency = data.get("latency")
+    counts = {name: int(value) for name, value in data.items() if name != "latency"}
+    return Costs(**counts, latency=None if latency is None else float(latency))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from elc_fx.errors import InvalidInputError, PlanError
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.candidates import check_counts, serial_graph
 from elc_fx.planning.cost import Choice, CostModel, choices_of
+from elc_fx.planning.latency import Backend, LatencyMeter, check_backend
 from elc_fx.planning.plan import Plan, Prediction, named_inputs
 from elc_fx.planning.sensitivity import Calibration, Loss, Sensitivity
 from elc_fx.planning.solve import Pair, Problem, Solution, solve
@@ -45,11 +46,14 @@ class Planner:
         largest_kernel: int = LARGEST_PLANNED,
         samples: int = SAMPLES,
         refinements: int = REFINEMENTS,
+        backend: Backend = "eager",
         cache: str | Path | None = None,
         progress: bool = True,
     ) -> None:
         check_counts(longest=longest, largest_kernel=largest_kernel, samples=samples)
+        check_backend(backend)
         graph = serial_graph(model, example_inputs)
+        self.meter = LatencyMeter(graph, backend, cache, progress=progress)
         self.inputs = named_inputs(model, example_inputs)
         self.model = CostModel.of(model, example_inputs, graph)
         found = choices_of(graph, longest=longest, largest_kernel=largest_kernel)
@@ -76,6 +80,8 @@ class Planner:
     def plan(self, budget: Budget) -> Plan:
         """The plan that loses least. Where losses add up wrongly, choices are measured together, and chosen again."""
         _check_budget(budget)
+        if "latency" in budget.names and self.model.latency is None:
+            self.model = self.model.with_latency(self.meter.model(self.choices))
         limits = budget.limits(self.model.original)
         best = solve(Problem(self.choices, self.losses, self.model, limits))
         if self.sensitivity is not None:
@@ -154,7 +160,9 @@ class Planner:
         chosen = [self.choices[i] for i in order]
         together = None if self.sensitivity is None else self.measured[solution.chosen]
         losses = tuple(self.losses[i] for i in order)
-        prediction = Prediction(self.model.original, self.model.after(chosen), losses, together, solution.gap)
+        measured = None if self.model.latency is None else self.meter.whole(chosen)
+        after = self.model.after(chosen)
+        prediction = Prediction(self.model.original, after, losses, together, solution.gap, measured)
         plan = Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)
         plan.check_disjoint()
         return plan
@@ -206,12 +214,15 @@ def plan(
         longest, largest_kernel: which candidates there are, as for `candidates`.
         samples: how many samples of `calibration` are used.
         refinements: how often, at most, a choice is corrected, and then looked for without one of its candidates.
-        cache: a folder in which losses are kept as soon as they are known, and found by the next call; not those of a
-            function.
+        backend: how the merged network will run, for budgets with a latency: "eager", "compile" (`torch.compile`) or
+            "onnxruntime".
+        cache: a folder in which losses and latencies are kept as soon as they are known, and found by the next call;
+            not the losses of a function.
         progress: show a bar on a terminal.
 
     Raises:
         PlanError: the budget cannot be met; the message says what can.
+        LatencyError: the backend does not run one of the layers.
         TrainingModeError, InvalidInputError, CaptureError: as `candidates`.
     """
     _check_budget(budget)

@@ -6,7 +6,6 @@ known: a convolution is fitted to that, and only what comes after the region is 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import sys
 from collections import defaultdict
@@ -29,6 +28,7 @@ from elc_fx.inputs import batch_values, batches_of
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.fitting import Substitute, Windows
 from elc_fx.planning.stored import StoredTable
+from elc_fx.planning.substitution import substituted
 from elc_fx.serial import SerialGraph
 
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
@@ -207,20 +207,7 @@ class Sensitivity:
 
     def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
         """A copy of the network in which the choices, in their order, are the convolutions that were fitted to them."""
-        _, fitted = self.together(choices)
-        result = copy.deepcopy(self.graph_module)
-        nodes, now = {node.name: node for node in result.graph.nodes}, dict[str, fx.Node]()
-        for choice in choices:
-            path = f"{choice.output}_collapsed"
-            result.add_submodule(path, fitted[choice.output])
-            with result.graph.inserting_after(nodes[choice.output]):
-                source = now.get(choice.source, nodes[choice.source])
-                now[choice.output] = result.graph.call_module(path, (source,))
-            nodes[choice.output].replace_all_uses_with(now[choice.output])
-        result.graph.eliminate_dead_code()
-        result.delete_all_unused_submodules()
-        result.recompile()
-        return result
+        return substituted(self.graph_module, choices, self.together(choices)[1])
 
     def _fitted(
         self, choice: Choice, read: Sequence[Walk], given: Sequence[Walk], windows: dict[Any, Windows]

@@ -93,12 +93,9 @@ class _Programme:
                 self.covering.setdefault(name, []).append(i)
         self._variable(0.0)  # milp wants at least one
         self._exclude()
-        if "flops" in limits:
-            self._at_most(*self.flops(), limits["flops"])
-        if "params" in limits:
-            self._at_most(*self.params(), limits["params"])
-        if "depth" in limits:
-            self._at_most(*self.depth(), limits["depth"])
+        for name, limit in limits.items():
+            coefficients, constant = self._cost(name)
+            self._at_most(coefficients, constant, limit)
 
     def minimise_loss(self) -> Solution | None:
         losses = np.array(self.problem.losses, dtype=float)
@@ -119,12 +116,16 @@ class _Programme:
 
     def least(self, cost: str) -> float:
         """The least that a cost can be, whatever is lost."""
-        coefficients, constant = getattr(self, cost)()
+        coefficients, constant = self._cost(cost)
         result = self._solve(coefficients)
         assert result is not None  # to choose nothing is allowed
         return float(sum(c * result[0][k] for k, c in coefficients.items()) + constant)
 
     # Costs, each as (coefficients, constant).
+
+    def _cost(self, name: str) -> tuple[dict[int, float], float]:
+        costs = {"flops": self.flops, "params": self.params, "depth": self.depth, "latency": self.latency}
+        return costs[name]()
 
     def flops(self) -> tuple[dict[int, float], float]:
         saved = {i: float(c.candidate.flops[1] - c.candidate.flops[0]) for i, c in enumerate(self.problem.choices)}
@@ -144,6 +145,11 @@ class _Programme:
             for reader in readers:  # kept >= 1 - (the reader is gone)
                 self.rows.append(({kept: 1.0, **dict.fromkeys(self.covering.get(reader, ()), 1.0)}, 1.0, np.inf))
         return total, constant
+
+    def latency(self) -> tuple[dict[int, float], float]:
+        model = self.problem.model.latency
+        assert model is not None
+        return {i: -model.saved(choice) for i, choice in enumerate(self.problem.choices)}, model.whole
 
     def depth(self) -> tuple[dict[int, float], float]:
         """A potential for each node, at least that of what it reads plus its own layers."""

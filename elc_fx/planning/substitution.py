@@ -1,0 +1,30 @@
+"""A network with modules in the place of chosen regions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import fx, nn
+
+from elc_fx.planning.cost import Choice
+
+
+def substituted(graph_module: fx.GraphModule, choices: Sequence[Choice], by: Mapping[str, nn.Module]) -> fx.GraphModule:
+    """A copy in which each choice is computed by a module of its own.
+
+    choices: in the order of the graph. by: the modules, by the nodes whose values they give.
+    """
+    result = copy.deepcopy(graph_module)
+    nodes, now = {node.name: node for node in result.graph.nodes}, dict[str, fx.Node]()
+    for choice in choices:
+        path = f"{choice.output}_collapsed"
+        result.add_submodule(path, by[choice.output])
+        with result.graph.inserting_after(nodes[choice.output]):
+            source = now.get(choice.source, nodes[choice.source])
+            now[choice.output] = result.graph.call_module(path, (source,))
+        nodes[choice.output].replace_all_uses_with(now[choice.output])
+    result.graph.eliminate_dead_code()
+    result.delete_all_unused_submodules()
+    result.recompile()
+    return result
