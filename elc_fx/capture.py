@@ -137,9 +137,11 @@ def capture(
     graph._tracer_cls = None  # the result is unpickled by torch's own tracer
     captured = fx.GraphModule(_with_constants(root, tracer.constants), graph, type(model).__name__)
     _mark_eval(captured, root)
+    _give_input_by_position(captured)
+    follow: set[nn.Module] = set()  # that do in training what they do in training, whatever was recorded
     if trainable:
         _make_dropouts_modules(captured)
-        _make_batch_norms_modules(captured, root)
+        follow = _make_batch_norms_modules(captured, root)
     _drop_identities(captured, kept=DROPOUT_MODULES if trainable else ())
     _read_overwritten_values_from_their_writer(captured)
     captured.graph.lint()
@@ -148,7 +150,7 @@ def capture(
     eval_only = tuple(
         Refusal(name, f"`{type(module).__name__}.{method}` branches on self.training")
         for name, module in entered
-        if (method := branches_on_training(module))
+        if module not in follow and (method := branches_on_training(module))
     )
     return Capture(captured, opaque, None if given is None else tuple(tracer.examples), eval_only)
 
@@ -671,8 +673,21 @@ def _make_dropouts_modules(captured: fx.GraphModule) -> None:
         captured.graph.erase_node(node)
 
 
-def _make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> None:
-    """A subclass of torch's batch norm whose forward was traced, with its statistics fixed, becomes torch's again."""
+def _give_input_by_position(captured: fx.GraphModule) -> None:
+    """`layer(input=x)` becomes `layer(x)`, for layers of torch.nn with one argument."""
+    for node in captured.graph.nodes:
+        if node.op == "call_module" and not node.args and tuple(node.kwargs) == ("input",):
+            module = module_of(captured, node)
+            if is_leaf(module) and next(iter(inspect.signature(module.forward).parameters)) == "input":
+                node.args, node.kwargs = (node.kwargs["input"],), {}
+
+
+def _make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> set[nn.Module]:
+    """A subclass of torch's batch norm whose forward was traced, with its statistics fixed, becomes torch's again.
+
+    Returns those that did.
+    """
+    made: set[nn.Module] = set()
     for node in list(captured.graph.nodes):
         if node.op != "call_function" or getattr(node.target, "__name__", "") != "batch_norm":
             continue
@@ -702,6 +717,7 @@ def _make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> None
         for child_name, child in captured.get_submodule(path).named_children():
             plain.add_module(child_name, child)
         setattr(holder, name, plain.eval())
+        made.add(owner)
         with captured.graph.inserting_before(node):
             called = captured.graph.call_module(path, (arguments["input"],))
         node.replace_all_uses_with(called)
@@ -710,6 +726,7 @@ def _make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> None
         for source in sources:
             if not source.users:
                 captured.graph.erase_node(source)
+    return made
 
 
 def _drop_identities(captured: fx.GraphModule, kept: tuple[type[nn.Module], ...]) -> None:

@@ -320,7 +320,7 @@ def test_a_decoupled_network_copies_and_pickles() -> None:
     decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["*:3x3"]))
     elc_fx.set_gate(decoupled, 0.3)
     for copied in (copy.deepcopy(decoupled), copy.copy(decoupled), pickle.loads(pickle.dumps(decoupled))):
-        assert copied.plan == decoupled.plan
+        assert copied.elc_fx_plan == decoupled.elc_fx_plan
         assert elc_fx.gates(copied) == elc_fx.gates(decoupled)
         torch.testing.assert_close(copied(x), decoupled(x))
         elc_fx.set_gate(copied, 0)

@@ -259,3 +259,90 @@ def test_what_is_not_elementwise_is_not_registered() -> None:
     for layer in layers:
         with pytest.raises(elc_fx.InvalidInputError):
             elc_fx.register_activation(layer)
+
+
+class AtTheEnd(nn.Module):
+    """A region, and behind it something that is called in a way of its own."""
+
+    def __init__(self, end: Any) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+        self.up, self.attention = nn.Upsample(scale_factor=2), nn.MultiheadAttention(36, 2)
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self, self.body(x))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda self, y: self.up(input=y),
+        lambda self, y: self.attention(query=y.flatten(2), key=y.flatten(2), value=y.flatten(2))[0],
+    ],
+)
+def test_modules_called_by_keyword_do_not_stop_the_merge(end: Any) -> None:
+    model, x = AtTheEnd(end).eval(), torch.randn(1, 3, 6, 6)
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x, kernels={"body.0": 1}))
+    elc_fx.set_gate(decoupled, 0)
+    torch.testing.assert_close(elc_fx.merge(decoupled)(x), decoupled(x))
+
+
+def serial() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)).eval()
+
+
+def test_gates_are_where_the_model_is() -> None:
+    model = serial()
+    plan = elc_fx.Plan.of(model, torch.randn(1, 3, 6, 6), kernels={"0": 3, "2": 3})
+    decoupled = elc_fx.decouple(model.to("meta"), plan)
+    assert {value.device.type for value in decoupled.state_dict().values()} == {"meta"}
+
+
+class ActNorm(nn.BatchNorm2d):
+    """As timm writes it: batch norm and activation in one forward, which asks for the mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = True if self.training else (self.running_mean is None) and (self.running_var is None)
+        y = nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum or 0.0, self.eps
+        )
+        return torch.relu(y)
+
+
+def test_no_warning_of_batch_norms_that_follow_training_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), ActNorm(4), nn.Conv2d(4, 4, 3), ActNorm(4)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x, kernels={"0": 1}))
+    torch.testing.assert_close(decoupled.train()(x), model.train()(x))
+
+
+def test_decoupling_in_inference_mode_gives_a_network_that_trains() -> None:
+    model, x = serial(), torch.randn(1, 3, 6, 6)
+    plan = elc_fx.Plan.of(model, x)
+    with torch.inference_mode():
+        decoupled = elc_fx.decouple(model, plan, [x])
+    decoupled(x.clone()).sum().backward()
+
+
+def test_a_module_may_be_called_plan() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plan, self.after = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.after(torch.relu(self.plan(x)))
+            return y
+
+    model, x = Named().eval(), torch.randn(1, 3, 6, 6)
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x))
+    assert torch.equal(decoupled(x), model(x))
+
+
+def test_calibration_without_a_sample_is_refused() -> None:
+    model, x = serial(), torch.randn(1, 3, 6, 6)
+    with pytest.raises(elc_fx.InvalidInputError, match="no samples"):
+        elc_fx.decouple(model, elc_fx.Plan.of(model, x), calibration=[x[:0]])

@@ -213,3 +213,19 @@ def test_a_call_of_its_own_with_two_arguments_is_left_alone_with_the_reason() ->
     compiled = elc_fx.compile(model, (x, x))
     assert torch.equal(compiled(x, x), model(x, x))
     assert "__call__" in elc_fx.report_of(compiled).opaque[0].reason
+
+
+def test_layers_that_get_their_input_by_name_merge_as_others() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(input=self.conv(input=x))
+            return y
+
+    model, x = Named().eval(), torch.randn(1, 3, 6, 6)
+    compiled = elc_fx.compile(model, x)
+    assert len(elc_fx.report_of(compiled).merged) == 1
+    torch.testing.assert_close(compiled(x), model(x))

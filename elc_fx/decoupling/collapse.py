@@ -131,8 +131,9 @@ class ClosedInterpreter(Interpreter):
     """Reads decoupling nodes as what they compute with closed gates, while rings are computed."""
 
     def _module(self, node: fx.Node) -> Operation | None:
-        module, source = module_of(self.captured, node), node.args[0]
-        assert isinstance(source, fx.Node)
+        module, source = module_of(self.captured, node), node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):  # none of those that decouple inserts
+            return super()._module(node)
         if isinstance(module, DecoupledConvolution):
             return self._closed_convolution(node, source, module)
         if isinstance(module, InteriorBatchNorm):

@@ -172,7 +172,7 @@ def _regions(module: nn.Module) -> dict[str, tuple[int, int]]:
     for prefix, part in module.named_modules():
         if not isinstance(part, DecoupledModule):
             continue
-        savings = {c.full_name: c.flops[0] - c.flops[1] for c in part.plan.candidates}
+        savings = {c.full_name: c.flops[0] - c.flops[1] for c in part.elc_fx_plan.candidates}
         current: list[tuple[int, int]] = []
         for node in part.graph.nodes:
             if node.op != "call_module":

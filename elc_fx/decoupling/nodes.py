@@ -39,7 +39,8 @@ class DecouplingNode(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("gate", torch.ones(()))
-        self._read = self.gate, self.gate._version, ORIGINAL  # the gate when it was last read, and what it said
+        # The gate when it was last read, and what it said.
+        self._read: tuple[Tensor | None, int, str] = None, -1, ORIGINAL
 
     @property
     def has_gate(self) -> bool:

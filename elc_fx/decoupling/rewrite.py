@@ -72,33 +72,36 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
     check_model(model)
     if not isinstance(plan, Plan):
         raise InvalidInputError(f"plan is a {type(plan).__name__}, expected an elc_fx.Plan")
-    own = clone(model, {})
-    captured = capture(own, dict.fromkeys(plan.inputs, torch.empty(0)) or None, trainable=True, leaves=tuple(MODULES))
-    graph = SerialGraph(captured)
-    located = plan.locate(graph)
-    for candidate in plan.candidates:
-        if not candidate.saves:
-            before, after = candidate.flops
-            warnings.warn(
-                f"merging `{candidate.name}` into {candidate.result} costs more than it saves: "
-                f"{before:,} FLOPs become {after:,}",
-                stacklevel=2,
-            )
-    _warn_of_eval_in_training(captured)
-    read = _attributes_read(captured.graph_module)
-    rewriter = _Rewriter(graph)
-    for candidate, region, windows in located:
-        rewriter.rewrite(candidate, region, windows)
-    for path in read - _attributes_read(captured.graph_module):
-        _delete_parameter(captured.graph_module, path)
-    decoupled = DecoupledModule(captured.graph_module, captured.graph_module.graph, type(model).__name__)
-    decoupled.plan = plan
-    decoupled.delete_all_unused_submodules()
-    decoupled.eval()
-    decoupled.graph.lint()
-    if calibration is not None:
-        fit_activations(decoupled, calibration)
-    return decoupled
+    with torch.inference_mode(False):  # what is made in that mode could not be trained
+        own = clone(model, {})
+        captured = capture(
+            own, dict.fromkeys(plan.inputs, torch.empty(0)) or None, trainable=True, leaves=tuple(MODULES)
+        )
+        graph = SerialGraph(captured)
+        located = plan.locate(graph)
+        for candidate in plan.candidates:
+            if not candidate.saves:
+                before, after = candidate.flops
+                warnings.warn(
+                    f"merging `{candidate.name}` into {candidate.result} costs more than it saves: "
+                    f"{before:,} FLOPs become {after:,}",
+                    stacklevel=2,
+                )
+        _warn_of_eval_in_training(captured)
+        read = _attributes_read(captured.graph_module)
+        rewriter = _Rewriter(graph)
+        for candidate, region, windows in located:
+            rewriter.rewrite(candidate, region, windows)
+        for path in read - _attributes_read(captured.graph_module):
+            _delete_parameter(captured.graph_module, path)
+        decoupled = DecoupledModule(captured.graph_module, captured.graph_module.graph, type(model).__name__)
+        decoupled.elc_fx_plan = plan
+        decoupled.delete_all_unused_submodules()
+        decoupled.eval()
+        decoupled.graph.lint()
+        if calibration is not None:
+            fit_activations(decoupled, calibration)
+        return decoupled
 
 
 def _warn_of_eval_in_training(captured: Capture) -> None:
@@ -345,7 +348,7 @@ class _Rewriter:
 
     def _call(self, module: nn.Module, path: str, source: fx.Node) -> fx.Node:
         path = self._free(path)
-        self._add(path, module)
+        self._add(path, module.to(self.like.device))
         self.calls[path] = 1
         return self.graph.call_module(path, (source,))
 
@@ -372,6 +375,8 @@ def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> N
             raise InvalidInputError("calibration has no batches")
         for node in nodes:
             assert node.fit is not None
+            if not node.fit.count:
+                raise InvalidInputError("the calibration batches have no samples")
             slope, offset = node.fit.line()
             if not bool((slope.isfinite() & offset.isfinite()).all()):
                 raise InvalidInputError("the calibration batches give activations that are not finite")
