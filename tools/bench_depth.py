@@ -2,9 +2,9 @@
 
     python tools/bench_depth.py
 
-For each depth: the losses of all candidates, and one plan at half of the FLOPs; and of the losses, how much went into the
-network before the candidates (once), the fits (windows, factors, solutions), and the rest of the network behind each
-candidate. Stores docs/results/plan_depth.json.
+For each depth: the losses of all candidates, and one plan at half of the FLOPs; and of the losses, how much went into
+the fits (windows, factors, solutions), into the rest of the network behind each candidate, and into all else, as is the
+network before the candidates, once. Stores docs/results/plan_depth.json.
 """
 
 import time
