@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from elc_fx.compiled import REPORT
+from elc_fx.compression import compress
 from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.inputs import ExampleInputs
 from elc_fx.lossless import LosslessCompilation
+from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
+from elc_fx.training import FinetuneConfig
 
 
 def compile(  # as torch.compile
     model: nn.Module,
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     *,
-    mode: Literal["lossless"] = "lossless",
+    mode: Literal["lossless", "decouple"] = "lossless",
     verify: bool = True,
+    budget: Budget | None = None,
+    calibration: Iterable[Any] | None = None,
+    finetune: FinetuneConfig | None = None,
 ) -> nn.Module:
     """A copy of `model` in which everything that merges exactly is merged; the model itself is not changed.
+
+    With mode "decouple", also what does not: the regions that a planner chooses under a budget become one convolution
+    each, fitted to what they computed, and the network is fine-tuned with the original as its teacher.
 
     Args:
         model: any module, in eval mode.
         example_inputs: a tensor, a sequence of positional arguments or a mapping of keyword arguments of `forward`.
             With them, costs are those of the real shapes, and the outputs are compared end to end. The result takes
             any batch size and spatial size all the same.
-        mode: "lossless" merges what is exact up to the rounding of the weights.
+        mode: "lossless" merges what is exact up to the rounding of the weights; "decouple" needs `example_inputs` and
+            `budget`, and `calibration` or `finetune`.
         verify: compare each merged region with its layers, on random inputs in float64.
+        budget: what the result may cost.
+        calibration: batches of the training set that losses are measured and convolutions fitted on; by default those
+            of `finetune`.
+        finetune: how to train; without it, the fitted convolutions stay as they are. With a folder in it, a run that
+            was killed goes on from there.
 
     Returns:
         A `torch.fx.GraphModule`; where the root cannot be traced, a copy of it whose children are compiled.
@@ -38,15 +53,21 @@ def compile(  # as torch.compile
         TrainingModeError: the model is in training mode.
         InvalidInputError: an argument is of the wrong type, or the model does not run on `example_inputs`.
         VerificationError: a merge does not compute what its layers compute.
+        PlanError, CaptureError, TrainingError: as `plan` and `finetune`; mode "decouple" only.
     """
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    if mode != "lossless":
-        raise InvalidInputError(f"mode is {mode!r}, expected 'lossless'")
+    if mode not in ("lossless", "decouple"):
+        raise InvalidInputError(f"mode is {mode!r}, expected 'lossless' or 'decouple'")
     if model.training:
         raise TrainingModeError(
             "the model is in training mode, in which batch norm and dropout cannot be merged; call model.eval() first"
         )
+    if mode == "decouple":
+        return compress(model, example_inputs, budget=budget, calibration=calibration, finetune=finetune, verify=verify)
+    for name, value in {"budget": budget, "calibration": calibration, "finetune": finetune}.items():
+        if value is not None:
+            raise InvalidInputError(f"{name} is for mode 'decouple'; the mode is 'lossless'")
     examples = None if example_inputs is None else ExampleInputs.of(model, example_inputs)
     return LosslessCompilation(examples, verify=verify).run(model)
 

@@ -39,15 +39,18 @@ class LosslessCompilation:
         self.refused: list[Refusal] = []
         self.opaque: list[Refusal] = []
 
-    def run(self, model: nn.Module) -> nn.Module:
-        """A compiled copy of `model`, with its report."""
+    def run(self, model: nn.Module, original: nn.Module | None = None) -> nn.Module:
+        """A compiled copy of `model`, with its report. original: what the report compares it with, if not `model`."""
+        original = model if original is None else original
         if self.examples is not None:
             self.expected, before = _measured(model, self.examples)
+            if original is not model:
+                before = _measured(original, self.examples)[1]
         given = None if self.examples is None else self.examples.bound(model)
         compiled, depth = self._compile(model, "", given)
         totals = Totals(
-            parameters=(_parameters(model), _parameters(compiled)),
-            layers=(_layers(model), _layers(compiled)),
+            parameters=(_parameters(original), _parameters(compiled)),
+            layers=(_layers(original), _layers(compiled)),
             depth=depth,
         )
         if self.examples is not None:

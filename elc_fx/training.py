@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
@@ -173,6 +172,8 @@ class Finetuning:
     """One run. Arguments and errors: see `finetune`."""
 
     def __init__(self, network: nn.Module, config: FinetuneConfig, teacher: nn.Module | None = None) -> None:
+        from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs  # seconds to import
+
         if not isinstance(network, nn.Module):
             raise InvalidInputError(f"network is a {type(network).__name__}, expected a torch.nn.Module")
         if teacher is network:
@@ -254,6 +255,7 @@ class Finetuning:
                 f"the loss is {mean} in epoch {number + 1}; give a learning_rate below {self.config.learning_rate}"
             )
         speed = images * self.accelerator.num_processes / (time.perf_counter() - start)
+        self._agree()
         score = self._score() if self.validation is not None and self._closed() else None
         rate = self.optimizer.param_groups[0]["lr"]
         self.state.history.append(Epoch(number + 1, mean, self._mean_gate(), rate, speed, score))
@@ -322,6 +324,12 @@ class Finetuning:
                 mean.lerp_(value, 1 - decay)
             else:
                 mean.copy_(value)
+
+    def _agree(self) -> None:
+        """Statistics of batch norms are those of each process's own batches; all go on with those of the first."""
+        if self.accelerator.num_processes > 1:
+            for value in (*self.network.state_dict().values(), *(self.average or {}).values()):
+                torch.distributed.broadcast(value, 0)
 
     # Gates
 

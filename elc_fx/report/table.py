@@ -10,6 +10,8 @@ from tabulate import tabulate
 
 from elc_fx.capture import Refusal
 from elc_fx.fusion import MergedRegion
+from elc_fx.planning.plan import Plan
+from elc_fx.training import Epoch
 
 MOST_ROWS = 40  # of refusals that the table prints; `Report.refused` has all
 
@@ -31,19 +33,26 @@ class Totals:
 
 @dataclass(frozen=True)
 class Report:
-    """What `compile` did. merged: the regions; refused: what stayed apart; opaque: what could not be looked into."""
+    """What `compile` did. merged: the regions; refused: what stayed apart; opaque: what could not be looked into.
+
+    plan, epochs: with mode "decouple", what was collapsed before, and how the training went.
+    """
 
     merged: tuple[MergedRegion, ...]
     refused: tuple[Refusal, ...]
     opaque: tuple[Refusal, ...]
     totals: Totals
+    plan: Plan | None = None
+    epochs: tuple[Epoch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        sections = [self._merged_table(), self._totals_table()]
+        planned = [] if self.plan is None else [f"Collapsed:\n{self.plan}"]
+        trained = [_epochs_table(self.epochs)] if self.epochs else []
+        sections = [*planned, *trained, self._merged_table(), self._totals_table()]
         sections += [_refusals("Not merged", self.refused), _refusals("Not looked into", self.opaque)]
         return "\n\n".join(section for section in sections if section)
 
@@ -71,6 +80,21 @@ class Report:
         if t.error is not None:
             text += f"\n\nOutputs on the example inputs agree to {t.error:.1e} of the largest value."
         return text
+
+
+def _epochs_table(epochs: Sequence[Epoch]) -> str:
+    rows = [
+        [
+            e.number,
+            f"{e.loss:.4f}",
+            f"{e.gate:.2f}",
+            "" if e.score is None else f"{e.score:.4f}",
+            f"{e.images_per_second:,.0f}",
+        ]
+        for e in epochs
+    ]
+    headers = ("epoch", "loss", "gate", "validation", "images/s")
+    return tabulate(rows, headers, disable_numparse=True, colalign=("right",) * len(headers))
 
 
 def _align(headers: Sequence[str]) -> list[str]:

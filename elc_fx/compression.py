@@ -1,0 +1,72 @@
+"""All stages in a row: plan, collapse or decouple, fine-tune, merge, verify, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from elc_fx.compiled import REPORT
+from elc_fx.decoupling.collapse import merge
+from elc_fx.decoupling.decoupled import DecoupledModule
+from elc_fx.decoupling.gates import set_gate
+from elc_fx.decoupling.rewrite import decouple
+from elc_fx.errors import InvalidInputError
+from elc_fx.inputs import ExampleInputs, batches_of
+from elc_fx.lossless import LosslessCompilation
+from elc_fx.planning.budget import Budget
+from elc_fx.planning.planner import SAMPLES, Planner
+from elc_fx.report import Report
+from elc_fx.training import FinetuneConfig, Finetuning
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    budget: Budget | None,
+    calibration: Iterable[Any] | None,
+    finetune: FinetuneConfig | None,
+    verify: bool,
+) -> nn.Module:
+    """See `elc_fx.compile` with mode "decouple"."""
+    if not isinstance(budget, Budget):
+        raise InvalidInputError(f"budget is a {type(budget).__name__}, expected an elc_fx.Budget")
+    if finetune is not None and not isinstance(finetune, FinetuneConfig):
+        raise InvalidInputError(f"finetune is a {type(finetune).__name__}, expected an elc_fx.FinetuneConfig")
+    if example_inputs is None:
+        raise InvalidInputError("example_inputs are missing: the costs that a budget limits are those of their shapes")
+    if calibration is None and finetune is None:
+        raise InvalidInputError("calibration is missing: give batches of the training set")
+    source = calibration if calibration is not None else finetune.train_data if finetune is not None else ()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # a loader that shuffles gives the same batches when a killed run begins again
+        batches = list(_first(source, SAMPLES))
+    folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
+    planner = Planner(model, example_inputs, batches, cache=folder)
+    plan = planner.plan(budget)
+    gradual = finetune is not None and finetune.gates > 0
+    network: nn.Module = decouple(model, plan, batches) if gradual else planner.collapse(plan)
+    history = None if finetune is None else Finetuning(network, finetune, model).run()
+    if isinstance(network, DecoupledModule):
+        set_gate(network, 0)
+        network = merge(network, verify=verify)
+    small = LosslessCompilation(ExampleInputs.of(network, example_inputs), verify=verify).run(network, original=model)
+    report: Report = getattr(small, REPORT)
+    setattr(small, REPORT, replace(report, plan=plan, epochs=() if history is None else history.epochs))
+    return small
+
+
+def _first(batches: Any, samples: int) -> Iterator[Any]:
+    """As many batches as hold so many samples."""
+    count = 0
+    for batch in batches_of(batches):
+        yield batch
+        count += next((len(v) for v in pytree.tree_leaves(batch) if isinstance(v, Tensor) and v.dim()), 1)
+        if count >= samples:
+            return

@@ -1,0 +1,165 @@
+"""Fine-tuning: it learns, closes gates, goes on after a kill as if there had been none, and runs in two processes."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from training_run import Pictures, decoupled, network
+
+import elc_fx
+
+SCRIPT = Path(__file__).parent / "training_run.py"
+
+
+def loader(count: int = 128) -> DataLoader[Any]:
+    return DataLoader(Pictures(count), 16, shuffle=True, drop_last=True)
+
+
+def trained_teacher() -> nn.Module:
+    model = network()
+    elc_fx.finetune(model, loader(), epochs=3, learning_rate=0.05, progress=False)
+    return model
+
+
+def score(model: nn.Module) -> float:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return sum(float((model(x).argmax(1) == y).float().mean()) for x, y in DataLoader(Pictures(128), 32)) / 4
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(folder), "4", *options])
+
+
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    process = start(killed, "--slow")
+    while not list(killed.glob("checkpoint-*")) and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.1)  # into the second epoch
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "result-0.pt").exists()
+    assert start(killed).wait() == 0
+    expected, actual = (torch.load(f / "result-0.pt", weights_only=True) for f in (whole, killed))
+    assert actual["losses"] == expected["losses"]
+    assert all(torch.equal(value, expected["state"][name]) for name, value in actual["state"].items())
+    with (killed / "metrics.csv").open() as file:
+        assert [row["number"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+    assert len(list(killed.glob("checkpoint-*"))) == 1
+
+
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
+    subprocess.run([*command, str(tmp_path), "2"], check=True, timeout=120)
+    first, second = (torch.load(tmp_path / f"result-{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["losses"] == second["losses"]
+    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+
+
+def test_it_ends_closed_in_eval_mode_and_learns_what_the_teacher_knows() -> None:
+    teacher = trained_teacher()
+    before = copy.deepcopy(teacher.state_dict())
+    student = decoupled(teacher)
+    history = elc_fx.finetune(student, loader(), teacher=teacher, epochs=4, gates=0.5, progress=False)
+    assert [epoch.gate for epoch in history.epochs][-2:] == [0.0, 0.0] and history.epochs[0].gate > 0
+    assert not student.training and set(elc_fx.gates(student).values()) == {0.0}
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert score(elc_fx.merge(student)) > 0.9
+    closed = decoupled(teacher)
+    elc_fx.set_gate(closed, 0)
+    assert score(student) > score(closed) or score(closed) == 1.0
+
+
+def test_what_did_best_on_the_validation_data_remains() -> None:
+    student = network()
+    validation = [next(iter(loader()))]
+    options: dict[str, Any] = {"validation": validation, "learning_rate": 3.0, "warmup": 0.0, "progress": False}
+    history = elc_fx.finetune(student, loader(), epochs=4, **options)
+    with torch.no_grad():
+        inputs, target = validation[0]
+        remaining = float((student(inputs).argmax(1) == target).float().mean())
+    assert remaining == pytest.approx(history.best.score)
+    assert history.best.score == max(epoch.score for epoch in history.epochs if epoch.score is not None)
+
+
+def test_it_stops_when_nothing_gets_better() -> None:
+    validation = [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]  # always half right
+    history = elc_fx.finetune(
+        network(), loader(), epochs=9, validation=validation, patience=2, learning_rate=1e-3, progress=False
+    )
+    assert len(history.epochs) == 3
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_stays(tmp_path: Path) -> None:
+    elc_fx.finetune(network(), loader(), epochs=1, folder=tmp_path, progress=False)
+    kept = sorted(file.name for file in tmp_path.rglob("*"))
+    with pytest.raises(elc_fx.TrainingError, match="another run"):
+        elc_fx.finetune(network(), loader(), epochs=1, learning_rate=0.5, folder=tmp_path, progress=False)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == kept
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    elc_fx.finetune(network(), loader(), epochs=1, folder=tmp_path, progress=False)
+    state = next(tmp_path.glob("checkpoint-*")) / "state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(elc_fx.TrainingError, match="cannot be read"):
+        elc_fx.finetune(network(), loader(), epochs=1, folder=tmp_path, progress=False)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(elc_fx.TrainingError, match="learning_rate"):
+        elc_fx.finetune(network(), loader(), epochs=1, progress=False, loss=lambda output, target: output.sum() * float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"gates": 2}, "gates"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"ema": 1.5}, "ema"),
+        ({"train_data": 3}, "train_data"),
+        ({"train_data": []}, "empty"),
+        ({"train_data": [torch.zeros(1, 3, 8, 8)]}, "pair"),
+        ({"tensorboard": True}, "folder"),
+        ({"gate_order": "sideways"}, "order"),
+    ],
+)
+def test_bad_options_are_told(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"train_data": loader(), "progress": False, **options}
+    with pytest.raises(elc_fx.InvalidInputError, match=message):
+        elc_fx.finetune(decoupled(network()), given.pop("train_data"), **given)
+
+
+def test_the_teacher_may_not_be_the_student() -> None:
+    model = network()
+    with pytest.raises(elc_fx.InvalidInputError, match="teacher"):
+        elc_fx.finetune(model, loader(), teacher=model)
+
+
+def test_outputs_of_any_structure_are_distilled() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"a": self.a(x), "b": self.b(x)}
+
+    teacher, student, data = Two().eval(), Two(), [(torch.randn(4, 3, 6, 6), None) for _ in range(8)]
+    options: dict[str, Any] = {"distillation": 1.0, "progress": False, "learning_rate": 0.1}
+    history = elc_fx.finetune(student, data, teacher=teacher, epochs=5, **options)
+    assert history.epochs[-1].loss < 0.5 * history.epochs[0].loss
