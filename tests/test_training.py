@@ -121,7 +121,9 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(elc_fx.TrainingError, match="learning_rate"):
-        elc_fx.finetune(network(), loader(), epochs=1, progress=False, loss=lambda output, target: output.sum() * float("nan"))
+        elc_fx.finetune(
+            network(), loader(), epochs=1, progress=False, loss=lambda output, target: output.sum() * float("nan")
+        )
 
 
 @pytest.mark.parametrize(

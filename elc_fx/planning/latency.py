@@ -1,8 +1,10 @@
 """Latency: every distinct layer that a choice could leave behind, measured on the machine at hand.
 
-A layer is run several times over in one small network, with weights and inputs of their own, and the time of a network
-that does nothing is taken off: so its time is that inside of a network, not that of a call. The sum over the layers,
-scaled so that it is right for the whole original, predicts the network that a choice leaves behind.
+A layer is run several times over in one small network, with weights of its own each time, and the time of a network
+that does nothing is taken off: so its time is that inside of a network, not that of a call. Where its output has the
+shape of its input, the copies follow each other, since runtimes keep data in layouts of their own between layers. The
+sum over the layers, scaled so that it is right for the original as a whole, predicts the network that a choice leaves
+behind.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import statistics
 import sys
 import time
 import warnings
@@ -39,7 +40,7 @@ Backend = Literal["eager", "compile", "onnxruntime"]
 Call = Callable[[], object]
 
 COPIES = 8  # of a layer in the network that is timed
-BLOCKS = 7  # whose median is taken
+BLOCKS = 7  # of which the fastest counts: what else runs on a machine only adds
 WHOLE_BLOCKS = 21  # for whole networks
 BLOCK_SECONDS = 0.03
 
@@ -104,7 +105,7 @@ FUSES: dict[str, bool] = {"eager": False, "compile": True, "onnxruntime": True}
 
 
 def seconds(calls: Sequence[Call], blocks: int = BLOCKS) -> list[float]:
-    """The median time of each call. They take turns, so that a slow moment of the machine meets all of them."""
+    """The time of each call: of its fastest block. They take turns, so that a slow moment meets all of them."""
     repeats = []
     for call in calls:
         call()
@@ -115,7 +116,7 @@ def seconds(calls: Sequence[Call], blocks: int = BLOCKS) -> list[float]:
     for _ in range(blocks):
         for call, count, own in zip(calls, repeats, taken, strict=True):
             own.append(_timed(call, count) / count)
-    return [statistics.median(own) for own in taken]
+    return [min(own) for own in taken]
 
 
 def _timed(call: Call, count: int) -> float:
@@ -136,7 +137,7 @@ class LatencyMeter:
         self.graph, self.backend = graph, backend
         self.cache = None if cache is None else Path(cache)
         self.progress = progress and sys.stderr.isatty()
-        self.inputs = [value for value in graph.captured.inputs or () if isinstance(value, Tensor)]
+        self.inputs = list(graph.captured.inputs or ())
         weight = next(graph.graph_module.parameters(), torch.empty(0))
         self.dtype, self.device = weight.dtype, weight.device
         self.values: dict[fx.Node, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -150,9 +151,11 @@ class LatencyMeter:
         units = {unit.key: unit for unit in (*nodes.values(), *merged.values()) if unit is not None}
         missing = [unit for unit in units.values() if unit.key not in known]
         bar = track(missing, f"{len(missing)} layers", console=Console(stderr=True), disable=not self.progress)
+        deployed = self._deployed(self.graph.graph_module)
+        whole = seconds([deployed], blocks=WHOLE_BLOCKS)[0]
         for unit in bar:
             known[unit.key] = self._measured(unit)
-        whole = seconds([self._deployed(self.graph.graph_module)], blocks=WHOLE_BLOCKS)[0]
+        whole = min(whole, *seconds([deployed], blocks=WHOLE_BLOCKS))
         times = {name: 0.0 if unit is None else known[unit.key] for name, unit in nodes.items()}
         scale = whole / max(sum(times.values()), 1e-12)
         return LatencyModel(
@@ -181,10 +184,18 @@ class LatencyMeter:
 
     def _measured(self, unit: _Unit) -> float:
         inputs = [self._random(shape, dtype) for _ in range(COPIES) for shape, dtype in unit.inputs]
-        keep, arity = FUSES[self.backend], len(unit.inputs)
-        layers = _Copies([unit.make() for _ in range(COPIES)], arity, keep=keep).eval().to(self.device)
-        nothing = _Copies([_First() for _ in range(COPIES)], arity, keep=keep)
-        both = seconds([runner(layers, inputs, self.backend), runner(nothing, inputs, self.backend)])
+        arity, keep = len(unit.inputs), FUSES[self.backend]
+        copies = [unit.make().eval().to(self.device) for _ in range(COPIES)]
+        with torch.no_grad():
+            output = copies[0](*inputs[:arity])
+        if arity == 1 and isinstance(output, Tensor) and output.shape == inputs[0].shape:
+            network: nn.Module = nn.Sequential(*copies)
+            nothing: nn.Module = _First()
+            inputs = inputs[:1]
+        else:
+            network = _Copies(copies, arity, keep=keep)
+            nothing = _Copies([_First() for _ in range(COPIES)], arity, keep=keep)
+        both = seconds([runner(part, inputs, self.backend) for part in (network, nothing)])
         return max(both[0] - both[1], 0.0) / COPIES
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
