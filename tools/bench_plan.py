@@ -22,11 +22,11 @@ import typer
 from tabulate import tabulate
 from torch import Tensor, nn
 
-import cifar_data
 import elc_fx
 import provenance
 import terminal
 from cifar_models import load
+from elc_fx import data as pictures
 from elc_fx.planning.cost import Choice
 
 BUDGETS = (0.8, 0.65, 0.5, 0.4, 0.3)
@@ -76,12 +76,12 @@ def accuracy(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> fl
     return right / sum(len(labels) for _, labels in batches)
 
 
-def measured(weights: Path, images: cifar_data.Images, calibration: int, held_out: int) -> list[dict[str, Any]]:
+def measured(weights: Path, images: pictures.Images, calibration: int, held_out: int) -> list[dict[str, Any]]:
     model = load(weights)
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    inputs = cifar_data.normalise(images.pixels[drawn[:calibration]])
+    inputs = images.taken(drawn[:calibration]).inputs()
     chosen = drawn[calibration : calibration + held_out]
-    batches = list(cifar_data.Images(images.pixels[chosen], images.labels[chosen], images.classes).batches(250))
+    batches = list(images.taken(chosen).batches(250))
     start = time.perf_counter()
     planner = elc_fx.Planner(model, inputs[:1], list(inputs.split(128)))
     tables = time.perf_counter() - start
@@ -167,7 +167,8 @@ def main(
     held_out: Annotated[int, typer.Option(help="Other images, for the accuracy.", min=1)] = 2000,
 ) -> None:
     run = provenance.collect()
-    images = cifar_data.load(data, "train")
+    images = pictures.load(data)
+    assert images is not None
     rows = [row for path in weights for row in measured(path, images, calibration, held_out)]
     kept = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
     names = {row["network"] for row in rows}

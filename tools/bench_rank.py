@@ -19,14 +19,13 @@ import numpy as np
 import torch
 import typer
 from scipy.stats import bootstrap, spearmanr
-from torch.utils.data import DataLoader
 
-import cifar_data
 import elc_fx
 import provenance
 import terminal
 from bench_plan import accuracy, until_met
 from cifar_models import load
+from elc_fx import data as pictures
 from elc_fx.planning.cost import Choice
 
 RESULT = provenance.RESULTS / "plan_rank.json"
@@ -43,12 +42,11 @@ def main(
     held_out: Annotated[int, typer.Option(help="Other images, for the accuracy.")] = 5000,
 ) -> None:
     run = provenance.collect()
-    model, known = load(weights), cifar_data.load(data, "train")
+    model, known = load(weights), pictures.load(data)
+    assert known is not None
     drawn = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
-    test = cifar_data.Images(known.pixels[drawn[:held_out]], known.labels[drawn[:held_out]], known.classes)
-    train = drawn[held_out : held_out + images]
-    augmented = cifar_data.Augmented(known.pixels[train], known.labels[train])
-    inputs = cifar_data.normalise(known.pixels[train[:512]])
+    test, train = known.taken(drawn[:held_out]), known.taken(drawn[held_out : held_out + images])
+    inputs = train.taken(slice(512)).inputs()
     planner = elc_fx.Planner(model, inputs[:1], list(inputs.split(128)))
     batches = list(test.batches(250))
     rows: list[dict[str, Any]] = []
@@ -63,8 +61,7 @@ def main(
         positions = [i for i, choice in enumerate(planner.choices) if choice in choices]
         together, network = planner.loss_together(positions), planner.collapse(plan)
         untrained = accuracy(network, batches)
-        loader = DataLoader(augmented, 128, shuffle=True, drop_last=True, collate_fn=cifar_data.as_it_is)
-        elc_fx.finetune(network, loader, teacher=model, epochs=1, progress=False)
+        elc_fx.finetune(network, train.loader(128), teacher=model, epochs=1, progress=False)
         row = {
             "regions": [candidate.full_name for candidate in plan.candidates],
             "flops": planner.model.after(choices).flops / planner.model.original.flops,

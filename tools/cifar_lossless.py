@@ -20,11 +20,11 @@ import torch
 import typer
 from torch import Tensor, nn
 
-import cifar_data
 import cifar_models
 import elc_fx
 import provenance
 import terminal
+from elc_fx import data as pictures
 from timing import Timing, milliseconds, side_by_side
 
 TIMED_BATCHES = {1: 100, 128: 10}  # batch size: repeats
@@ -42,7 +42,7 @@ class Agreement:
     relative_difference: float
 
 
-def compare_predictions(before: nn.Module, after: nn.Module, images: cifar_data.Images, batch_size: int) -> Agreement:
+def compare_predictions(before: nn.Module, after: nn.Module, images: pictures.Images, batch_size: int) -> Agreement:
     """Runs both networks over the images, batch by batch."""
     outputs = [
         (before(pixels), after(pixels), labels)
@@ -66,20 +66,20 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).float().mean().item()
 
 
-def measure_time(before: nn.Module, after: nn.Module, images: cifar_data.Images) -> dict[str, dict[str, Timing]]:
+def measure_time(before: nn.Module, after: nn.Module, images: pictures.Images) -> dict[str, dict[str, Timing]]:
     """Forward passes of both networks on the first images, by batch size."""
     timings = {}
     for size, repeats in terminal.tracked(list(TIMED_BATCHES.items()), label=lambda timed: f"timing batch {timed[0]}"):
-        pixels = cifar_data.normalise(images.pixels[:size])
+        pixels = images.taken(slice(size)).inputs()
         jobs = {"before": partial(before, pixels), "after": partial(after, pixels)}
         timings[str(len(pixels))] = side_by_side(jobs, repeats)
     return timings
 
 
-def examine(weights: Path, images: cifar_data.Images, batch_size: int) -> dict[str, Any]:
+def examine(weights: Path, images: pictures.Images, batch_size: int) -> dict[str, Any]:
     """One network before and after: agreement, time, size."""
     original = cifar_models.load(weights)
-    sample = cifar_data.normalise(images.pixels[:2])
+    sample = images.taken(slice(2)).inputs()
     compiled = elc_fx.compile(original, (sample,))
     with torch.inference_mode():
         agreement = compare_predictions(original, compiled, images, batch_size)
@@ -161,7 +161,8 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     origin = provenance.collect()
-    images = cifar_data.load(data)
+    images = pictures.load(data, "test")
+    assert images is not None
     images = images.sample(limit) if limit else images
     rows = [examine(file, images, batch_size) for file in weights]
     print(table(rows))

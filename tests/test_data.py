@@ -1,4 +1,4 @@
-"""tools/cifar_data.py reads a data set in every layout that CIFAR comes in, and tools/cifar_models.py its networks."""
+"""Data sets in every layout, damaged ones, and the networks of tools/cifar_models.py."""
 
 import pickle
 import tarfile
@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import cifar_data
 import cifar_models
+from elc_fx import data
 
 CLASSES = ("cat", "dog")
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)  # two cats, then two dogs
@@ -54,7 +54,13 @@ def _archive(root: Path, suffix: str, mode: str, inside: str) -> Path:
     return path
 
 
-def _check(images: cifar_data.Images) -> None:
+def loaded(path: Path, split: data.Split = "test") -> data.Images:
+    images = data.load(path, split)
+    assert images is not None
+    return images
+
+
+def _check(images: data.Images) -> None:
     assert images.classes == CLASSES
     assert images.labels.tolist() == [0, 0, 1, 1]
     torch.testing.assert_close(images.pixels, torch.from_numpy(PIXELS).permute(0, 3, 1, 2), rtol=0, atol=0)
@@ -62,49 +68,94 @@ def _check(images: cifar_data.Images) -> None:
 
 @pytest.mark.parametrize("layout", ["folders", "batches"])
 def test_directory(layout: str, request: pytest.FixtureRequest) -> None:
-    _check(cifar_data.load(request.getfixturevalue(layout)))
+    _check(loaded(request.getfixturevalue(layout)))
 
 
 @pytest.mark.parametrize("layout", ["folders", "batches"])
 @pytest.mark.parametrize(("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tar.xz", "w:xz")])
 @pytest.mark.parametrize("inside", [".", ""])
 def test_archive(layout: str, suffix: str, mode: str, inside: str, request: pytest.FixtureRequest) -> None:
-    _check(cifar_data.load(_archive(request.getfixturevalue(layout), suffix, mode, inside)))
+    _check(loaded(_archive(request.getfixturevalue(layout), suffix, mode, inside)))
 
 
 def test_images_in_one_enclosing_folder(folders: Path) -> None:
-    _check(cifar_data.load(_archive(folders, ".tar", "w", "cifar10")))
+    _check(loaded(_archive(folders, ".tar", "w", "cifar10")))
 
 
 @pytest.mark.parametrize(("layout", "labels"), [("folders", [0]), ("batches", [0, 1])])
 def test_training_images(layout: str, labels: list[int], request: pytest.FixtureRequest) -> None:
-    assert cifar_data.load(request.getfixturevalue(layout), "train").labels.tolist() == labels
+    assert loaded(request.getfixturevalue(layout), "train").labels.tolist() == labels
 
 
 def test_batches_are_normalised_and_in_order(folders: Path) -> None:
-    images = cifar_data.load(folders)
+    images = loaded(folders)
     pixels, labels = zip(*images.batches(3), strict=True)
     assert [len(batch) for batch in labels] == [3, 1]
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (cifar_data.MEAN, cifar_data.DEVIATION))
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.DEVIATION))
     torch.testing.assert_close(torch.cat(pixels) * deviation + mean, images.pixels / 255)
 
 
 def test_sample_is_spread_over_the_classes(folders: Path) -> None:
-    assert cifar_data.load(folders).sample(2).labels.tolist() == [0, 1]
+    assert loaded(folders).sample(2).labels.tolist() == [0, 1]
 
 
 def test_what_is_no_data_set_says_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no data set at"):
-        cifar_data.load(tmp_path / "missing")
-    with pytest.raises(ValueError, match="test/CLASS/IMAGE"):
-        cifar_data.load(tmp_path)
+    with pytest.raises(data.DataError, match="no data set at"):
+        data.load(tmp_path / "missing")
+    with pytest.raises(data.DataError, match="train/CLASS/IMAGE"):
+        data.load(tmp_path)
+    assert data.load(tmp_path, "test") is None
+
+
+def test_classes_at_the_top_are_all_for_training(folders: Path) -> None:
+    _check(loaded(folders / "test", "train"))
+    assert data.load(folders / "test", "test") is None
+
+
+def test_images_of_other_sizes_are_brought_to_one(folders: Path) -> None:
+    Image.new("L", (50, 20)).save(folders / "test" / "dog" / "wide.png")
+    assert loaded(folders).pixels.shape == (5, 3, 32, 32)
+    small = data.load(folders, "test", (1, 8, 12))
+    assert small is not None and small.pixels.shape == (5, 1, 8, 12) and small.inputs().shape == (5, 1, 8, 12)
+
+
+def test_a_damaged_image_is_named(folders: Path) -> None:
+    (folders / "test" / "cat" / "0.png").write_bytes(b"no image")
+    with pytest.raises(data.DataError, match=r"cat/0\.png"):
+        data.load(folders, "test")
+
+
+def test_a_damaged_archive_is_told(folders: Path) -> None:
+    archive = _archive(folders, ".tar.gz", "w:gz", "")
+    archive.write_bytes(archive.read_bytes()[:-200])
+    with pytest.raises(data.DataError, match="cannot be read"):
+        data.load(archive, "test")
+
+
+def test_the_split_is_the_same_each_time_and_holds_all() -> None:
+    images = data.Images(torch.arange(40).view(10, 1, 2, 2).byte(), torch.arange(10), tuple("abcdefghij"))
+    (kept, held), (again, _) = images.split(0.3), images.split(0.3)
+    assert torch.equal(kept.labels, again.labels) and len(held) == 3
+    assert sorted([*kept.labels.tolist(), *held.labels.tolist()]) == list(range(10))
+
+
+def test_training_images_are_shifted_and_mirrored() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(64, -1, -1, -1)
+    images = data.Images(pixels, torch.zeros(64, dtype=torch.int64), ("a",), mean=(0.0,), deviation=(1 / 255,))
+    torch.manual_seed(0)
+    batch, _ = next(iter(images.loader(64)))
+    padded = torch.nn.functional.pad(pixels[:1].float(), (2, 2, 2, 2))
+    windows = padded.unfold(2, 16, 1).unfold(3, 16, 1).reshape(25, 1, 16, 16)
+    possible = torch.cat([windows, windows.flip(3)])
+    matches = (batch[:, None] - possible[None]).abs().amax((2, 3, 4)) < 1e-3
+    assert matches.sum(1).eq(1).all() and matches.any(0).sum() > 25
 
 
 def test_a_pickle_that_names_another_class_is_refused(tmp_path: Path) -> None:
     """A data set from elsewhere must not run code: pickle would call whatever it names."""
     (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": Path("/")}))
-    with pytest.raises(pickle.UnpicklingError, match="pathlib"):
-        cifar_data.load(tmp_path)
+    with pytest.raises(data.DataError, match="pathlib"):
+        data.load(tmp_path, "test")
 
 
 @pytest.mark.parametrize("network", [cifar_models.ResNet(3), cifar_models.VGG16()])
