@@ -1,4 +1,4 @@
-"""The command line: `elc-fx compile` and `elc-fx demo`. The result goes to stdout, all else to stderr."""
+"""The command line: `elc-fx compile`, `plan`, `compress` and `demo`. The result goes to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from typer.core import TyperGroup
 
 import elc_fx
-from elc_fx import demo, exporting
+from elc_fx import data as pictures
+from elc_fx import demo, exporting, job
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.loading import Spec, load_weights
+from elc_fx.planning.budget import Budget
+from elc_fx.planning.planner import SAMPLES
+from elc_fx.training import FinetuneConfig
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's; newer releases of typer bring a click of their own
@@ -50,6 +54,31 @@ Takes about 15 seconds. Exit codes: 0 when both networks predict the same on eve
 Examples:
   elc-fx demo
   elc-fx demo --epochs 2 --json
+"""
+
+
+PLAN_HELP = """Choose which regions of a model become one convolution each, under a budget, and show the plan.
+
+Losses are measured on images of the training set. The model itself is not changed; --save keeps the plan, for
+elc_fx.Plan.from_json.
+
+\b
+Examples:
+  elc-fx plan --model mynets:net --weights net.safetensors --data images/ --budget flops=0.5
+  elc-fx plan --model mynets:net --weights net.safetensors --data cifar.tar --budget "latency=12 ms,params=0.8"
+"""
+COMPRESS_HELP = """Compress a trained classifier to a budget: plan, merge, fine-tune, verify, write.
+
+DATA holds images as train/CLASS/IMAGE (and test/CLASS/IMAGE), as CLASS/IMAGE, or CIFAR-10's own files; in a folder or a
+tar archive. A share of the training images is held out to choose the best epoch; test images only give the last
+figure. OUT gets the network (model.pt2, model.safetensors, with --onnx model.onnx), plan.json, report.html, report.json
+and metrics.csv. A run that was killed goes on with the same command.
+
+\b
+Examples:
+  elc-fx compress --model mynets:net --weights net.safetensors --data images/ --budget flops=0.5 --out small/
+  elc-fx compress --model torchvision:resnet18 --weights r18.pt --data photos.tar --size 3x224x224 \\
+      --budget "latency=0.6" --epochs 20 --batch 64 --out small/
 """
 
 
@@ -140,6 +169,80 @@ def compile_command(
             typer.echo("\n\n".join(str(part) for part in (report, comparison) if part is not None))
 
 
+Model = Annotated[str, typer.Option("--model", metavar="SPEC", help="The model, as for compile.", show_default=False)]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="State dict: .safetensors, or of torch.save.")]
+Data = Annotated[Path, typer.Option(metavar="DIR", help="Images: a folder or an archive.", show_default=False)]
+BudgetText = Annotated[
+    str, typer.Option("--budget", help="Limits, as flops=0.5 or params=0.6,depth=20.", show_default=False)
+]
+Size = Annotated[
+    str | None, typer.Option(metavar="CxHxW", help="Size that images are brought to; by default that of the first.")
+]
+
+
+@app.command("plan", help=PLAN_HELP, short_help="Choose what becomes one convolution, under a budget.")
+def plan_command(
+    spec: Model,
+    data: Data,
+    budget: BudgetText,
+    weights: Weights = None,
+    size: Size = None,
+    backend: Annotated[str, typer.Option(help="For latencies: eager, compile or onnxruntime.")] = "eager",
+    save: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Write the plan to this file.")] = None,
+    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep losses and latencies here.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    with _one_line_errors(debug):
+        source, limits, shape = _parsed_spec(spec), _parsed_budget(budget), _parsed_size(size)
+        model = _model(source, weights, None)
+        images = pictures.load(data, "train", shape)
+        assert images is not None  # or a DataError
+        drawn = images.taken(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:SAMPLES])
+        batches = list(drawn.inputs().split(job.CALIBRATION_BATCH))
+        options: dict[str, Any] = {"backend": backend, "cache": cache}
+        plan = elc_fx.plan(model, batches[0][:1], limits, batches, **options)
+        if save:
+            save.write_text(plan.to_json(), encoding="utf-8")
+        typer.echo(plan.to_json() if as_json else str(plan))
+
+
+@app.command("compress", help=COMPRESS_HELP, short_help="Compress a classifier to a budget, fine-tuned on your images.")
+def compress_command(
+    spec: Model,
+    data: Data,
+    budget: BudgetText,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the result goes.", show_default=False)],
+    weights: Weights = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
+    size: Size = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a training step.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = FinetuneConfig.learning_rate,
+    held_out: Annotated[float, typer.Option(help="Share of the training images that is held out.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the order of the images and their augmentation.")] = 0,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    with _one_line_errors(debug):
+        source, limits, shape = _parsed_spec(spec), _parsed_budget(budget), _parsed_size(size)
+        model = _model(source, weights, None)
+        options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+        result = job.run(
+            model,
+            data,
+            limits,
+            out,
+            shape=shape,
+            held_out=held_out,
+            batch=batch,
+            onnx=onnx,
+            say=lambda message: typer.echo(f"elc-fx: {message}", err=True),
+            **options,
+        )
+        typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
+
+
 @app.command("demo", help=DEMO_HELP, short_help="Train a small network on real digits and compile it.")
 def demo_command(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = demo.EPOCHS,
@@ -200,6 +303,20 @@ def _parsed_shape(text: str) -> tuple[int, ...]:
     if not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
         raise typer.BadParameter(f"{text!r} is no shape; expected sizes as in 1x3x224x224", param_hint="--input")
     return tuple(map(int, sizes))
+
+
+def _parsed_budget(text: str) -> Budget:
+    try:
+        return Budget.parse(text)
+    except InvalidInputError as error:
+        raise typer.BadParameter(str(error), param_hint="--budget") from error
+
+
+def _parsed_size(text: str | None) -> tuple[int, int, int] | None:
+    sizes = None if text is None else _parsed_shape(text)
+    if sizes is not None and (len(sizes) != 3 or sizes[0] not in (1, 3)):
+        raise typer.BadParameter(f"{text!r} is no size; expected 3x224x224, or 1x28x28 for grey", param_hint="--size")
+    return sizes  # type: ignore[return-value]
 
 
 def _require_saveable(file: Path | None, sizes: list[tuple[int, ...]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,32 @@ def save(exported: Exported, file: Path) -> None:
         unfinished.replace(file)
     except OSError as error:
         raise ExportError(f"cannot write {file}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save_onnx(model: nn.Module, inputs: Sequence[Tensor], file: Path) -> None:
+    """Writes the model as ONNX, for any batch size, whole or not at all. Raises ExportError."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        import onnxscript  # noqa: F401 (which torch's exporter needs)
+
+        several = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
+        batch = Dim("batch")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch's exporter uses itself
+            program = torch.onnx.export(
+                model, several, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False
+            )
+        assert program is not None
+        unfinished.write_bytes(program.model_proto.SerializeToString())
+        unfinished.replace(file)
+    except ImportError as error:
+        raise ExportError(f"{error.name} is not installed; pip install 'elc_fx[onnx]'") from error
+    except OSError as error:
+        raise ExportError(f"cannot write {file}: {error}") from error
+    except Exception as error:  # whatever torch's exporter runs into
+        raise ExportError(f"torch.onnx.export refuses the model: {_first_line(error)}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -62,6 +62,15 @@ class ResNet(nn.Module):
         return logits
 
 
+def resnet20() -> ResNet:
+    """For the command line: `cifar_models:resnet20`."""
+    return ResNet(3)
+
+
+def resnet56() -> ResNet:
+    return ResNet(9)
+
+
 def _stage(in_channels: int, out_channels: int, blocks: int) -> nn.Sequential:
     first = BasicBlock(in_channels, out_channels, out_channels // in_channels)
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))

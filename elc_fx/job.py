@@ -1,0 +1,194 @@
+"""The whole job on files: a model, its weights and images in, a folder with the compressed network out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tabulate import tabulate
+from torch import nn
+
+from elc_fx import data as pictures
+from elc_fx import exporting
+from elc_fx.api import compile, report_of
+from elc_fx.comparison import Comparison, compare
+from elc_fx.errors import InvalidInputError
+from elc_fx.planning.budget import Budget
+from elc_fx.report import Report
+from elc_fx.report.page import page
+from elc_fx.training import METRICS, FinetuneConfig
+
+CALIBRATION_BATCH = 128
+SCORED_BATCH = 250
+WORK = "work"  # inside the output folder: losses, checkpoints
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of right classes, before and after. held_out: of the training set; test: where the data has a test set."""
+
+    held_out: tuple[float, float]
+    test: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What came of it; `str()` is a summary."""
+
+    folder: Path
+    accuracy: Accuracy
+    report: Report
+    comparison: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return {
+            "accuracy": asdict(self.accuracy),
+            "report": self.report.to_dict(),
+            "comparison": self.comparison.to_dict(),
+        }
+
+    def summary(self) -> list[tuple[str, str, str, str]]:
+        """(what, before, after, change) of all that a decision needs."""
+        rows = [("accuracy on held-out training images", self.accuracy.held_out)]
+        rows += [] if self.accuracy.test is None else [("accuracy on test images", self.accuracy.test)]
+        lines = [(name, f"{a:.2%}", f"{b:.2%}", f"{100 * (b - a):+.2f} points") for name, (a, b) in rows]
+        for name in ("flops", "parameters", "convolutions", "depth"):
+            a, b = (getattr(side, name) for side in (self.comparison.before, self.comparison.after))
+            lines.append(("FLOPs" if name == "flops" else name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}" if a else ""))
+        return lines
+
+    def __str__(self) -> str:
+        table = tabulate(
+            self.summary(),
+            ("", "before", "after", "change"),
+            disable_numparse=True,
+            colalign=("left", "right", "right", "right"),
+        )
+        return f"{self.report.plan}\n\n{table}\n\nwritten to {self.folder}"
+
+
+def run(
+    model: nn.Module,
+    data: Path,
+    budget: Budget,
+    folder: Path,
+    *,
+    shape: tuple[int, int, int] | None = None,
+    held_out: float = 0.1,
+    batch: int = 128,
+    onnx: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+    **options: Any,
+) -> JobResult:
+    """Compresses a model to a budget, and writes the result; a run that was killed goes on when it is called again.
+
+    Args:
+        model: trained, in eval mode, [N, channels, H, W] → [N, classes]. It is not changed.
+        data: a data set, see `elc_fx.data`. It is only read.
+        budget, options: as for `compile`; `FinetuneConfig`.
+        folder: gets the network (model.pt2, model.safetensors, model.onnx), plan.json, report.html, report.json and
+            metrics.csv; and a folder `work`, which may be deleted afterwards.
+        shape: (channels, height, width) that images are brought to; by default that of the first one.
+        held_out: the share of the training images that nothing is trained on or fitted to. The best epoch on them is
+            what remains.
+        batch: images in a training step.
+        onnx: write an ONNX file too.
+        say: is told what is being done.
+
+    Raises:
+        DataError: the data set is missing, damaged, or has other classes than the model.
+        PlanError: the budget cannot be met.
+        TrainingError, ExportError: training cannot go on; the result cannot be written.
+    """
+    if not 0 < held_out < 1:
+        raise InvalidInputError(f"held_out is {held_out!r}, expected a share between 0 and 1")
+    if folder.exists() and not folder.is_dir():
+        raise exporting.ExportError(f"cannot write to {folder}: it is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"reading {data}")
+    images = pictures.load(data, "train", shape)
+    assert images is not None  # or a DataError
+    train, kept = images.split(held_out)
+    if not len(train) or not len(kept):
+        raise pictures.DataError(f"{data} has {len(images)} training images: too few to hold some out")
+    x = train.taken(slice(1)).inputs()
+    _check_classes(model, x, images)
+    test = pictures.load(data, "test", tuple(images.pixels.shape[1:]))  # type: ignore[arg-type]
+    if test is not None and test.classes != images.classes:
+        only = sorted(set(images.classes) ^ set(test.classes))
+        raise pictures.DataError(f"{data}: training and test images differ in their classes: {', '.join(only[:5])}")
+    say("measuring losses, planning, training")
+    config = FinetuneConfig(
+        train.loader(batch), validation=list(kept.batches(SCORED_BATCH)), folder=folder / WORK, **options
+    )
+    drawn = train.taken(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
+    calibration = [batch for _, batch in zip(range(8), drawn.batches(CALIBRATION_BATCH), strict=False)]
+    small = compile(model, x, mode="decouple", budget=budget, calibration=calibration, finetune=config)
+    say("scoring, writing")
+    accuracy = Accuracy(
+        (_accuracy(model, kept), _accuracy(small, kept)),
+        None if test is None else (_accuracy(model, test), _accuracy(small, test)),
+    )
+    result = JobResult(folder, accuracy, report_of(small), compare(model, small, x))
+    _write(result, small, x, onnx=onnx)
+    return result
+
+
+def _check_classes(model: nn.Module, x: torch.Tensor, images: pictures.Images) -> None:
+    with torch.no_grad():
+        try:
+            output = model(x)
+        except Exception as error:  # whatever the model runs into
+            shape = "×".join(map(str, x.shape[1:]))
+            raise pictures.DataError(f"the model does not take images of {shape}: {error}") from error
+    if not isinstance(output, torch.Tensor) or output.dim() != 2:
+        raise pictures.DataError("the model gives no scores [N, classes]; call elc_fx.compile from Python")
+    if output.shape[1] != len(images.classes):
+        raise pictures.DataError(
+            f"the model gives {output.shape[1]} scores, and the data has {len(images.classes)} classes: "
+            f"{', '.join(images.classes[:10])}"
+        )
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, images: pictures.Images) -> float:
+    right = sum(int((network(x).argmax(1) == y).sum()) for x, y in images.batches(SCORED_BATCH))
+    return right / len(images)
+
+
+def _write(result: JobResult, small: nn.Module, x: torch.Tensor, *, onnx: bool) -> None:
+    folder = result.folder
+    exporting.save(exporting.export(small, (x,)), folder / "model.pt2")
+    if onnx:
+        exporting.save_onnx(small, (x,), folder / "model.onnx")
+    state = {name: value.detach().cpu().contiguous() for name, value in small.state_dict().items()}
+    _whole(folder / "model.safetensors", lambda file: save_file(state, file))
+    assert result.report.plan is not None
+    texts = {
+        "plan.json": result.report.plan.to_json(),
+        "report.json": json.dumps(result.to_dict(), indent=1),
+        "report.html": page(result.summary(), result.report),
+    }
+    for name, text in texts.items():
+        _whole(folder / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+    _whole(folder / METRICS, lambda file: shutil.copyfile(folder / WORK / METRICS, file))
+
+
+def _whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside the file, then renames: a failure leaves the old one."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        write(unfinished)
+        unfinished.replace(file)
+    except OSError as error:
+        raise exporting.ExportError(f"cannot write {file}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
