@@ -9,9 +9,10 @@ accuracy, on images of the training set that nothing was fitted to or trained on
 and with the loss of the plan measured as a whole.
 """
 
+import itertools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,11 +53,11 @@ def main(
     rows: list[dict[str, Any]] = []
     if RESULT.exists():
         rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
-    for number in terminal.tracked(range(plans), lambda n: f"plan {n + 1}"):
-        choices = drawn_plan(planner, budget, random.Random(number), POWERS[number % len(POWERS)])
+    seen = {frozenset(row["regions"]) for row in rows}
+    seeds = itertools.count()
+    for _ in terminal.tracked(range(len(rows), plans), lambda n: f"plan {n + 1}"):
+        choices = new_plan(planner, budget, seeds, seen)
         plan = elc_fx.Plan(tuple(choice.candidate for choice in choices), planner.inputs)
-        if number < len(rows):
-            continue
         losses = dict(zip((c.candidate for c in planner.choices), planner.losses, strict=True))
         positions = [i for i, choice in enumerate(planner.choices) if choice in choices]
         together, network = planner.loss_together(positions), planner.collapse(plan)
@@ -74,6 +75,17 @@ def main(
         print({key: row[key] for key in ("flops", "sum", "together", "untrained", "trained")}, flush=True)
         provenance.store(RESULT, run, {"network": weights.stem, "budget": budget, "images": images, "rows": rows})
     print(table(rows))
+
+
+def new_plan(planner: elc_fx.Planner, budget: float, seeds: Iterator[int], seen: set[frozenset[str]]) -> list[Choice]:
+    """The next plan that is not among those that were seen."""
+    while True:
+        seed = next(seeds)
+        choices = drawn_plan(planner, budget, random.Random(seed), POWERS[seed % len(POWERS)])
+        names = frozenset(choice.candidate.full_name for choice in choices)
+        if names not in seen:
+            seen.add(names)
+            return choices
 
 
 def drawn_plan(planner: elc_fx.Planner, budget: float, generator: random.Random, power: float) -> list[Choice]:
