@@ -1,4 +1,4 @@
-"""The demo: a multi-branch network, trained on real handwritten digits, before and after compiling."""
+"""The demo, on real handwritten digits: a multi-branch network merged exactly, and two at half of their FLOPs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +15,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from elc_fx.api import compile, report_of
 from elc_fx.comparison import Comparison, compare
+from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
+from elc_fx.report.page import page
+from elc_fx.training import FinetuneConfig
 
 EPOCHS = 10
+FINETUNE_EPOCHS = 10
+BUDGET = Budget(flops=0.5)
 BATCH = 64
 LEARNING_RATE = 4e-3
 TIMED_ROUNDS = 100
+COUNTS = [("FLOPs", "flops"), ("parameters", "parameters"), ("depth", "depth")]
 
 
 class MultiBranch(nn.Module):
@@ -51,6 +59,47 @@ class MultiBranch(nn.Module):
         return torch.relu(total)
 
 
+class Residual(nn.Module):
+    """Two 3×3 convolutions and a shortcut. Input [N, in_channels, H, W], output as `MultiBranch`."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.first = _normalised(in_channels, out_channels, 3, stride)
+        self.second = _normalised(out_channels, out_channels, 3)
+        keeps = in_channels == out_channels and stride == 1
+        self.shortcut = nn.Identity() if keeps else _normalised(in_channels, out_channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(torch.relu(self.first(x))) + self.shortcut(x))
+
+
+def _normalised(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+
+
+def _head(channels: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
+
+
+def plain_network() -> nn.Module:
+    """As VGG: convolutions in a row, with pooling between the stages."""
+    layers: list[nn.Module] = []
+    channels = 1
+    for stage in ((16, 16, 16), (32, 32, 32), (64, 64)):
+        layers += [nn.MaxPool2d(2)] if layers else []
+        for width in stage:
+            layers += [_normalised(channels, width, 3), nn.ReLU()]
+            channels = width
+    return nn.Sequential(*layers, *_head(channels))
+
+
+def residual_network() -> nn.Module:
+    """As ResNet: three stages of two blocks."""
+    blocks = [Residual(16, 16), Residual(16, 16), Residual(16, 32, 2), Residual(32, 32), Residual(32, 64, 2)]
+    return nn.Sequential(_normalised(1, 16, 3), nn.ReLU(), *blocks, Residual(64, 64), *_head(64))
+
+
 def network() -> nn.Module:
     """Grey images [N, 1, 8, 8] to the scores of ten digits, [N, 10]."""
     return nn.Sequential(
@@ -60,10 +109,11 @@ def network() -> nn.Module:
         MultiBranch(32, 32),
         MultiBranch(32, 64, stride=2),
         MultiBranch(64, 64),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, 10),
+        *_head(64),
     )
+
+
+COMPRESSED = {"A plain network": plain_network, "A residual network": residual_network}
 
 
 @dataclass(frozen=True)
@@ -109,8 +159,8 @@ class Side:
 
 
 @dataclass(frozen=True)
-class DemoResult:
-    """What the demo found; `str()` is what it shows."""
+class Exact:
+    """The multi-branch network, before and after its exact merges."""
 
     test_images: int
     differing_predictions: int
@@ -142,19 +192,93 @@ class DemoResult:
         return f"{self.report}\n\n{self.comparison}\n\n{table}\n{summary}"
 
 
-def run(epochs: int = EPOCHS, seed: int = 0) -> DemoResult:
-    """Trains, compiles and compares; a progress bar on stderr. The same seed gives the same network."""
+@dataclass(frozen=True)
+class Compressed:
+    """A network at half of its FLOPs. before: with its batch norms folded, so that no gain is theirs."""
+
+    name: str
+    before: Side
+    after: Side
+    report: Report
+    comparison: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return {
+            "name": self.name,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "report": self.report.to_dict(),
+            "comparison": self.comparison.to_dict(),
+        }
+
+    def summary(self) -> list[tuple[str, str, str, str]]:
+        """(what, before, after, change)."""
+        a, b = self.before, self.after
+        slower = b.milliseconds.median / a.milliseconds.median
+        points = 100 * (b.accuracy - a.accuracy)
+        counts = [(name, getattr(self.comparison.before, n), getattr(self.comparison.after, n)) for name, n in COUNTS]
+        return [
+            ("accuracy on test images", f"{a.accuracy:.2%}", f"{b.accuracy:.2%}", f"{points:+.2f} points"),
+            *((name, f"{x:,}", f"{y:,}", f"{y / x - 1:+.1%}") for name, x, y in counts),
+            (
+                f"ms for {BATCH} images",
+                f"{a.milliseconds.median:.2f}",
+                f"{b.milliseconds.median:.2f}",
+                f"{slower - 1:+.1%}",
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found; `str()` is what it shows. pages: the reports that were written."""
+
+    exact: Exact
+    compressed: tuple[Compressed, ...]
+    pages: tuple[Path, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        pages = [str(page) for page in self.pages]
+        return {"exact": self.exact.to_dict(), "compressed": [c.to_dict() for c in self.compressed], "pages": pages}
+
+    def __str__(self) -> str:
+        parts = [f"A multi-branch network, merged exactly\n\n{self.exact}"]
+        for one in self.compressed:
+            table = tabulate(one.summary(), ("", "before", "after", "change"), disable_numparse=True)
+            parts.append(f"{one.name}, compressed to half of its FLOPs and fine-tuned\n\n{one.report.plan}\n\n{table}")
+        return "\n\n\n".join([*parts, "\n".join(f"report: {page}" for page in self.pages)])
+
+
+def run(epochs: int = EPOCHS, seed: int = 0, folder: Path | None = None) -> DemoResult:
+    """All three networks; progress bars on stderr. The same seed gives the same networks.
+
+    folder: where the reports are written, as HTML; None for nowhere.
+    """
     digits = Digits.load()
     with _one_thread():
-        original = trained_network(digits, epochs, seed)
-        compiled = compile(original, (digits.test_images[:BATCH],))
-        predictions = [_predictions(model, digits.test_images) for model in (original, compiled)]
-        times = interleaved_times([original, compiled], digits.test_images[:BATCH], TIMED_ROUNDS)
-    before, after = (
-        Side(float((predicted == digits.test_labels).float().mean()), timing)
-        for predicted, timing in zip(predictions, times, strict=True)
-    )
-    return DemoResult(
+        exact = merged_exactly(digits, epochs, seed)
+        compressed = tuple(
+            at_half_the_flops(name, trained_network(digits, epochs, seed, make), digits, seed)
+            for name, make in COMPRESSED.items()
+        )
+    pages = []
+    for one in compressed if folder is not None else ():
+        assert folder is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        pages.append(folder / f"{one.name.split()[1]}.html")
+        pages[-1].write_text(page(one.summary(), one.report), encoding="utf-8")
+    return DemoResult(exact, compressed, tuple(pages))
+
+
+def merged_exactly(digits: Digits, epochs: int, seed: int) -> Exact:
+    """The multi-branch network, trained, compiled and compared."""
+    original = trained_network(digits, epochs, seed, network)
+    compiled = compile(original, (digits.test_images[:BATCH],))
+    predictions = [_predictions(model, digits.test_images) for model in (original, compiled)]
+    before, after = _sides([original, compiled], digits)
+    return Exact(
         test_images=len(digits.test_labels),
         differing_predictions=int((predictions[0] != predictions[1]).sum()),
         before=before,
@@ -164,11 +288,33 @@ def run(epochs: int = EPOCHS, seed: int = 0) -> DemoResult:
     )
 
 
-def trained_network(digits: Digits, epochs: int, seed: int) -> nn.Module:
+def at_half_the_flops(name: str, original: nn.Module, digits: Digits, seed: int) -> Compressed:
+    """A trained network, compressed and compared."""
+    images, x = TensorDataset(digits.train_images, digits.train_labels), digits.test_images[:1]
+    tuning = FinetuneConfig(DataLoader(images, BATCH, shuffle=True), epochs=FINETUNE_EPOCHS, seed=seed)
+    with Console(stderr=True).status(f"{name}: measuring losses, planning, fine-tuning"):
+        small = compile(original, x, mode="decouple", budget=BUDGET, calibration=_calibration(digits), finetune=tuning)
+    before, after = _sides([compile(original, x), small], digits)
+    return Compressed(name, before, after, report_of(small), compare(original, small, x))
+
+
+def _calibration(digits: Digits) -> list[Tensor]:
+    return list(digits.train_images[: 8 * BATCH].split(BATCH))
+
+
+def _sides(models: list[nn.Module], digits: Digits) -> list[Side]:
+    times = interleaved_times(models, digits.test_images[:BATCH], TIMED_ROUNDS)
+    return [
+        Side(float((_predictions(model, digits.test_images) == digits.test_labels).float().mean()), timing)
+        for model, timing in zip(models, times, strict=True)
+    ]
+
+
+def trained_network(digits: Digits, epochs: int, seed: int, make: Callable[[], nn.Module]) -> nn.Module:
     """A network in eval mode, whose weights and order of images come from the seed."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        model = network()
+        model = make()
         _train(model, digits, epochs)
     return model.eval()
 

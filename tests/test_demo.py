@@ -1,6 +1,7 @@
 """The demo: real digits, a trained network, and the promise that compiling changes no prediction."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,19 +17,39 @@ def _few_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TIMED_ROUNDS", 5)
 
 
-def test_a_short_demo_is_shown_as_json_and_changes_no_prediction() -> None:
-    result = CliRunner().invoke(app, ["demo", "--epochs", "2", "--json"])
+@pytest.fixture
+def _exact_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "COMPRESSED", {})
+
+
+def test_a_short_demo_is_shown_as_json_and_changes_no_prediction(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--epochs", "2", "--out", str(tmp_path), "--json"])
     assert result.exit_code == 0, result.stderr
     shown = json.loads(result.stdout)
-    assert (shown["test_images"], shown["differing_predictions"]) == (450, 0)
-    assert shown["before"]["accuracy"] == shown["after"]["accuracy"] > 0.8
-    assert shown["comparison"]["max_rel_error"] < 1e-5
-    convolutions = [shown["comparison"][side]["convolutions"] for side in ("before", "after")]
+    exact = shown["exact"]
+    assert (exact["test_images"], exact["differing_predictions"]) == (450, 0)
+    assert exact["before"]["accuracy"] == exact["after"]["accuracy"] > 0.8
+    assert exact["comparison"]["max_rel_error"] < 1e-5
+    convolutions = [exact["comparison"][side]["convolutions"] for side in ("before", "after")]
     assert convolutions == [24, 6]
+    for one in shown["compressed"]:
+        flops, depth = ([one["comparison"][side][key] for side in ("before", "after")] for key in ("flops", "depth"))
+        assert flops[1] <= 0.5 * flops[0] and depth[1] < depth[0]
+        assert len(one["report"]["epochs"]) == demo.FINETUNE_EPOCHS
+    assert all("<svg" in Path(page).read_text(encoding="utf-8") for page in shown["pages"]) and shown["pages"]
     assert "training" in result.stderr
 
 
-def test_a_compiler_that_changes_predictions_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_the_flops_cost_half_a_point_at_most() -> None:
+    digits = demo.Digits.load()
+    original = demo.trained_network(digits, demo.EPOCHS, 0, demo.plain_network)
+    small = demo.at_half_the_flops("A plain network", original, digits, 0)
+    assert small.comparison.after.flops <= 0.5 * small.comparison.before.flops
+    assert small.after.accuracy >= small.before.accuracy - 0.005
+
+
+@pytest.mark.usefixtures("_exact_only")
+def test_a_compiler_that_changes_predictions_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiled = demo.compile
 
     def wrong(model: nn.Module, *arguments: object) -> nn.Module:
@@ -38,7 +59,7 @@ def test_a_compiler_that_changes_predictions_is_found_out(monkeypatch: pytest.Mo
         return result
 
     monkeypatch.setattr(demo, "compile", wrong)
-    result = CliRunner().invoke(app, ["demo", "--epochs", "1"])
+    result = CliRunner().invoke(app, ["demo", "--epochs", "1", "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert "images differently" in result.stderr
     assert "predictions differ" in result.stdout
@@ -57,7 +78,7 @@ def test_the_seed_decides_the_network_and_leaves_the_callers_random_numbers_alon
     small = demo.Digits(*(part[:64] for part in vars(digits).values()))
 
     def trained(seed: int) -> torch.Tensor:
-        return demo.trained_network(small, epochs=1, seed=seed)(small.test_images)
+        return demo.trained_network(small, 1, seed, demo.network)(small.test_images)
 
     state = torch.random.get_rng_state()
     assert torch.equal(trained(1), trained(1))

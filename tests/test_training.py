@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from training_run import Pictures, decoupled, network
 
 import elc_fx
+from elc_fx.training import bears_channels_last
 
 SCRIPT = Path(__file__).parent / "training_run.py"
 
@@ -165,3 +166,12 @@ def test_outputs_of_any_structure_are_distilled() -> None:
     options: dict[str, Any] = {"distillation": 1.0, "progress": False, "learning_rate": 0.1}
     history = elc_fx.finetune(student, data, teacher=teacher, epochs=5, **options)
     assert history.epochs[-1].loss < 0.5 * history.epochs[0].loss
+
+
+def test_strided_pointwise_layers_of_few_channels_train() -> None:
+    """torch's backward of them, with channels last, writes beyond its memory."""
+    student = nn.Sequential(nn.Conv2d(3, 32, 1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    student.append(nn.Linear(32, 4))
+    data = [(torch.randn(128, 3, 32, 32), torch.randint(0, 4, (128,))) for _ in range(10)]
+    elc_fx.finetune(student, data, epochs=2, progress=False)
+    assert not bears_channels_last(student) and bears_channels_last(network())
