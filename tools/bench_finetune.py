@@ -1,0 +1,109 @@
+"""What fine-tuning settings are worth: one plan of ResNet-20, trained in many ways for the same number of steps.
+
+    python tools/bench_finetune.py --weights resnet20.safetensors --data cifar10-jpeg.tar.xz
+
+Every variant differs from the defaults of `elc_fx.FinetuneConfig` in what its name says. Choices are made by the accuracy
+on a held-out part of the training set, which the original has seen in its own training, so the figures are higher
+than on test images. Stores docs/results/finetune.json after each variant; what is there already is not run again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+import elc_fx
+import provenance
+import terminal
+from cifar_models import load
+from elc_fx import data as pictures
+from elc_fx.planning.fitting import Substitute
+
+RESULT = provenance.RESULTS / "finetune.json"
+# start: "fitted" convolutions with a batch norm behind each, "bare" ones, "factors" of the decoupled network, or "random".
+VARIANTS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "learning rate 0.05": {"learning_rate": 0.05},
+    "learning rate 0.1": {"learning_rate": 0.1},
+    "learning rate 0.01": {"learning_rate": 0.01},
+    "no distillation": {"distillation": 0.0},
+    "distillation only": {"distillation": 1.0},
+    "temperature 2": {"temperature": 2.0},
+    "weight decay 1e-4": {"weight_decay": 1e-4},
+    "batches of 64": {"batch": 64},
+    "moving average 0.99": {"ema": 0.99},
+    "no batch norm behind fitted convolutions": {"start": "bare"},
+    "factors, gates closed at once": {"start": "factors"},
+    "factors, gates closed over half": {"start": "factors", "gates": 0.5},
+    "factors, gates closed by depth": {"start": "factors", "gates": 0.5, "gate_order": "depth"},
+    "random weights": {"start": "random", "learning_rate": 0.05},
+}
+
+
+def network(start: str, model: nn.Module, planner: elc_fx.Planner, plan: elc_fx.Plan, batches: Any) -> nn.Module:
+    """What a variant trains."""
+    if start == "factors":
+        return elc_fx.decouple(model, plan, batches)
+    collapsed = planner.collapse(plan)
+    for module in collapsed.modules():
+        if isinstance(module, Substitute) and start == "bare":
+            module.norm = nn.Identity()
+        if start == "random" and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return collapsed
+
+
+def accuracy(network: nn.Module, images: pictures.Images) -> float:
+    with torch.no_grad():
+        return sum(int((network(x).argmax(1) == y).sum()) for x, y in images.batches(250)) / len(images)
+
+
+def main(
+    weights: Annotated[Path, typer.Option(help="A weight file of a CIFAR network.")],
+    data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an archive.")],
+    budget: Annotated[float, typer.Option(help="Share of the FLOPs.")] = 0.5,
+    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 2,
+    images: Annotated[int, typer.Option(help="That are trained on.")] = 22500,
+    held_out: Annotated[int, typer.Option(help="Other training images, for the accuracy.")] = 5000,
+) -> None:
+    run = provenance.collect()
+    model, known = load(weights), pictures.load(data)
+    assert known is not None
+    drawn = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    test, train = known.taken(drawn[:held_out]), known.taken(drawn[held_out : held_out + images])
+    batches = list(train.taken(slice(512)).inputs().split(128))
+    planner = elc_fx.Planner(model, batches[0][:1], batches)
+    plan = planner.plan(elc_fx.Budget(flops=budget))
+    setting = {"network": weights.stem, "budget": budget, "epochs": epochs, "images": images}
+    rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
+    left = [name for name in VARIANTS if name not in {row["variant"] for row in rows}]
+    for name in terminal.tracked(left):
+        options = dict(VARIANTS[name])
+        torch.manual_seed(0)
+        trained = network(options.pop("start", "fitted"), model, planner, plan, batches)
+        untrained = accuracy(trained.eval(), test)
+        loader = train.loader(options.pop("batch", 128))
+        history = elc_fx.finetune(trained, loader, teacher=model, epochs=epochs, progress=False, **options)
+        speed = history.epochs[-1].images_per_second
+        rows.append({"variant": name, "before": untrained, "after": accuracy(trained, test), "speed": speed})
+        print(rows[-1], flush=True)
+        provenance.store(RESULT, run, {**setting, "rows": rows})
+    print(table(rows))
+
+
+def table(rows: Sequence[Mapping[str, Any]], style: str = "simple") -> str:
+    """The variants, from best to worst."""
+    default = next(row["after"] for row in rows if row["variant"] == "defaults")
+    lines = [
+        [row["variant"], f"{row['before']:.1%}", f"{row['after']:.2%}", f"{100 * (row['after'] - default):+.2f}"]
+        for row in sorted(rows, key=lambda row: -row["after"])
+    ]
+    return terminal.table(lines, ("setting", "before training", "after", "points"), style)
+
+
+if __name__ == "__main__":
+    terminal.run(main, __doc__)
