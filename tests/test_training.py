@@ -15,16 +15,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from training_run import Pictures, decoupled, network
+from training_run import Pictures, decoupled, loader, network
 
 import elc_fx
 from elc_fx.training import bears_channels_last
 
 SCRIPT = Path(__file__).parent / "training_run.py"
-
-
-def loader(count: int = 128) -> DataLoader[Any]:
-    return DataLoader(Pictures(count), 16, shuffle=True, drop_last=True)
 
 
 def trained_teacher() -> nn.Module:

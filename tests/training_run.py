@@ -50,6 +50,10 @@ def network() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(32, 4)).eval()
 
 
+def loader(count: int = 128) -> DataLoader[Any]:
+    return DataLoader(Pictures(count), 16, shuffle=True, drop_last=True)
+
+
 def decoupled(model: nn.Module) -> elc_fx.DecoupledModule:
     return elc_fx.decouple(model, elc_fx.Plan.of(model, torch.randn(1, 3, 8, 8), collapse=["2", "3"]))
 

@@ -2,9 +2,9 @@
 
     python tools/bench_finetune.py --weights resnet20.safetensors --data cifar10-jpeg.tar.xz
 
-Every variant differs from the defaults of `elc_fx.FinetuneConfig` in what its name says. Choices are made by the accuracy
-on a held-out part of the training set, which the original has seen in its own training, so the figures are higher
-than on test images. Stores docs/results/finetune.json after each variant; what is there already is not run again.
+Every variant differs from the defaults of `elc_fx.FinetuneConfig` in what its name says. Choices are made by the
+accuracy on a held-out part of the training set, which the original has seen in its own training, so the figures are
+higher than on test images. Stores docs/results/finetune.json after each variant; what is there is not run again.
 """
 
 import json
@@ -24,7 +24,7 @@ from elc_fx import data as pictures
 from elc_fx.planning.fitting import Substitute
 
 RESULT = provenance.RESULTS / "finetune.json"
-# start: "fitted" convolutions with a batch norm behind each, "bare" ones, "factors" of the decoupled network, or "random".
+# start: "fitted" convolutions with a batch norm behind each; "bare" ones; "factors" of the decoupled network; "random".
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "learning rate 0.05": {"learning_rate": 0.05},

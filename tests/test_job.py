@@ -1,0 +1,179 @@
+"""The whole job on files: what it writes, that it goes on after a kill, and what it says of bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from training_run import Pictures, loader, network
+from typer.testing import CliRunner
+
+import elc_fx
+from elc_fx import data, exporting, job
+from elc_fx.cli import app
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, of four classes, and the `weights` of a network that knows them."""
+    root = tmp_path_factory.mktemp("job")
+    torch.manual_seed(0)
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.DEVIATION))
+    for split, count in (("train", 200), ("test", 40)):
+        pictures = Pictures(count)
+        for index in range(count):
+            pixels, label = pictures[index]
+            file = root / "data" / split / "abcd"[label] / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = 255 * (pixels * deviation + mean)  # so that, normalised, they are what the network knows
+            Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(file)
+    model = network()
+    elc_fx.finetune(model, loader(), epochs=3, progress=False)
+    save_file(model.state_dict(), root / "weights.safetensors")
+    return root
+
+
+def arguments(files: Path, out: Path, epochs: int = 1) -> list[str]:
+    source = ["--model", "training_run:network", "--weights", str(files / "weights.safetensors")]
+    data = ["--data", str(files / "data"), "--batch", "16"]
+    return ["compress", *source, *data, "--budget", "flops=0.5", "--epochs", str(epochs), "--out", str(out)]
+
+
+def digest(folder: Path) -> str:
+    content = [file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()]
+    return hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def test_everything_is_written_and_the_data_is_only_read(files: Path, tmp_path: Path) -> None:
+    before = digest(files)
+    result = CliRunner().invoke(app, [*arguments(files, tmp_path / "out"), "--onnx", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert digest(files) == before
+    shown, out = json.loads(result.stdout), tmp_path / "out"
+    written = {file.name for file in out.iterdir() if not file.name.startswith(".")}
+    expected = {
+        "model.pt2",
+        "model.safetensors",
+        "model.onnx",
+        "plan.json",
+        "report.html",
+        "report.json",
+        "metrics.csv",
+    }
+    assert written == {*expected, "work"}
+    flops = [shown["comparison"][side]["flops"] for side in ("before", "after")]
+    assert flops[1] <= 0.5 * flops[0] and shown["accuracy"]["test"][1] > 0.8
+    x = torch.randn(3, 3, 8, 8)
+    exported = torch.export.load(out / "model.pt2").module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    (scores,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), exported(x), rtol=1e-4, atol=1e-4)
+    assert set(load_file(out / "model.safetensors")) == set(exported.state_dict())
+    plan = elc_fx.Plan.from_json((out / "plan.json").read_text())
+    assert plan.candidates and plan.candidates[0].name in (out / "report.html").read_text()
+
+
+def test_a_killed_job_goes_on_and_ends_as_one_that_was_not(files: Path, tmp_path: Path) -> None:
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "elc_fx", *arguments(files, out, epochs=4)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**environment, "OMP_NUM_THREADS": "1"})
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    process = start(killed)
+    while not list(killed.glob("work/checkpoint-*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "report.json").exists()
+    assert start(killed).wait() == 0
+    expected, actual = (load_file(out / "model.safetensors") for out in (whole, killed))
+    assert all(torch.equal(value, expected[name]) for name, value in actual.items())
+
+
+def test_a_plan_from_the_command_line(files: Path, tmp_path: Path) -> None:
+    given = arguments(files, tmp_path)[1:7]
+    result = CliRunner().invoke(app, ["plan", *given, "--budget", "params=0.7", "--save", str(tmp_path / "plan.json")])
+    assert result.exit_code == 0, result.stderr
+    plan = elc_fx.Plan.from_json((tmp_path / "plan.json").read_text())
+    assert plan.candidates and plan.candidates[0].name in result.stdout
+
+
+def complaint(given: list[str], code: int = 1) -> str:
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == code, result.output
+    assert result.stderr.strip().splitlines()[-1].startswith("elc-fx: error:")
+    return result.stderr
+
+
+def test_a_missing_data_set_is_told(files: Path, tmp_path: Path) -> None:
+    given = arguments(files, tmp_path / "out")
+    given[given.index("--data") + 1] = str(tmp_path / "nowhere")
+    assert "no data set at" in complaint(given)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "train" / "a" / "0.png").write_bytes(b"no"), "a/0.png is no image"),
+        (lambda root: (root / "train" / "d").rename(root.parent / "d"), "4 scores, and the data has 3 classes"),
+        (lambda root: (root / "test" / "d").rename(root.parent / "d"), "differ in their classes: d"),
+    ],
+)
+def test_damaged_data_is_told(damage: object, message: str, files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "data", tmp_path / "data")
+    damage(tmp_path / "data")  # type: ignore[operator]
+    given = arguments(files, tmp_path / "out")
+    given[given.index("--data") + 1] = str(tmp_path / "data")
+    assert message in complaint(given)
+
+
+def test_an_impossible_budget_says_what_can_be_reached(files: Path, tmp_path: Path) -> None:
+    given = arguments(files, tmp_path / "out")
+    given[given.index("flops=0.5")] = "flops=0.001"
+    assert "is the least" in complaint(given)
+
+
+def test_a_budget_that_is_none_is_wrong_usage(files: Path, tmp_path: Path) -> None:
+    given = arguments(files, tmp_path / "out")
+    given[given.index("flops=0.5")] = "speed=2"
+    assert "--budget" in complaint(given, code=2)
+
+
+def test_a_full_disk_leaves_nothing_half_written(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(job, "save_file", full)
+    assert "No space left" in complaint(arguments(files, out))
+    assert not (out / "model.safetensors").exists() and not list(out.glob(".*"))
+    assert not (out / "report.json").exists()
+
+
+def test_an_output_that_is_a_file_is_told(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert "it is a file" in complaint(arguments(files, tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_onnx_without_its_packages_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(exporting.ExportError, match=r"elc_fx\[onnx\]"):
+        exporting.save_onnx(torch.nn.ReLU(), (torch.zeros(1),), tmp_path / "relu.onnx")
