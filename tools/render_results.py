@@ -18,8 +18,13 @@ from typing import Annotated, Any
 import typer
 
 import bench_compile
+import bench_compress
 import bench_decouple
+import bench_depth
+import bench_finetune
+import bench_latency
 import bench_plan
+import bench_rank
 import cifar_lossless
 import decouple_zoo
 import provenance
@@ -46,6 +51,11 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "decouple_zoo": ("decouple_zoo", lambda result: decouple_zoo.table(result["rows"], STYLE)),
     "plan_accuracy": ("plan_accuracy", lambda result: bench_plan.table(result["rows"], STYLE)),
     "plan_seconds": ("plan_accuracy", lambda result: bench_plan.seconds_table(result["rows"], STYLE)),
+    "plan_latency": ("plan_latency", lambda result: bench_latency.table(result["rows"], STYLE)),
+    "plan_depth": ("plan_depth", lambda result: bench_depth.table(result["rows"], STYLE)),
+    "plan_rank": ("plan_rank", lambda result: bench_rank.table(result["rows"], STYLE)),
+    "finetune": ("finetune", lambda result: bench_finetune.table(result["rows"], STYLE)),
+    "compress": ("compress", lambda result: bench_compress.table(result["rows"], STYLE)),
     "compile_end_to_end": ("compile_end_to_end", lambda result: bench_compile.end_to_end_table(result, STYLE)),
 }
 
