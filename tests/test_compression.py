@@ -1,0 +1,88 @@
+"""`compile` with mode "decouple": all stages in a row, and what it says of arguments that do not go together."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training_run import Pictures, loader, network
+
+import elc_fx
+
+HALF = elc_fx.Budget(flops=0.5)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    model = network()
+    elc_fx.finetune(model, loader(), epochs=3, progress=False)
+    return model
+
+
+def image() -> torch.Tensor:
+    return torch.randn(1, 3, 8, 8)
+
+
+def tuning(**options: Any) -> elc_fx.FinetuneConfig:
+    return elc_fx.FinetuneConfig(loader(256), epochs=4, progress=False, **options)
+
+
+@pytest.mark.parametrize("gates", [0.0, 0.5])
+def test_all_stages_give_a_network_within_the_budget_that_knows_its_task(teacher: nn.Module, gates: float) -> None:
+    before = copy.deepcopy(teacher.state_dict())
+    small = elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, finetune=tuning(gates=gates))
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    comparison, report = elc_fx.compare(teacher, small, image()), elc_fx.report_of(small)
+    assert comparison.after.flops <= 0.5 * comparison.before.flops
+    assert report.totals.flops == (comparison.before.flops, comparison.after.flops)
+    assert report.plan is not None and len(report.epochs) == 4 and "epoch" in str(report)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in small.modules())
+    torch.manual_seed(1)
+    pictures = [Pictures(64)[i] for i in range(64)]
+    x, y = torch.stack([p for p, _ in pictures]), torch.tensor([label for _, label in pictures])
+    assert float((small(x).argmax(1) == y).float().mean()) > 0.8
+    again = pickle.loads(pickle.dumps(small))
+    torch.testing.assert_close(again(x), small(x))
+    torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), small(x))
+
+
+def test_without_fine_tuning_the_fitted_convolutions_stay(teacher: nn.Module) -> None:
+    batches = [x for x, _ in loader()]
+    small = elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, calibration=batches)
+    collapsed = elc_fx.Planner(teacher, image(), batches, progress=False).collapse(elc_fx.report_of(small).plan)  # type: ignore[arg-type]
+    torch.testing.assert_close(small(batches[0]), collapsed(batches[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_keeps_losses_plan_and_checkpoint(teacher: nn.Module, tmp_path: Path) -> None:
+    first = elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, finetune=tuning(folder=tmp_path))
+    assert list(tmp_path.glob("losses-*")) and (tmp_path / "metrics.csv").exists()
+    second = elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, finetune=tuning(folder=tmp_path))
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(first(x), second(x))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mode": "decouple"}, "budget"),
+        ({"mode": "decouple", "budget": HALF}, "calibration"),
+        ({"mode": "decouple", "budget": 0.5, "calibration": [torch.zeros(1)]}, "budget"),
+        ({"mode": "decouple", "budget": HALF, "finetune": 3}, "finetune"),
+        ({"mode": "decouple", "budget": HALF, "calibration": []}, "no batches"),
+        ({"budget": HALF}, "mode 'decouple'"),
+        ({"mode": "fast"}, "'lossless' or 'decouple'"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_told(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(elc_fx.InvalidInputError, match=message):
+        elc_fx.compile(network(), image(), **given)
+
+
+def test_example_inputs_are_needed_for_costs() -> None:
+    with pytest.raises(elc_fx.InvalidInputError, match="example_inputs"):
+        elc_fx.compile(network(), mode="decouple", budget=HALF, calibration=[image()])
