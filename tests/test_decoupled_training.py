@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from networks import image, ready
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -173,3 +175,28 @@ def test_gates_are_set_by_name_and_checked() -> None:
     for arguments in ({"total_steps": 0}, {"total_steps": 5, "start": 5}, {"total_steps": 5, "order": "size"}):
         with pytest.raises(elc_fx.InvalidInputError):
             elc_fx.GateSchedule(decoupled, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_batch_norm_takes_a_closed_activation_into_its_own_scale() -> None:
+    """With rings and closed gates, in training: the same outputs and gradients, with one pass less."""
+    model = ready(
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    )
+    x = image(4, 3, 7, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that 5×5 costs more
+        one = elc_fx.decouple(model, elc_fx.Plan.of(model, x, kernels={"0": 3, "3": 3}))
+    elc_fx.set_gate(one, 0)
+    other, outputs = copy.deepcopy(one), []
+    assert one.get_submodule("1").line[0] is one.get_submodule("2")
+    assert other.get_submodule("1").line[0] is other.get_submodule("2")
+    other.get_submodule("1").line, other.get_submodule("2").norm = [], []
+    for network in (one, other):
+        outputs.append(network.train()(x))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-9)
+    for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+    assert one.get_submodule("1").takes_line and not one.eval().get_submodule("1").takes_line

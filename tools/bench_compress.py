@@ -9,7 +9,6 @@ figures. Stores docs/results/compress.json, a row for each network, budget and n
 """
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,6 @@ RESULT = provenance.RESULTS / "compress.json"
 
 def compressed(weights: Path, data: Path, budget: str, epochs: int, out: Path) -> dict[str, Any]:
     folder = out / f"{weights.stem}-{budget}-{epochs}"
-    start = time.perf_counter()
     result = job.run(load(weights), data, elc_fx.Budget.parse(budget), folder, epochs=epochs)
     comparison, plan = result.comparison, result.report.plan
     assert plan is not None
@@ -36,7 +34,6 @@ def compressed(weights: Path, data: Path, budget: str, epochs: int, out: Path) -
         "network": weights.stem,
         "budget": budget,
         "epochs": epochs,
-        "seconds": time.perf_counter() - start,
         "accuracy": asdict(result.accuracy),
         "before": comparison.before.to_dict(),
         "after": comparison.after.to_dict(),

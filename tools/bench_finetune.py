@@ -28,19 +28,19 @@ RESULT = provenance.RESULTS / "finetune.json"
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "learning rate 0.05": {"learning_rate": 0.05},
-    "learning rate 0.1": {"learning_rate": 0.1},
     "learning rate 0.01": {"learning_rate": 0.01},
-    "no distillation": {"distillation": 0.0},
-    "distillation only": {"distillation": 1.0},
-    "temperature 2": {"temperature": 2.0},
-    "weight decay 1e-4": {"weight_decay": 1e-4},
-    "batches of 64": {"batch": 64},
-    "moving average 0.99": {"ema": 0.99},
-    "no batch norm behind fitted convolutions": {"start": "bare"},
     "factors, gates closed at once": {"start": "factors"},
+    "batches of 64": {"batch": 64},
+    "temperature 2": {"temperature": 2.0},
+    "no batch norm behind fitted convolutions": {"start": "bare"},
     "factors, gates closed over half": {"start": "factors", "gates": 0.5},
-    "factors, gates closed by depth": {"start": "factors", "gates": 0.5, "gate_order": "depth"},
+    "no distillation": {"distillation": 0.0},
+    "moving average 0.99": {"ema": 0.99},
     "random weights": {"start": "random", "learning_rate": 0.05},
+    "distillation only": {"distillation": 1.0},
+    "weight decay 1e-4": {"weight_decay": 1e-4},
+    "factors, gates closed by depth": {"start": "factors", "gates": 0.5, "gate_order": "depth"},
+    "learning rate 0.1": {"learning_rate": 0.1},
 }
 
 

@@ -78,7 +78,8 @@ class DecouplingNode(nn.Module):
 class DecoupledActivation(DecouplingNode):
     """gate · act(x) + (1 − gate) · (slope · x + offset), per channel. slope, offset: [channels], trainable.
 
-    fit: collects what the least-squares line needs, while there is one.
+    fit: collects what the least-squares line needs, while there is one. norm: the batch norm before it, where that can
+    take the line into its own scale and shift (in a list, since it is no submodule).
     """
 
     def __init__(self, activation: nn.Module, slope: Tensor, offset: Tensor, dims: int) -> None:
@@ -88,8 +89,11 @@ class DecoupledActivation(DecouplingNode):
         self.offset = nn.Parameter(offset)
         self.dims = dims
         self.fit: LineFit | None = None
+        self.norm: list[InteriorBatchNorm] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        if any(norm.takes_line for norm in self.norm):
+            return x
         if self.state == ORIGINAL:
             y: Tensor = self.activation(x)
             if self.fit is not None:
@@ -286,7 +290,8 @@ class DecoupledConvolution(DecouplingNode):
 class InteriorBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm of a value with a ring: the statistics of a training batch are those of the interior alone.
 
-    While no ring is computed, it does what the original's class does.
+    While no ring is computed, it does what the original's class does. line: the activation behind it; where only its
+    line is left of it, this multiplies and adds for both (in a list, since it is no submodule).
     """
 
     def __init__(self, original: nn.modules.batchnorm._BatchNorm, ring: Padding, rings: Rings) -> None:
@@ -295,6 +300,12 @@ class InteriorBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.original_class: Any = type(original)
         self.ring = ring
         self.rings = rings
+        self.line: list[DecoupledActivation] = []
+
+    @property
+    def takes_line(self) -> bool:
+        """Whether its output is that of the activation behind it."""
+        return self.training and self.rings.on and any(line.state == MERGEABLE for line in self.line)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != len(self.ring) + 2:
@@ -316,9 +327,12 @@ class InteriorBatchNorm(nn.modules.batchnorm._BatchNorm):
             if momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         running = (self.running_mean, self.running_var)
-        output: Tensor = _NormaliseByInterior.apply(
-            input, self.weight, self.bias, self.ring, running, momentum or 0.0, self.eps
-        )
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        for line in self.line if self.takes_line else ():
+            bias = line.offset if bias is None else torch.addcmul(line.offset, line.slope, bias)
+            weight = line.slope if weight is None else line.slope * weight
+        output: Tensor = _NormaliseByInterior.apply(input, weight, bias, self.ring, running, momentum or 0.0, self.eps)
         return output
 
 

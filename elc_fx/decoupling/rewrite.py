@@ -293,7 +293,11 @@ class _Rewriter:
             std = std if norm.weight is None else norm.weight.abs()
         device, dtype = self.like.device, self.like.dtype
         slope, offset = line_for_gaussian(activation, mean.to(device), std.to(device), dims)
-        self._put(op.node, DecoupledActivation(activation, slope.to(dtype), offset.to(dtype), dims).to(device))
+        line = DecoupledActivation(activation, slope.to(dtype), offset.to(dtype), dims).to(device)
+        before = module_of(self.graph_module, op.source) if op.source.op == "call_module" else None
+        if isinstance(before, InteriorBatchNorm) and list(op.source.users) == [op.node]:
+            before.line, line.norm = [line], [before]
+        self._put(op.node, line)
 
     def _with_ring(self, node: fx.Node, ring: Padding) -> fx.Node:
         """A value in the place of `node`'s that has a ring of zeros."""
