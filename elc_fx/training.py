@@ -533,7 +533,8 @@ def computes_in_bf16(device: torch.device) -> bool:
     """Whether the hardware computes in bfloat16; elsewhere it is emulated, several times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release of torch
+    return device.type == "cpu" and any(getattr(torch.cpu, unit, bool)() for unit in units)
 
 
 def bears_channels_last(network: nn.Module) -> bool:
