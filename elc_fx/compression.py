@@ -48,7 +48,7 @@ def compress(
         torch.manual_seed(0)  # a loader that shuffles gives the same batches when a killed run begins again
         batches = list(_first(source, SAMPLES))
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
-    planner = Planner(model, example_inputs, batches, cache=folder)
+    planner = Planner(model, example_inputs, batches, fine_tuned=finetune is not None, cache=folder)
     plan = planner.plan(budget)
     gradual = finetune is not None and finetune.gates > 0
     network: nn.Module = decouple(model, plan, batches) if gradual else planner.collapse(plan)

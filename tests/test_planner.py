@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def data(batches: int = 2) -> list[Tensor]:
 
 
 def planner(**options: Any) -> Planner:
-    return Planner(network(), data()[0][:1], data(), progress=False, **options)
+    return Planner(network(), data()[0][:1], data(), progress=False, **{"fine_tuned": False, **options})
 
 
 @pytest.mark.parametrize("budget", [{"flops": 0.6}, {"depth": 6}, {"params": 0.7, "flops": 0.8}])
@@ -265,3 +266,15 @@ def test_names_do_not_mix_up_stored_losses(tmp_path: Path) -> None:
     for longest in (1, 3, 6):
         stored, fresh = planner(longest=longest, cache=tmp_path), planner(longest=longest)
         assert stored.losses == pytest.approx(fresh.losses, rel=1e-4, abs=1e-9)
+
+
+def test_for_a_network_that_is_trained_layers_count_and_large_divergences_count_less() -> None:
+    plain, tuned = planner(), planner(fine_tuned=True)
+    for choice, divergence, loss in zip(plain.choices, plain.losses, tuned.losses, strict=True):
+        assert loss == pytest.approx(math.log1p(divergence) + 0.2 * (len(choice.candidate.layers) - 1))
+    plan = tuned.plan(elc_fx.Budget(flops=0.6))
+    assert plan.prediction is not None
+    gone = sum(len(candidate.layers) - 1 for candidate in plan.candidates)
+    positions = [i for i, choice in enumerate(plain.choices) if choice.candidate in plan.candidates]
+    expected = math.log1p(plain.loss_together(positions)) + 0.2 * gone
+    assert plan.prediction.together == pytest.approx(expected)

@@ -27,6 +27,7 @@ LARGEST_PLANNED = 5  # kernel
 SAMPLES = 512
 REFINEMENTS = 8
 EMPHASES = (0.7, 1.5, 2.0, 3.0)  # powers of the losses
+LAYER_LOSS = 0.2  # that training does not give back, for each layer that goes
 SHUN = 4.0  # by what the loss of a choice is multiplied to see how it is without
 
 LossChoice = Literal["auto", "uniform"] | Mapping[str, float] | Loss
@@ -42,6 +43,7 @@ class Planner:
         calibration: Iterable[Any] | None = None,
         *,
         loss: LossChoice = "auto",
+        fine_tuned: bool = True,
         longest: int = LONGEST_PLANNED,
         largest_kernel: int = LARGEST_PLANNED,
         samples: int = SAMPLES,
@@ -75,7 +77,9 @@ class Planner:
             self.sensitivity = Sensitivity(graph, batches, function, progress=progress)
             # Nobody can tell whether a function computes what it computed when the table was made.
             table = StoredTable() if cache is None or function else StoredTable(Path(cache), f"losses-{_key(batches)}")
-            self.losses = self.sensitivity.each_alone(self.choices, table)
+            measured = self.sensitivity.each_alone(self.choices, table)
+            self.fine_tuned = fine_tuned and loss == "auto"
+            self.losses = [self._worth(x, [c]) for x, c in zip(measured, self.choices, strict=True)]
 
     def plan(self, budget: Budget) -> Plan:
         """The plan that loses least. Where losses add up wrongly, choices are measured together, and chosen again."""
@@ -147,8 +151,14 @@ class Planner:
         assert self.sensitivity is not None
         chosen = tuple(sorted(positions))
         if chosen not in self.measured:
-            self.measured[chosen] = self.sensitivity.together([self.choices[i] for i in self._in_order(chosen)])[0]
+            choices = [self.choices[i] for i in self._in_order(chosen)]
+            self.measured[chosen] = self._worth(self.sensitivity.together(choices)[0], choices)
         return self.measured[chosen]
+
+    def _worth(self, measured: float, choices: Sequence[Choice]) -> float:
+        """What the divergence of a network in which these choices are collapsed counts."""
+        gone = sum(len(choice.candidate.layers) - 1 for choice in choices)
+        return trained_loss(measured, gone) if self.fine_tuned else measured
 
     def _in_order(self, chosen: Sequence[int]) -> list[int]:
         """As their outputs stand in the graph."""
@@ -166,6 +176,15 @@ class Planner:
         plan = Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)
         plan.check_disjoint()
         return plan
+
+
+def trained_loss(divergence: float, layers: int) -> float:
+    """What a divergence is worth if the network is trained afterwards, and so many layers less than before are left.
+
+    Training gives back most of a large divergence, and little of the depth: this ranks plans of equal FLOPs by their
+    accuracy after training better than the divergence does (docs/planning.md has the rank correlations).
+    """
+    return math.log1p(divergence) + LAYER_LOSS * layers
 
 
 def _correct(together: dict[Pair, float], solution: Solution, order: Sequence[int], measured: float) -> None:
@@ -211,6 +230,8 @@ def plan(
         loss: "auto", see docs/planning.md; "uniform": one for each layer that goes; a mapping from names of candidates
             ("layer1.0:3x3") to losses, where what is missing is never chosen; or a function (output, output of the
             original) → number.
+        fine_tuned: whether the network will be trained; then the loss "auto" is log(1 + divergence), and 0.2 for each
+            layer that goes. Else it is the divergence itself.
         longest, largest_kernel: which candidates there are, as for `candidates`.
         samples: how many samples of `calibration` are used.
         refinements: how often, at most, a choice is corrected, and then looked for without one of its candidates.
