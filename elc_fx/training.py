@@ -178,6 +178,8 @@ class Finetuning:
             raise InvalidInputError(f"network is a {type(network).__name__}, expected a torch.nn.Module")
         if teacher is network:
             raise InvalidInputError("the teacher is the network itself; pass the original")
+        if config.tensorboard:
+            _summary_writer()  # or an error, before anything is trained
         self.network, self.config = network, config
         self.accelerator = Accelerator(
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
@@ -562,14 +564,18 @@ def write_metrics(file: Path, history: Iterable[Epoch]) -> None:
 
 
 def _write_events(folder: Path, epoch: Epoch) -> None:
+    with _summary_writer()(str(folder / "tensorboard"), purge_step=epoch.number) as writer:
+        for name, value in asdict(epoch).items():
+            if name != "number" and value is not None:
+                writer.add_scalar(name, value, epoch.number)
+
+
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InvalidInputError(f"tensorboard cannot be imported ({error}); pip install tensorboard") from error
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=epoch.number) as writer:
-        for name, value in asdict(epoch).items():
-            if name != "number" and value is not None:
-                writer.add_scalar(name, value, epoch.number)
+    return SummaryWriter
 
 
 def _call(network: nn.Module, inputs: Any) -> Any:

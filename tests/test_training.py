@@ -171,3 +171,36 @@ def test_strided_pointwise_layers_of_few_channels_train() -> None:
     data = [(torch.randn(128, 3, 32, 32), torch.randint(0, 4, (128,))) for _ in range(10)]
     elc_fx.finetune(student, data, epochs=2, progress=False)
     assert not bears_channels_last(student) and bears_channels_last(network())
+
+
+def test_events_for_tensorboard_name_the_package_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(elc_fx.InvalidInputError, match="pip install tensorboard"):
+        elc_fx.finetune(network(), loader(), epochs=1, folder=tmp_path, tensorboard=True, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_events_for_tensorboard_have_a_number_for_each_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a stand-in for the writer: TensorBoard itself is no dependency."""
+    written: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert folder == str(tmp_path / "tensorboard")
+
+        def __enter__(self) -> Writer:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("torch.utils.tensorboard"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer  # type: ignore[attr-defined]
+    history = elc_fx.finetune(network(), loader(), epochs=2, folder=tmp_path, tensorboard=True, progress=False)
+    losses = [(value, step) for name, value, step in written if name == "loss"]
+    assert losses == [(epoch.loss, epoch.number) for epoch in history.epochs]
