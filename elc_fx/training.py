@@ -27,11 +27,16 @@ import torch.utils._pytree as pytree
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
+from elc_fx.activations import MODULES
+from elc_fx.capture import capture
 from elc_fx.decoupling.gates import GateSchedule, decoupling_nodes
+from elc_fx.decoupling.nodes import RegionOutput
 from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.inputs import batch_values
+from elc_fx.planning.fitting import Substitute
 
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
 
@@ -58,6 +63,8 @@ class FinetuneConfig:
         weight_decay: of weights with more than one axis.
         distillation: how much of the loss is to compute what the teacher computes, from 0 to 1.
         temperature: at which the two distributions of classes are compared.
+        features: weight of the distance between what the regions of the network give and what the teacher gives there;
+            added to the loss.
         gates: the share of all steps in which the gates close; 0 closes them at once.
         gate_shape, gate_order: as `shape` and `order` of `GateSchedule`.
         clip: the largest norm of the gradient.
@@ -79,6 +86,7 @@ class FinetuneConfig:
     weight_decay: float = 5e-4
     distillation: float = 0.9
     temperature: float = 4.0
+    features: float = 0.0
     gates: float = 0.0
     gate_shape: str = "cosine"
     gate_order: str = "together"
@@ -100,8 +108,9 @@ class FinetuneConfig:
         _check_positive(learning_rate=self.learning_rate, temperature=self.temperature, clip=self.clip)
         if self.ema is not None:
             _check_share(ema=self.ema)
-        if not self.weight_decay >= 0:
-            raise InvalidInputError(f"weight_decay is {self.weight_decay!r}, expected a number from 0 on")
+        for name in ("weight_decay", "features"):
+            if not getattr(self, name) >= 0:
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected a number from 0 on")
         if not isinstance(self.train_data, Iterable):
             raise InvalidInputError(
                 f"train_data is a {type(self.train_data).__name__}, expected a DataLoader or batches (inputs, target)"
@@ -219,6 +228,7 @@ class Finetuning:
         if self.config.ema is not None:
             self.average = {k: v.detach().clone() for k, v in network.state_dict().items()}
         self._resume()
+        self.features = self._features()
         self.trained = self.accelerator.prepare(network)
         try:
             with self._bar() as bar:
@@ -228,6 +238,8 @@ class Finetuning:
                         break
         finally:
             self.trained = None
+            if self.features is not None:
+                self.features.remove()
         if self.average is not None and self.best is None:
             network.load_state_dict(self.average)
         if self.best is not None:
@@ -271,10 +283,13 @@ class Finetuning:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             output = _call(self.trained, inputs)
             wanted = None
-            if self.teacher is not None and self.config.distillation:
+            if self.features is not None or (self.teacher is not None and self.config.distillation):
+                assert self.teacher is not None
                 with torch.no_grad():
-                    wanted = _call(self.teacher, inputs)
+                    wanted = _call(self.teacher, inputs) if self.features is None else self.features.teach(inputs)
         loss = self._loss(output, target, wanted)
+        if self.features is not None:
+            loss = loss + self.config.features * self.features.distance()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip)
         self.optimizer.step()
@@ -294,6 +309,13 @@ class Finetuning:
         if share > 0:
             total = total + share * distance(output, wanted, self.config.temperature)
         return total
+
+    def _features(self) -> _Features | None:
+        if not self.config.features:
+            return None
+        if self.teacher is None:
+            raise InvalidInputError("features are compared with those of a teacher; pass one")
+        return _Features(self.network, self.teacher)
 
     def _task_loss(self, output: Any, target: Any) -> Tensor:
         if self.config.loss is not None:
@@ -480,6 +502,60 @@ class Finetuning:
 
     def _bar(self) -> Any:
         return _Bar(self)
+
+
+class _Features:
+    """What the regions of a network give, beside what the teacher gives at the same places."""
+
+    def __init__(self, network: nn.Module, teacher: nn.Module) -> None:
+        ends = {m.original: m for m in network.modules() if isinstance(m, Substitute | RegionOutput)}
+        self.given: dict[str, Tensor] = {}
+        self.wanted: dict[str, Tensor] = {}
+        captured = capture(teacher, trainable=True, leaves=tuple(MODULES)).graph_module
+        missing = set(ends) - {node.name for node in captured.graph.nodes}
+        if not ends or missing:
+            raise InvalidInputError(
+                "features need a network that was made of the teacher by decouple or Planner.collapse; "
+                + (f"the teacher has no {sorted(missing)[0]}" if missing else "this one has no regions")
+            )
+        self.reader = _Reader(captured, set(ends))
+        self.hooks = [module.register_forward_hook(self._note(name)) for name, module in ends.items()]
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self.given[name] = output
+
+        return note
+
+    def teach(self, inputs: Any) -> Any:
+        """The teacher's output."""
+        output = self.reader.run(*batch_values(self.reader.graph_module, inputs))
+        self.wanted = self.reader.found
+        return output
+
+    def distance(self) -> Tensor:
+        """The mean over the regions of the squared error over the mean square."""
+        pairs = [(self.given[name].float(), wanted.float()) for name, wanted in self.wanted.items()]
+        return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in pairs]).mean()
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+class _Reader(fx.Interpreter):
+    """Runs a graph and keeps some of its values."""
+
+    def __init__(self, graph_module: fx.GraphModule, names: set[str]) -> None:
+        super().__init__(graph_module)
+        self.graph_module, self.names = graph_module, names
+        self.found: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.names:
+            self.found[n.name] = value
+        return value
 
 
 class _Bar:

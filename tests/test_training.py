@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from training_run import Pictures, decoupled, loader, network
 
 import elc_fx
+from elc_fx.training import _Features as Features
 from elc_fx.training import bears_channels_last
 
 SCRIPT = Path(__file__).parent / "training_run.py"
@@ -204,3 +205,32 @@ def test_events_for_tensorboard_have_a_number_for_each_epoch(monkeypatch: pytest
     history = elc_fx.finetune(network(), loader(), epochs=2, folder=tmp_path, tensorboard=True, progress=False)
     losses = [(value, step) for name, value, step in written if name == "loss"]
     assert losses == [(epoch.loss, epoch.number) for epoch in history.epochs]
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_features_at_the_ends_of_regions_come_closer(collapsed: bool) -> None:
+    teacher = trained_teacher()
+    data = [(torch.randn(16, 3, 8, 8), None) for _ in range(8)]
+    distances = []
+    for features in (0.0, 10.0):
+        if collapsed:
+            planner = elc_fx.Planner(teacher, data[0][0][:1], [x for x, _ in data], progress=False)
+            student: nn.Module = planner.collapse(planner.plan(elc_fx.Budget(flops=0.5)))
+        else:
+            student = decoupled(teacher)
+        options: dict[str, Any] = {"features": features, "distillation": 1.0, "progress": False}
+        elc_fx.finetune(student, data, teacher=teacher, epochs=6, **options)
+        assert not any(module._forward_hooks for module in student.modules())
+        seen = Features(student, teacher)
+        with torch.no_grad():
+            student(data[0][0])
+            seen.teach(data[0][0])
+        distances.append(float(seen.distance()))
+    assert distances[1] < 0.9 * distances[0]
+
+
+def test_features_need_a_network_of_the_teacher() -> None:
+    with pytest.raises(elc_fx.InvalidInputError, match="no regions"):
+        elc_fx.finetune(network(), loader(), teacher=network(), features=1.0, progress=False)
+    with pytest.raises(elc_fx.InvalidInputError, match="pass one"):
+        elc_fx.finetune(decoupled(network()), loader(), features=1.0, progress=False)

@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learning rate 0.01": {"learning_rate": 0.01},
     "factors, gates closed at once": {"start": "factors"},
     "batches of 64": {"batch": 64},
+    "features too, weight 1": {"features": 1.0},
     "temperature 2": {"temperature": 2.0},
     "no batch norm behind fitted convolutions": {"start": "bare"},
     "factors, gates closed over half": {"start": "factors", "gates": 0.5},

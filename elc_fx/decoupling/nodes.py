@@ -406,7 +406,11 @@ class RegionInput(nn.Module):
 
 
 class RegionOutput(RegionInput):
-    """Where it ends."""
+    """Where it ends. original: the node of the captured model whose value this is."""
+
+    def __init__(self, candidate: str, original: str) -> None:
+        super().__init__(candidate)
+        self.original = original
 
 
 def negative(ring: Padding) -> Padding:

@@ -172,7 +172,7 @@ class _Rewriter:
             node.replace_input_with(source, self.begin)
         end, _ = self._rewrite_parts(parts, self.begin, nothing)
         with self.graph.inserting_after(end):
-            marker = self._call(RegionOutput(candidate.full_name), f"{output.name}_region_output", end)
+            marker = self._call(RegionOutput(candidate.full_name, output.name), f"{output.name}_region_output", end)
         for node in readers:
             node.replace_input_with(end, marker)
         self.ends[output] = marker

@@ -30,11 +30,13 @@ ROUNDS = 8  # of moving the targets on a flat side
 class Substitute(nn.Module):
     """One convolution in the place of a region. Input and output as the region's.
 
-    norm: a batch norm behind it, for training; nothing until `normalise`.
+    norm: a batch norm behind it, for training; nothing until `normalise`. original: the node of the captured model
+    whose value this stands for.
     """
 
-    def __init__(self, fitted: AffineMap, dtype: torch.dtype) -> None:
+    def __init__(self, fitted: AffineMap, dtype: torch.dtype, original: str = "") -> None:
         super().__init__()
+        self.original = original
         self.geometry = fitted.geometry
         self.layer = layer_of(fitted, dtype)
         self.norm: nn.Module = nn.Identity()

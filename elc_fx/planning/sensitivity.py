@@ -220,7 +220,7 @@ class Sensitivity:
             windows[key] = Windows.of(sources, choice.geometry)
         there = replace(windows[key], geometry=replace(choice.geometry, bias=True))
         targets = [walk.env[region.output] for walk in given]
-        return Substitute(there.fit(targets, self._flat(region.output)), sources[0].dtype)
+        return Substitute(there.fit(targets, self._flat(region.output)), sources[0].dtype, region.output.name)
 
     def _flat(self, output: fx.Node) -> tuple[float, float]:
         """What the activation behind a value does not tell apart, if it is the value's only reader."""
