@@ -6,6 +6,7 @@ its own, so that a run that was killed and started again ends as one that was no
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import hashlib
@@ -15,7 +16,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,11 +232,11 @@ class Finetuning:
         self.features = self._features()
         self.trained = self.accelerator.prepare(network)
         try:
-            with self._bar() as bar:
+            with _randomness_of_the_caller(), self._bar() as bar:
                 for number in range(len(self.state.history), self.config.epochs):
-                    self._epoch(number, bar)
                     if self._impatient():
                         break
+                    self._epoch(number, bar)
         finally:
             self.trained = None
             if self.features is not None:
@@ -408,7 +409,7 @@ class Finetuning:
     def _impatient(self) -> bool:
         history = History(tuple(self.state.history))
         patience = self.config.patience
-        if patience is None or history.epochs[-1].score is None:
+        if patience is None or not history.epochs or history.epochs[-1].score is None:
             return False
         return history.epochs[-1].number - history.best.number >= patience
 
@@ -676,6 +677,18 @@ def _length(batches: Any) -> int:
     if not isinstance(batches, Sized) or not len(batches):
         raise InvalidInputError("train_data has no length, or is empty; give a DataLoader or a list of batches")
     return len(batches)
+
+
+@contextlib.contextmanager
+def _randomness_of_the_caller() -> Iterator[None]:
+    """Puts the random generators back as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _seed(seed: int) -> None:

@@ -93,12 +93,12 @@ def test_what_did_best_on_the_validation_data_remains() -> None:
     assert history.best.score == max(epoch.score for epoch in history.epochs if epoch.score is not None)
 
 
-def test_it_stops_when_nothing_gets_better() -> None:
+def test_it_stops_when_nothing_gets_better(tmp_path: Path) -> None:
     validation = [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]  # always half right
-    history = elc_fx.finetune(
-        network(), loader(), epochs=9, validation=validation, patience=2, learning_rate=1e-3, progress=False
-    )
-    assert len(history.epochs) == 3
+    options: dict[str, Any] = {"validation": validation, "patience": 2, "learning_rate": 1e-3, "folder": tmp_path}
+    for _ in range(2):  # the second time it only finds that it is done
+        history = elc_fx.finetune(network(), loader(), epochs=9, progress=False, **options)
+        assert len(history.epochs) == 3
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_stays(tmp_path: Path) -> None:
@@ -234,3 +234,11 @@ def test_features_need_a_network_of_the_teacher() -> None:
         elc_fx.finetune(network(), loader(), teacher=network(), features=1.0, progress=False)
     with pytest.raises(elc_fx.InvalidInputError, match="pass one"):
         elc_fx.finetune(decoupled(network()), loader(), features=1.0, progress=False)
+
+
+def test_the_callers_random_numbers_stay() -> None:
+    student, data = network(), loader()
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    elc_fx.finetune(student, data, epochs=1, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
