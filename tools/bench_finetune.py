@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "weight decay 1e-4": {"weight_decay": 1e-4},
     "factors, gates closed by depth": {"start": "factors", "gates": 0.5, "gate_order": "depth"},
     "learning rate 0.1": {"learning_rate": 0.1},
+    "temperature 8": {"temperature": 8.0},
+    "features too, weight 10": {"features": 10.0},
 }
 
 
