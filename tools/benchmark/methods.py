@@ -1,0 +1,125 @@
+"""The ways to a cheaper network that are compared. Each gives a network to train, at about the same FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import elc_fx
+from benchmark import pruning
+from cifar_models import load
+from elc_fx import data as pictures
+
+CALIBRATION, CALIBRATION_BATCH, SCORED_BATCH = 1024, 128, 250
+HELD_OUT = 0.1
+FROM_SCRATCH = {"learning_rate": 0.1}  # random weights need more than trained ones
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained network, images, a budget (share of the FLOPs) and a seed. cache: a folder for losses."""
+
+    weights: Path
+    data: Path
+    budget: float
+    seed: int
+    cache: Path
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return load(self.weights)
+
+    @cached_property
+    def images(self) -> tuple[pictures.Images, pictures.Images]:
+        """To train on, and held out."""
+        images = pictures.load(self.data)
+        assert images is not None
+        return images.split(HELD_OUT)
+
+    @cached_property
+    def calibration(self) -> list[Tensor]:
+        drawn = torch.randperm(len(self.images[0]), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
+        return list(self.images[0].taken(drawn).inputs().split(CALIBRATION_BATCH))
+
+    @property
+    def x(self) -> Tensor:
+        return self.calibration[0][:1]
+
+    def planner(self, **options: Any) -> elc_fx.Planner:
+        return elc_fx.Planner(self.model, self.x, self.calibration, cache=self.cache, **options)
+
+    @cached_property
+    def planned(self) -> elc_fx.Planner:
+        """The planner as users get it."""
+        return self.planner()
+
+    @cached_property
+    def plan(self) -> elc_fx.Plan:
+        return self.planned.plan(elc_fx.Budget(flops=self.budget))
+
+    def fitted(self, losses: Any) -> nn.Module:
+        """The network of the plan that another table of losses leads to, its convolutions fitted as always."""
+        planner = elc_fx.Planner(self.model, self.x, loss=losses)
+        return self.planned.collapse(planner.plan(elc_fx.Budget(flops=self.budget)))
+
+
+@dataclass(frozen=True)
+class Method:
+    """What it is, how its network is made, and what of the training differs. epochs: times those of the others."""
+
+    what: str
+    network: Callable[[Task], nn.Module]
+    options: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 1
+
+
+def _planned(task: Task) -> nn.Module:
+    return task.planned.collapse(task.plan)
+
+
+def _decoupled(task: Task) -> nn.Module:
+    return elc_fx.decouple(task.model, task.plan, task.calibration)
+
+
+def _pruned(task: Task) -> nn.Module:
+    assert task.plan.prediction is not None
+    share = task.plan.prediction.after.flops / task.plan.prediction.before.flops
+    train, _ = task.images
+    return pruning.pruned(task.model, task.x, share, pruning.chosen(), train)
+
+
+def _random(task: Task) -> nn.Module:
+    network = _planned(task)
+    torch.manual_seed(task.seed)
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return network
+
+
+def _grown(task: Task) -> nn.Module:
+    """Of each candidate only the form whose kernels are all kept: they add up."""
+    whole = {c.candidate.full_name: float(len(c.candidate.layers)) for c in task.planned.choices if _keeps_all(c)}
+    return task.fitted(whole)
+
+
+def _keeps_all(choice: Any) -> bool:
+    return not choice.candidate.kernels
+
+
+METHODS = {
+    "elc": Method("planned, fitted, trained", _planned),
+    "torch-pruning": Method("channels pruned by Torch-Pruning", _pruned),
+    "scratch": Method("the same layers as elc, random weights", _random, FROM_SCRATCH),
+    "scratch-3x": Method("the same, three times as many epochs", _random, FROM_SCRATCH, 3),
+    "uniform": Method("the fewest layers that meet the budget, without a plan", lambda task: task.fitted("uniform")),
+    "gates": Method("elc's plan, decoupled, gates closed over half of the steps", _decoupled, {"gates": 0.5}),
+    "at-once": Method("elc's plan, decoupled, gates closed at once", _decoupled),
+    "grown": Method("without kernel control: merged kernels keep all that the kernels add up to", _grown),
+}

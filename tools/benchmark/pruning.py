@@ -1,0 +1,105 @@
+"""Channel pruning by Torch-Pruning (https://pypi.org/project/torch-pruning), to a share of the FLOPs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+import elc_fx
+import provenance
+import terminal
+from cifar_models import load
+from elc_fx import data as pictures
+
+RESULT = provenance.RESULTS / "benchmark_importance.json"
+IMPORTANCES = ("GroupMagnitude", "GroupTaylor", "BNScale", "LAMP", "FPGM")
+SCOPES = ("global", "local")  # one ranking of all layers, or one for each
+TOLERANCE = 0.01  # of the FLOPs
+BISECTIONS = 20
+
+
+def pruned(
+    model: nn.Module, x: Tensor, share: float, importance: tuple[str, str], images: pictures.Images
+) -> nn.Module:
+    """A copy of the model with so many channels less that its FLOPs are the share, within `TOLERANCE`."""
+    wanted = share * elc_fx.measure(model, x).flops
+    low, high = 0.0, 0.95
+    best: tuple[float, nn.Module] | None = None
+    for _ in range(BISECTIONS):
+        ratio = (low + high) / 2
+        network = _at(model, x, ratio, importance, images)
+        error = elc_fx.measure(network, x).flops / wanted - 1
+        if best is None or abs(error) < best[0]:
+            best = abs(error), network
+        low, high = (ratio, high) if error > 0 else (low, ratio)
+    assert best is not None
+    if best[0] > TOLERANCE:
+        raise RuntimeError(f"pruning comes within {best[0]:.1%} of the FLOPs only")
+    return best[1]
+
+
+def _at(model: nn.Module, x: Tensor, ratio: float, importance: tuple[str, str], images: pictures.Images) -> nn.Module:
+    import torch_pruning
+
+    network = copy.deepcopy(model).eval().requires_grad_(True)
+    name, scope = importance
+    judge = getattr(torch_pruning.importance, f"{name}Importance")()
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
+    pruner = torch_pruning.pruner.BasePruner(
+        network, x, importance=judge, pruning_ratio=ratio, global_pruning=scope == "global", ignored_layers=last,
+        max_pruning_ratio=0.9,
+    )  # fmt: skip
+    if name == "GroupTaylor":
+        inputs, labels = next(images.taken(slice(256)).batches(256))
+        F.cross_entropy(network(inputs), labels).backward()
+    pruner.step()
+    return network.requires_grad_(True)
+
+
+def chosen() -> tuple[str, str]:
+    """The importance that did best in `choose`. Raises FileNotFoundError where none was measured."""
+    rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
+    best = max(rows, key=lambda row: row["after"])
+    return best["importance"], best["scope"]
+
+
+def choose(
+    weights: Annotated[Path, typer.Option(help="A weight file of a CIFAR network.")],
+    data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an archive.")],
+    share: Annotated[float, typer.Option(help="Of the FLOPs.")] = 0.5,
+    images: Annotated[int, typer.Option(help="That are trained on, once.")] = 11250,
+) -> None:
+    """Which importance Torch-Pruning does best with: a quarter of an epoch each, accuracy on held-out training images.
+
+    Stores docs/results/benchmark_importance.json.
+    """
+    from benchmark.methods import HELD_OUT, SCORED_BATCH
+
+    run = provenance.collect()
+    model, known = load(weights), pictures.load(data)
+    assert known is not None
+    train, kept = known.split(HELD_OUT)
+    held_out = list(kept.batches(SCORED_BATCH))
+    rows: list[dict[str, Any]] = []
+    for name, scope in terminal.tracked(list(itertools.product(IMPORTANCES, SCOPES)), str):
+        torch.manual_seed(0)
+        network = pruned(model, held_out[0][0][:1], share, (name, scope), train)
+        loader = train.taken(slice(images)).loader(128)
+        before = _accuracy(network.eval(), held_out)
+        elc_fx.finetune(network, loader, teacher=model, epochs=1, progress=False)
+        rows.append({"importance": name, "scope": scope, "before": before, "after": _accuracy(network, held_out)})
+        print(rows[-1], flush=True)
+        provenance.store(RESULT, run, {"network": weights.stem, "share": share, "images": images, "rows": rows})
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
+    return sum(int((network(x).argmax(1) == y).sum()) for x, y in batches) / sum(len(y) for _, y in batches)

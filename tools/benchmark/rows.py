@@ -1,0 +1,87 @@
+"""One row of the benchmark: make a network, fine-tune it, merge it, score it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+import elc_fx
+import provenance
+from benchmark.methods import METHODS, SCORED_BATCH, Task
+from elc_fx import data as pictures
+from elc_fx import exporting
+
+FOLDER = provenance.RESULTS / "benchmark"
+RUNS = provenance.ROOT.parent / "elc_fx_benchmark"
+BATCH = 128
+
+
+def train(
+    weights: Annotated[Path, typer.Option(help="A weight file of a CIFAR network.")],
+    data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an archive.")],
+    method: Annotated[list[str], typer.Option(help=f"{', '.join(METHODS)}; several times for several.")],
+    budget: Annotated[float, typer.Option(help="Share of the FLOPs.")] = 0.5,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 10,
+    seed: Annotated[int, typer.Option(help="Of all that is random in the training.")] = 0,
+    runs: Annotated[Path, typer.Option(help="Where checkpoints and networks are kept.")] = RUNS,
+) -> None:
+    """Makes, trains and scores a network for each method; what is stored is not run again."""
+    unknown = [name for name in method if name not in METHODS]
+    if unknown:
+        raise typer.BadParameter(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    run = provenance.collect()
+    for name in method:
+        stem = f"{weights.stem}-{name}-{budget:g}-{epochs}-{seed}"
+        if (FOLDER / f"{stem}.json").exists():
+            print(f"{stem} is there")
+            continue
+        task = Task(weights, data, budget, seed, runs / "losses")
+        key = {"network": weights.stem, "method": name, "budget": budget, "epochs": epochs, "seed": seed}
+        try:
+            row = trained(task, name, epochs, runs / stem)
+        except elc_fx.PlanError as error:
+            row = {"unreachable": str(error)}
+        provenance.store(FOLDER / f"{stem}.json", run, key | row)
+
+
+def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
+    """What came of it; the network is written to the folder as model.pt2."""
+    method, (train, kept) = METHODS[name], task.images
+    torch.manual_seed(task.seed)
+    network = method.network(task)
+    held_out = list(kept.batches(SCORED_BATCH))
+    untrained = _accuracy(network.eval(), kept)
+    history = elc_fx.finetune(
+        network,
+        train.loader(BATCH),
+        teacher=task.model,
+        epochs=method.epochs * epochs,
+        validation=held_out,
+        folder=folder / "work",
+        seed=1000 * task.seed,
+        **method.options,
+    )
+    if isinstance(network, elc_fx.DecoupledModule):
+        network = elc_fx.merge(network)
+    small = elc_fx.compile(network, task.x)
+    exporting.save(exporting.export(small, (task.x,)), folder / "model.pt2")
+    test = pictures.load(task.data, "test")
+    assert test is not None
+    comparison = elc_fx.compare(task.model, small, task.x)
+    return {
+        "held_out": [untrained, _accuracy(small, kept)],
+        "test": [_accuracy(task.model, test), _accuracy(small, test)],
+        "before": comparison.before.to_dict(),
+        "after": comparison.after.to_dict(),
+        "history": [asdict(epoch) for epoch in history.epochs],
+    }
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, images: pictures.Images) -> float:
+    return sum(int((network(x).argmax(1) == y).sum()) for x, y in images.batches(SCORED_BATCH)) / len(images)

@@ -1,0 +1,4 @@
+"""Tables and plots from what is stored."""
+
+
+def show() -> None: ...
