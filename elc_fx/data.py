@@ -1,19 +1,24 @@
 """Labelled images from whatever they come in, as tensors.
 
-A data set is a directory or a tar archive (.tar, .tar.gz, .tar.xz …; read without unpacking), and holds either
+A data set is a directory, a zip or a tar archive (.tar, .tar.gz, .tar.xz …; read without unpacking), and holds either
 
-- images in folders, `train/CLASS/IMAGE.jpg` and, where there is one, `test/CLASS/IMAGE.jpg` (or `val/`); any image type
-  that Pillow reads; or `CLASS/IMAGE.jpg`, which are all for training; or
+- images in folders, `train/CLASS/IMAGE.jpg` and, where there is one, `test/CLASS/IMAGE.jpg` (or else `val/`); or
+  `CLASS/IMAGE.jpg`, which are all for training; an image may also lie deeper in the folder of its class; or
 - the original "python" files of CIFAR-10, `data_batch_1` … `data_batch_5` and `test_batch`, with `batches.meta`,
 
-at its top or inside one enclosing folder, as archives have it.
+at its top or inside one enclosing folder, as archives have it. Names that begin with a dot are left out.
 """
 
 from __future__ import annotations
 
 import io
+import lzma
+import os
 import pickle
+import re
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,8 +36,13 @@ from elc_fx.errors import ElcError
 
 Split = Literal["train", "test"]
 Entry = tuple[PurePosixPath, Callable[[], bytes]]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
-FOLDERS: dict[str, Split] = {"train": "train", "test": "test", "val": "test", "validation": "test"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"}
+FOLDERS: dict[Split, tuple[tuple[str, ...], ...]] = {  # which of several is taken: of the first group that is there
+    "train": (("train", "training"),),
+    "test": (("test", "testing"), ("val", "valid", "validation")),
+}
+PICKLES: dict[Split, str] = {"train": r"data_batch_\d+", "test": r"test_batch"}
+META = "batches.meta"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, with which most networks are trained
 MOST_BYTES = 8 * 2**30  # of pixels; all images are held in memory
 
@@ -127,26 +137,19 @@ def load(path: Path, split: Split = "train", shape: tuple[int, int, int] | None 
     """
     if not path.exists():
         raise DataError(f"there is no data set at {path}")
-    pictures: dict[Split | None, list[tuple[str, PurePosixPath, bytes]]] = {"train": [], "test": [], None: []}
-    pickles: dict[str, dict[bytes, Any]] = {}
     try:
-        for name, read in _entries(path):
-            if name.suffix.lower() in IMAGE_SUFFIXES:
-                own, label = _place(name)
-                if label is not None and own in (split, None):
-                    pictures[own].append((label, name, read()))
-            elif _is_pickle(name, split):
-                pickles[name.name] = _Unpickler(io.BytesIO(read()), encoding="bytes").load()
-            elif _is_pickle(name, "test" if split == "train" else "train"):
-                pickles.setdefault("batches.meta", {})
-    except (OSError, EOFError, tarfile.TarError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if pictures[split]:
-        return _from_pictures(path, sorted(pictures[split]), shape)
-    if pickles.keys() - {"batches.meta"}:
-        return _from_pickles(pickles, shape)
-    if pictures[None] and split == "train":
-        return _from_pictures(path, sorted(pictures[None]), shape)
+        names = [name for name, _ in _entries(path)]
+        labels = _labels([name for name in names if name.suffix.lower() in IMAGE_SUFFIXES], split)
+        pickled = {name for name in names if re.fullmatch(PICKLES[split], name.name)}
+        wanted = pickled | {name for name in names if name.name == META} if pickled else set(labels)
+        contents = {name: read() for name, read in _entries(path) if name in wanted}
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        kinds = "" if path.is_dir() else " as a tar or zip archive"
+        raise DataError(f"{path} cannot be read{kinds}: {type(error).__name__}: {error}") from error
+    if pickled:
+        return _from_pickles(path, contents, shape)
+    if labels:
+        return _from_pictures(path, sorted((labels[name], name, contents[name]) for name in labels), shape)
     if split == "test":
         return None
     raise DataError(
@@ -155,45 +158,98 @@ def load(path: Path, split: Split = "train", shape: tuple[int, int, int] | None 
     )
 
 
-def _place(name: PurePosixPath) -> tuple[Split | None, str | None]:
-    """The split and the class of a picture: SPLIT/CLASS/IMAGE or CLASS/IMAGE, possibly in one enclosing folder."""
-    parts = [part for part in name.parts if part != "."]
-    if len(parts) in (3, 4) and parts[-3] in FOLDERS:
-        return FOLDERS[parts[-3]], parts[-2]
-    if len(parts) in (2, 3) and parts[-2] not in FOLDERS:
-        return None, parts[-2]
-    return None, None
+def _labels(pictures: Sequence[PurePosixPath], split: Split) -> dict[PurePosixPath, str]:
+    """The class of each picture of a split, by the folder that it is in."""
+    parts = {name: tuple(part for part in name.parts if part not in (".", "/")) for name in pictures}
+    while parts and len({own[0] for own in parts.values()}) == 1 and all(len(own) > 2 for own in parts.values()):
+        if next(iter(parts.values()))[0].lower() in _named_for_splits():
+            break
+        parts = {name: own[1:] for name, own in parts.items()}  # an enclosing folder
+    tops = {own[0].lower() for own in parts.values() if len(own) > 2}
+    groups = [group for group in FOLDERS[split] if tops & set(group)]
+    if groups:
+        return {name: own[1] for name, own in parts.items() if len(own) > 2 and own[0].lower() in groups[0]}
+    if split == "test" or (tops and tops <= _named_for_splits()):
+        return {}
+    return {name: own[0] for name, own in parts.items() if len(own) > 1}
+
+
+def _named_for_splits() -> set[str]:
+    return {name for groups in FOLDERS.values() for group in groups for name in group}
 
 
 def _entries(path: Path) -> Iterator[Entry]:
     """The files, by their names inside the data set. Read each before asking for the next: an archive is one stream."""
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                yield PurePosixPath(file.relative_to(path).as_posix()), file.read_bytes
-        return
-    with tarfile.open(path, "r|*") as archive:
+        entries = _in_directory(path)
+    elif zipfile.is_zipfile(path):
+        entries = _in_zip(path)
+    else:
+        entries = _in_tar(path)
+    return (entry for entry in entries if not any(p.startswith(".") and p != "." for p in entry[0].parts))
+
+
+def _in_directory(path: Path) -> Iterator[Entry]:
+    seen: set[str] = set()
+    for folder, below, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        below[:] = [] if real in seen else sorted(below)
+        for file in sorted(files) if real not in seen else ():
+            own = Path(folder, file)
+            yield PurePosixPath(own.relative_to(path).as_posix()), own.read_bytes
+        seen.add(real)
+
+
+def _in_zip(path: Path) -> Iterator[Entry]:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield PurePosixPath(member.filename), partial(archive.read, member)
+
+
+def _in_tar(path: Path) -> Iterator[Entry]:
+    with tarfile.open(path, "r:*", tarinfo=_Member) as archive:
         for member in archive:
-            if member.isfile():
+            if member.isfile() or member.islnk() or member.issym():
                 yield PurePosixPath(member.name), partial(_content, archive, member)
+        while archive.fileobj is not None and archive.fileobj.read(2**20):
+            pass  # its check sum comes last
+
+
+class _Member(tarfile.TarInfo):
+    """tarfile takes a damaged header for the end of the archive, without a word."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset:,}: {error}") from error
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    stream = archive.extractfile(member)
-    assert stream is not None, f"{member.name} is no regular file"
+    try:
+        stream = archive.extractfile(member)
+    except KeyError:
+        stream = None
+    if stream is None:
+        raise tarfile.ReadError(f"{member.name} is a link to what is not in the archive")
     return stream.read()
 
 
-def _is_pickle(name: PurePosixPath, split: Split) -> bool:
-    return name.name == "batches.meta" or name.name.startswith("test_batch" if split == "test" else "data_batch_")
+NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric", "numpy")
+NAMES = {("_codecs", "encode")} | {
+    (module, name) for module in NUMPY for name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
+}
 
 
 class _Unpickler(pickle.Unpickler):
     """Reads arrays and plain values only: a data set has no business naming any other class."""
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = {"_reconstruct", "ndarray", "dtype", "scalar"} if module.startswith("numpy") else {"encode"}
-        if name not in allowed or module.partition(".")[0] not in ("numpy", "_codecs"):
+        if (module, name) not in NAMES:
             raise pickle.UnpicklingError(f"the data set asks for {module}.{name}, which CIFAR files never do")
         return super().find_class(module, name)
 
@@ -208,7 +264,7 @@ def _from_pictures(
             picture: Image.Image = Image.open(io.BytesIO(content))
             shape = shape or (3, picture.height, picture.width)
             channels, height, width = shape
-            picture = picture.convert("L" if channels == 1 else "RGB")
+            picture = _eight_bits(picture).convert("L" if channels == 1 else "RGB")
             if picture.size != (width, height):
                 picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
         except Exception as error:  # whatever Pillow runs into on damaged data
@@ -226,17 +282,40 @@ def _from_pictures(
     return Images(torch.from_numpy(pixels), labels, classes)
 
 
-def _from_pickles(pickles: dict[str, dict[bytes, Any]], shape: tuple[int, int, int] | None) -> Images:
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Pillow would cut larger numbers off, not scale them."""
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating point numbers, of which nobody says what is white")
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture).astype(np.int64)
+    return Image.fromarray((values if values.max() < 256 else values >> 8).clip(0, 255).astype(np.uint8))
+
+
+def _from_pickles(path: Path, contents: dict[PurePosixPath, bytes], shape: tuple[int, int, int] | None) -> Images:
     """Rows of 3072 bytes, one colour plane after the other."""
     if shape is not None and shape != (3, 32, 32):
         raise DataError(f"CIFAR's images are 3×32×32, and {'×'.join(map(str, shape))} is wanted")
-    meta = pickles.pop("batches.meta", {})
-    batches = [pickles[name] for name in sorted(pickles)]
-    try:
-        pixels = np.concatenate([np.asarray(batch[b"data"], dtype=np.uint8) for batch in batches])
-        labels = torch.tensor([label for batch in batches for label in batch[b"labels"]])
-        images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"this is no batch of CIFAR-10: {error}") from error
-    named = tuple(name.decode() for name in meta.get(b"label_names", ()))
-    return Images(images, labels, named or tuple(map(str, range(int(labels.max()) + 1))))
+    named: tuple[str, ...] = ()
+    pixels, labels = [], []
+    for name, content in sorted(contents.items()):
+        try:
+            found = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+            if name.name == META:
+                named = tuple(label.decode() for label in found[b"label_names"])
+                continue
+            rows, own = np.asarray(found[b"data"]), np.asarray(found[b"labels"])
+            if rows.dtype != np.uint8 or rows.shape != (len(own), 3072) or not np.issubdtype(own.dtype, np.integer):
+                raise ValueError(f"pixels {rows.dtype}{list(rows.shape)}, labels {own.dtype}{list(own.shape)}")
+        except Exception as error:  # whatever unpickling runs into
+            problem = f"{type(error).__name__}: {error}"
+            raise DataError(f"{path}: {name} is no batch of CIFAR-10 that can be read: {problem}") from error
+        pixels.append(rows)
+        labels.append(own)
+    joined = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+    classes = named or tuple(map(str, range(max(10, int(joined.max()) + 1))))
+    if joined.numel() and not (int(joined.min()) >= 0 and int(joined.max()) < len(classes)):
+        raise DataError(
+            f"{path}: labels go from {joined.min()} to {joined.max()}, and there are {len(classes)} classes"
+        )
+    return Images(torch.from_numpy(np.concatenate(pixels).reshape(-1, 3, 32, 32)), joined, classes)

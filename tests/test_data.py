@@ -1,6 +1,7 @@
 """Data sets in every layout, damaged ones, and the networks of tools/cifar_models.py."""
 
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -167,3 +168,98 @@ def test_weights_say_which_network_they_are_for(network: torch.nn.Module, tmp_pa
     image = torch.rand(1, 3, 32, 32)
     assert not loaded.training
     torch.testing.assert_close(loaded(image), network.eval()(image), rtol=1e-2, atol=1e-2)
+
+
+# Found by a fresh view: what was read wrongly without a word, or failed with an error of something else.
+
+
+def _pictures(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PIXELS[0]).save(root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "test"),
+    [
+        (("Train/a/0.png", "Train/b/1.png", "Test/a/2.png", "Test/b/3.png"), ["a", "b"], ["a", "b"]),
+        (("training/a/0.png", "testing/b/1.png"), ["a"], ["b"]),
+        (("train/a/0.png", "valid/b/1.png"), ["a"], ["b"]),
+        (("train/a/0.png", "val/b/1.png", "test/c/2.png"), ["a"], ["c"]),
+        (("cats/2019/0.png", "dogs/2019/1.png"), ["cats", "dogs"], None),
+        (("train/cats/more/0.png", "train/dogs/1.png"), ["cats", "dogs"], None),
+        (("pass/0.png", "test/1.png"), ["pass", "test"], None),
+        (("enclosing/train/a/0.png", "enclosing/test/b/1.png"), ["a"], ["b"]),
+        (("a/0.tif", "b/1.gif", ".ipynb_checkpoints/2.png", "b/._1.png"), ["a", "b"], None),
+    ],
+)
+def test_layouts(names: tuple[str, ...], train: list[str], test: list[str] | None, tmp_path: Path) -> None:
+    root = _pictures(tmp_path / "root", *names)
+    assert list(loaded(root, "train").classes) == train
+    found = data.load(root, "test")
+    assert (None if found is None else list(found.classes)) == test
+
+
+def test_links_to_folders_are_followed_and_circles_are_not(tmp_path: Path) -> None:
+    elsewhere = _pictures(tmp_path / "elsewhere", "0.png")
+    root = _pictures(tmp_path / "root", "a/0.png")
+    (root / "b").symlink_to(elsewhere)
+    (root / "a" / "around").symlink_to(root)
+    assert list(loaded(root, "train").classes) == ["a", "b"]
+
+
+def test_zip(folders: Path, tmp_path: Path) -> None:
+    archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", folders)
+    _check(loaded(Path(archive)))
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
+def test_a_cut_or_changed_archive_is_never_a_smaller_data_set(suffix: str, folders: Path) -> None:
+    whole = _archive(folders, suffix, f"w:{suffix[5:]}", ".")
+    content = bytearray(whole.read_bytes())
+    with tarfile.open(whole) as archive:
+        headers = [member.offset for member in archive.getmembers()]
+    damaged = whole.with_name(f"damaged{suffix}")
+    for position in (
+        headers[1:] if suffix == ".tar" else range(100, len(content), len(content) // 20)
+    ):  # behind its own header
+        damaged.write_bytes(content[:position])
+        with pytest.raises(data.DataError):
+            data.load(damaged)
+        changed = bytearray(content)
+        changed[position + 150 if suffix == ".tar" else position] ^= 0xFF  # in the check sum of a header
+        damaged.write_bytes(changed)
+        with pytest.raises(data.DataError):
+            data.load(damaged)
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a" / "0.png")
+    assert loaded(tmp_path, "train").pixels[0, 0].tolist() == (values >> 8).tolist()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cnumpy.f2py.__main__\nndarray\n.",
+        pickle.dumps({b"data": np.zeros((3, 3072), np.uint8), b"labels": [0, 1]}, 2),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1, 1]}, 2),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, -1]}, 2),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 7]}, 2),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0.5, 1.0]}, 2),
+        pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}, 2),
+        pickle.dumps([1], 2),
+    ],
+)
+def test_what_no_batch_of_cifar_holds(content: bytes, batches: Path) -> None:
+    (batches / "cifar-10-batches-py" / "data_batch_1").write_bytes(content)
+    with pytest.raises(data.DataError):
+        data.load(batches)
+
+
+def test_notes_beside_batches_are_no_batch(batches: Path) -> None:
+    (batches / "cifar-10-batches-py" / "data_batch_notes.txt").write_text("notes")
+    assert len(loaded(batches, "train")) == 2
