@@ -69,8 +69,8 @@ Examples:
 """
 COMPRESS_HELP = """Compress a trained classifier to a budget: plan, merge, fine-tune, verify, write.
 
-DATA holds images as train/CLASS/IMAGE (and test/CLASS/IMAGE), as CLASS/IMAGE, or CIFAR-10's own files; in a folder or a
-tar archive. A share of the training images is held out to choose the best epoch; test images only give the last
+DATA holds images as train/CLASS/IMAGE (and test/CLASS/IMAGE), as CLASS/IMAGE, or CIFAR-10's own files; in a folder, or
+a tar or zip archive. A share of the training images is held out to choose the best epoch; test images only give the last
 figure. OUT gets the network (model.pt2, model.safetensors, with --onnx model.onnx), plan.json, report.html, report.json
 and metrics.csv. A run that was killed goes on with the same command.
 
@@ -103,6 +103,8 @@ class _OneLineErrors(TyperGroup):
         except typer.Abort:
             _complain("interrupted")
             sys.exit(INTERRUPTED)
+        if code == INTERRUPTED:  # what newer releases of typer give instead
+            _complain("interrupted")
         sys.exit(code or 0)
 
 
@@ -195,15 +197,18 @@ def plan_command(
 ) -> None:
     with _one_line_errors(debug):
         source, limits, shape = _parsed_spec(spec), _parsed_budget(budget), _parsed_size(size)
-        model = _model(source, weights, None)
-        images = pictures.load(data, "train", shape)
-        assert images is not None  # or a DataError
-        drawn = images.taken(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:SAMPLES])
-        batches = list(drawn.inputs().split(job.CALIBRATION_BATCH))
-        options: dict[str, Any] = {"backend": backend, "cache": cache}
-        plan = elc_fx.plan(model, batches[0][:1], limits, batches, **options)
+        _require_writable(save)
+        with contextlib.redirect_stdout(sys.stderr):
+            model = _model(source, weights, None)
+            images = pictures.load(data, "train", shape)
+            assert images is not None  # or a DataError
+            drawn = images.taken(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:SAMPLES])
+            batches = list(drawn.inputs().split(job.CALIBRATION_BATCH))
+            job.check_classes(model, batches[0][:1], images)
+            options: dict[str, Any] = {"backend": backend, "cache": cache}
+            plan = elc_fx.plan(model, batches[0][:1], limits, batches, **options)
         if save:
-            save.write_text(plan.to_json(), encoding="utf-8")
+            exporting.write(save, plan.to_json().encode())
         typer.echo(plan.to_json() if as_json else str(plan))
 
 
@@ -226,20 +231,22 @@ def compress_command(
 ) -> None:
     with _one_line_errors(debug):
         source, limits, shape = _parsed_spec(spec), _parsed_budget(budget), _parsed_size(size)
-        model = _model(source, weights, None)
         options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-        result = job.run(
-            model,
-            data,
-            limits,
-            out,
-            shape=shape,
-            held_out=held_out,
-            batch=batch,
-            onnx=onnx,
-            say=lambda message: typer.echo(f"elc-fx: {message}", err=True),
-            **options,
-        )
+        if weights is not None and weights.resolve().parent == out.resolve() and weights.name in job.RESULTS:
+            raise InvalidInputError(f"{weights} would be overwritten by the result; give another --out")
+        with contextlib.redirect_stdout(sys.stderr):
+            result = job.run(
+                _model(source, weights, None),
+                data,
+                limits,
+                out,
+                shape=shape,
+                held_out=held_out,
+                batch=batch,
+                onnx=onnx,
+                say=lambda message: typer.echo(f"elc-fx: {message}", err=True),
+                **options,
+            )
         typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
 
 
@@ -326,6 +333,12 @@ def _require_saveable(file: Path | None, sizes: list[tuple[int, ...]]) -> None:
         return
     if not sizes:
         raise typer.BadParameter("the export needs --input as well", param_hint="--save")
+    _require_writable(file)
+
+
+def _require_writable(file: Path | None) -> None:
+    if file is None:
+        return
     if not file.parent.is_dir():
         raise exporting.ExportError(f"cannot write {file}: there is no directory {file.parent}")
     if file.is_dir():

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.planner import SAMPLES, Planner
 from elc_fx.report import Report
-from elc_fx.training import FinetuneConfig, Finetuning
+from elc_fx.training import FinetuneConfig, Finetuning, randomness_of_the_caller, seed_all
 
 
 def compress(
@@ -43,9 +42,9 @@ def compress(
         raise InvalidInputError("example_inputs are missing: the costs that a budget limits are those of their shapes")
     if calibration is None and finetune is None:
         raise InvalidInputError("calibration is missing: give batches of the training set")
-    source = calibration if calibration is not None else finetune.train_data if finetune is not None else ()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)  # a loader that shuffles gives the same batches when a killed run begins again
+    with randomness_of_the_caller():
+        seed_all(0)  # a loader that shuffles gives the same batches when a killed run begins again
+        source = calibration if calibration is not None else _inputs(finetune)
         batches = list(_first(source, SAMPLES))
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
     planner = Planner(model, example_inputs, batches, fine_tuned=finetune is not None, cache=folder)
@@ -60,6 +59,14 @@ def compress(
     report: Report = getattr(small, REPORT)
     setattr(small, REPORT, replace(report, plan=plan, epochs=() if history is None else history.epochs))
     return small
+
+
+def _inputs(finetune: FinetuneConfig | None) -> Iterator[Any]:
+    """Of the pairs (inputs, target) that are trained on."""
+    for batch in () if finetune is None else finetune.train_data:
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
+        yield batch[0]
 
 
 def _first(batches: Any, samples: int) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from elc_fx.errors import ElcError
+from elc_fx.files import write_whole
 
 
 class ExportError(ElcError):
@@ -44,42 +45,54 @@ def export(model: nn.Module, inputs: Sequence[Tensor]) -> Exported:
 
 
 def save(exported: Exported, file: Path) -> None:
-    """Writes the program to a new file and renames it, so that a failure leaves the old file. Raises ExportError."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as stream:
-            torch.export.save(exported.program, stream)
-        unfinished.replace(file)
-    except OSError as error:
-        raise ExportError(f"cannot write {file}: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Writes the program, whole or not at all. Raises ExportError."""
+    write(file, to_bytes(exported))
+
+
+def to_bytes(exported: Exported) -> bytes:
+    """What a .pt2 file holds. (On a full disk, torch's writer would abort the process.)"""
+    stream = io.BytesIO()
+    torch.export.save(exported.program, stream)
+    return stream.getvalue()
 
 
 def save_onnx(model: nn.Module, inputs: Sequence[Tensor], file: Path) -> None:
     """Writes the model as ONNX, for any batch size, whole or not at all. Raises ExportError."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        import onnxscript  # noqa: F401 (which torch's exporter needs)
+    write(file, onnx_bytes(model, inputs))
 
-        several = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
-        batch = Dim("batch")
+
+def require_onnx() -> None:
+    """Raises ExportError where ONNX cannot be written; call it before long work."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401 (which torch's exporter needs)
+    except ImportError as error:
+        raise ExportError(f"{error.name} is not installed; pip install 'elc_fx[onnx]'") from error
+
+
+def onnx_bytes(model: nn.Module, inputs: Sequence[Tensor]) -> bytes:
+    """The model as ONNX, for any batch size. Raises ExportError."""
+    require_onnx()
+    several = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
+    batch = Dim("batch")
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what torch's exporter uses itself
             program = torch.onnx.export(
                 model, several, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False
             )
         assert program is not None
-        unfinished.write_bytes(program.model_proto.SerializeToString())
-        unfinished.replace(file)
-    except ImportError as error:
-        raise ExportError(f"{error.name} is not installed; pip install 'elc_fx[onnx]'") from error
-    except OSError as error:
-        raise ExportError(f"cannot write {file}: {error}") from error
+        return bytes(program.model_proto.SerializeToString())
     except Exception as error:  # whatever torch's exporter runs into
         raise ExportError(f"torch.onnx.export refuses the model: {_first_line(error)}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+
+def write(file: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all. Raises ExportError."""
+    try:
+        write_whole({file: content})
+    except OSError as error:
+        raise ExportError(f"cannot write {file}: {error}") from error
 
 
 def _with_any_batch(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:

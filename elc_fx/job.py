@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from tabulate import tabulate
 from torch import nn
 
@@ -20,14 +19,17 @@ from elc_fx import exporting
 from elc_fx.api import compile, report_of
 from elc_fx.comparison import Comparison, compare
 from elc_fx.errors import InvalidInputError
+from elc_fx.files import write_whole
 from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
 from elc_fx.report.page import page
-from elc_fx.training import METRICS, FinetuneConfig
+from elc_fx.training import METRICS, FinetuneConfig, TrainingError, fingerprint, metrics
 
 CALIBRATION_BATCH = 128
 SCORED_BATCH = 250
 WORK = "work"  # inside the output folder: losses, checkpoints
+JOB = "job.json"  # inside that: what the folder is of
+RESULTS = ("model.pt2", "model.safetensors", "model.onnx", "plan.json", "report.json", "report.html", METRICS)
 
 
 @dataclass(frozen=True)
@@ -106,25 +108,31 @@ def run(
     Raises:
         DataError: the data set is missing, damaged, or has other classes than the model.
         PlanError: the budget cannot be met.
-        TrainingError, ExportError: training cannot go on; the result cannot be written.
+        TrainingError: training cannot go on, or `folder` holds a run with another model, data set or other options.
+        ExportError: the result cannot be written.
     """
     if not 0 < held_out < 1:
         raise InvalidInputError(f"held_out is {held_out!r}, expected a share between 0 and 1")
-    if folder.exists() and not folder.is_dir():
-        raise exporting.ExportError(f"cannot write to {folder}: it is a file")
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_apart(folder, data)
+    if onnx:
+        exporting.require_onnx()
     say(f"reading {data}")
     images = pictures.load(data, "train", shape)
     assert images is not None  # or a DataError
     train, kept = images.split(held_out)
     if not len(train) or not len(kept):
-        raise pictures.DataError(f"{data} has {len(images)} training images: too few to hold some out")
+        raise pictures.DataError(
+            f"{data} has {len(images)} training images; held_out={held_out} leaves {len(train)} to train on and "
+            f"{len(kept)} to choose by"
+        )
     x = train.taken(slice(1)).inputs()
-    _check_classes(model, x, images)
+    check_classes(model, x, images)
     test = pictures.load(data, "test", tuple(images.pixels.shape[1:]))  # type: ignore[arg-type]
     if test is not None and test.classes != images.classes:
         only = sorted(set(images.classes) ^ set(test.classes))
         raise pictures.DataError(f"{data}: training and test images differ in their classes: {', '.join(only[:5])}")
+    what = {"budget": str(budget), "batch": batch, "held_out": held_out, "options": repr(sorted(options.items()))}
+    _claim(folder, what | {"model": fingerprint(model), "data": _fingerprint(train, kept)})
     say("measuring losses, planning, training")
     config = FinetuneConfig(
         train.loader(batch), validation=list(kept.batches(SCORED_BATCH)), folder=folder / WORK, **options
@@ -138,11 +146,12 @@ def run(
         None if test is None else (_accuracy(model, test), _accuracy(small, test)),
     )
     result = JobResult(folder, accuracy, report_of(small), compare(model, small, x))
-    _write(result, small, x, onnx=onnx)
+    _write(result, small, x, onnx=onnx, say=say)
     return result
 
 
-def _check_classes(model: nn.Module, x: torch.Tensor, images: pictures.Images) -> None:
+def check_classes(model: nn.Module, x: torch.Tensor, images: pictures.Images) -> None:
+    """Raises DataError where the model does not classify these images."""
     with torch.no_grad():
         try:
             output = model(x)
@@ -164,31 +173,66 @@ def _accuracy(network: nn.Module, images: pictures.Images) -> float:
     return right / len(images)
 
 
-def _write(result: JobResult, small: nn.Module, x: torch.Tensor, *, onnx: bool) -> None:
-    folder = result.folder
-    exporting.save(exporting.export(small, (x,)), folder / "model.pt2")
-    if onnx:
-        exporting.save_onnx(small, (x,), folder / "model.onnx")
-    state = {name: value.detach().cpu().contiguous() for name, value in small.state_dict().items()}
-    _whole(folder / "model.safetensors", lambda file: save_file(state, file))
-    assert result.report.plan is not None
-    texts = {
-        "plan.json": result.report.plan.to_json(),
-        "report.json": json.dumps(result.to_dict(), indent=1),
-        "report.html": page(result.summary(), result.report),
-    }
-    for name, text in texts.items():
-        _whole(folder / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-    _whole(folder / METRICS, lambda file: shutil.copyfile(folder / WORK / METRICS, file))
+def _check_apart(folder: Path, data: Path) -> None:
+    """The folder may hold nothing but an earlier result, so that nothing of the user's is overwritten."""
+    out, given = folder.resolve(), data.resolve()
+    if out == given or out in given.parents or given in out.parents:
+        raise InvalidInputError(f"the result would go to {folder} and the data is {data}; give a folder apart from it")
+    if folder.exists() and not folder.is_dir():
+        raise exporting.ExportError(f"cannot write to {folder}: it is a file")
+    there = [name for name in RESULTS if (folder / name).exists()]
+    if there and not (folder / WORK / JOB).exists() and "report.json" not in there:
+        raise InvalidInputError(f"{folder} holds a {there[0]} that is not of a run like this; give another folder")
 
 
-def _whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside the file, then renames: a failure leaves the old one."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def _claim(folder: Path, what: dict[str, Any]) -> None:
+    """Notes what the folder is of. Raises TrainingError where it is of something else."""
+    file = folder / WORK / JOB
     try:
-        write(unfinished)
-        unfinished.replace(file)
+        if file.exists():
+            noted = json.loads(file.read_text(encoding="utf-8"))
+            other = [name for name in what if noted.get(name) != what[name]]
+            if other:
+                raise TrainingError(
+                    f"{folder} holds a run with other {', '.join(other)}; give another folder, or delete {file.parent}"
+                )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole({file: json.dumps(what, indent=1).encode()})
     except OSError as error:
-        raise exporting.ExportError(f"cannot write {file}: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+        raise exporting.ExportError(f"cannot write to {folder}: {error}") from error
+    except ValueError as error:
+        raise TrainingError(f"{file} cannot be read: {error}; delete {file.parent} to begin anew") from error
+
+
+def _fingerprint(*parts: pictures.Images) -> str:
+    digest = hashlib.sha256()
+    for images in parts:
+        digest.update(images.pixels.numpy().tobytes())
+        digest.update(images.labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(result: JobResult, small: nn.Module, x: torch.Tensor, *, onnx: bool, say: Callable[[str], None]) -> None:
+    """All files or none; an ONNX file of an earlier run does not stay beside them."""
+    exported = exporting.export(small, (x,))
+    if exported.fixed_batch:
+        say(f"model.pt2 takes batches of {len(x)} only ({exported.fixed_batch})")
+    # Clones, because safetensors takes no tensors that share memory.
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in small.state_dict().items()}
+    assert result.report.plan is not None
+    contents = {
+        "model.pt2": exporting.to_bytes(exported),
+        "model.safetensors": safetensors.torch.save(state),
+        "plan.json": result.report.plan.to_json().encode(),
+        "report.json": json.dumps(result.to_dict(), indent=1).encode(),
+        "report.html": page(result.summary(), result.report).encode(),
+        METRICS: metrics(result.report.epochs),
+    }
+    if onnx:
+        contents["model.onnx"] = exporting.onnx_bytes(small, (x,))
+    try:
+        write_whole({result.folder / name: content for name, content in contents.items()})
+        if not onnx:
+            (result.folder / "model.onnx").unlink(missing_ok=True)
+    except OSError as error:
+        raise exporting.ExportError(f"cannot write to {result.folder}: {error}") from error

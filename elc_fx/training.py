@@ -10,8 +10,8 @@ import contextlib
 import copy
 import csv
 import hashlib
+import io
 import math
-import os
 import random
 import shutil
 import sys
@@ -22,20 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
 from elc_fx.activations import MODULES
 from elc_fx.capture import capture
-from elc_fx.decoupling.gates import GateSchedule, decoupling_nodes
+from elc_fx.decoupling.gates import ORDERS, SHAPES, GateSchedule, decoupling_nodes
 from elc_fx.decoupling.nodes import RegionOutput
 from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.files import write_whole
 from elc_fx.inputs import batch_values
 from elc_fx.planning.fitting import Substitute
 
@@ -109,12 +111,27 @@ class FinetuneConfig:
         _check_positive(learning_rate=self.learning_rate, temperature=self.temperature, clip=self.clip)
         if self.ema is not None:
             _check_share(ema=self.ema)
-        for name in ("weight_decay", "features"):
-            if not getattr(self, name) >= 0:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected a number from 0 on")
+        _check_from_zero(weight_decay=self.weight_decay, features=self.features)
+        _check_whole(0, seed=self.seed)
+        if self.seed >= 2**32:
+            raise InvalidInputError(f"seed is {self.seed}, expected a whole number below 2³²")
+        for name, known in (("gate_shape", SHAPES), ("gate_order", ORDERS)):
+            if getattr(self, name) not in known:
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if self.loss is not None and not callable(self.loss):
+            raise InvalidInputError(f"loss is {self.loss!r}, expected a function (output, target) → tensor")
+        if self.folder is not None and not isinstance(self.folder, str | Path):
+            raise InvalidInputError(f"folder is {self.folder!r}, expected a path")
         if not isinstance(self.train_data, Iterable):
             raise InvalidInputError(
                 f"train_data is a {type(self.train_data).__name__}, expected a DataLoader or batches (inputs, target)"
+            )
+        if self.validation is not None and (
+            not isinstance(self.validation, Iterable) or isinstance(self.validation, Iterator)
+        ):
+            raise InvalidInputError(
+                f"validation is a {type(self.validation).__name__}, expected a DataLoader or a list of batches, which "
+                "can be gone through in every epoch"
             )
         if self.tensorboard and self.folder is None:
             raise InvalidInputError("tensorboard needs a folder to write to")
@@ -122,7 +139,8 @@ class FinetuneConfig:
     def identity(self) -> dict[str, Any]:
         """What has to be the same where a run goes on."""
         left_out = ("train_data", "validation", "loss", "folder", "tensorboard", "progress")
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+        loss = getattr(self.loss, "__qualname__", type(self.loss).__name__)
+        return {name: value for name, value in vars(self).items() if name not in left_out} | {"loss": loss}
 
 
 @dataclass(frozen=True)
@@ -183,14 +201,19 @@ class Finetuning:
 
     def __init__(self, network: nn.Module, config: FinetuneConfig, teacher: nn.Module | None = None) -> None:
         from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs  # seconds to import
+        from accelerate.state import GradientState
 
         if not isinstance(network, nn.Module):
             raise InvalidInputError(f"network is a {type(network).__name__}, expected a torch.nn.Module")
+        if teacher is not None and not isinstance(teacher, nn.Module):
+            raise InvalidInputError(f"teacher is a {type(teacher).__name__}, expected a torch.nn.Module")
         if teacher is network:
             raise InvalidInputError("the teacher is the network itself; pass the original")
         if config.tensorboard:
             _summary_writer()  # or an error, before anything is trained
         self.network, self.config = network, config
+        shared = GradientState()
+        self.of_the_caller = shared, dict(shared.plugin_kwargs)
         self.accelerator = Accelerator(
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(decoupling_nodes(network)))],
@@ -199,13 +222,21 @@ class Finetuning:
         self.device = self.accelerator.device
         self.bf16 = computes_in_bf16(self.device) if config.bf16 is None else config.bf16
         self.channels_last = (self.device.type == "cpu" or self.bf16) and bears_channels_last(network)
+        self.taught_by = fingerprint(teacher)
         self.teacher = None if teacher is None else copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
         self.batches = self._shared(config.train_data)
+        # Evenly shared batches would be filled up with samples that then count twice.
+        self.accelerator.dataloader_config.even_batches = False
         self.validation = None if config.validation is None else self._shared(config.validation)
         self.steps_per_epoch = _length(self.batches)
         self.total = config.epochs * self.steps_per_epoch
         self.state = _State()
         self.folder = None if config.folder is None else Path(config.folder)
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TrainingError(f"checkpoints cannot be kept in {self.folder}: {error}") from error
         self.best: dict[str, Tensor] | None = None
 
     def run(self) -> History:
@@ -225,20 +256,25 @@ class Finetuning:
             nesterov=True,
         )
         self.gates = self._gate_schedule()
+        self.gate_names = {f"{name}.gate" for name in decoupling_nodes(network)}
         self.average = None
         if self.config.ema is not None:
             self.average = {k: v.detach().clone() for k, v in network.state_dict().items()}
         self._resume()
         self.features = self._features()
-        self.trained = self.accelerator.prepare(network)
+        # With one process there is nothing to prepare, and Accelerate would cast to what the caller's own one casts to.
+        self.trained = self.accelerator.prepare(network) if self.accelerator.num_processes > 1 else network
         try:
-            with _randomness_of_the_caller(), self._bar() as bar:
+            with randomness_of_the_caller(), self._bar() as bar:
                 for number in range(len(self.state.history), self.config.epochs):
                     if self._impatient():
                         break
                     self._epoch(number, bar)
         finally:
             self.trained = None
+            network.eval()
+            state, kwargs = self.of_the_caller
+            state.plugin_kwargs = kwargs
             if self.features is not None:
                 self.features.remove()
         if self.average is not None and self.best is None:
@@ -251,7 +287,9 @@ class Finetuning:
     # One epoch
 
     def _epoch(self, number: int, bar: Any) -> None:
-        _seed(self.config.seed + number)
+        seed_all(self.config.seed + number)
+        for generator in _generators(self.batches):
+            generator.manual_seed(self.config.seed + number)
         if hasattr(self.batches, "set_epoch"):
             self.batches.set_epoch(number)
         self.trained.train()
@@ -308,7 +346,9 @@ class Finetuning:
         if share < 1:
             total = (1 - share) * self._task_loss(output, target)
         if share > 0:
-            total = total + share * distance(output, wanted, self.config.temperature)
+            numbers = isinstance(target, Tensor) and target.is_floating_point() and not _classes(output, target)
+            classes = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1 and not numbers
+            total = total + share * distance(output, wanted, self.config.temperature if classes else None)
         return total
 
     def _features(self) -> _Features | None:
@@ -326,7 +366,22 @@ class Finetuning:
                 f"the network gives a {type(output).__name__} and the data a {type(target).__name__} as target; "
                 "pass a loss of your own"
             )
-        return F.cross_entropy(output.float(), target)
+        if not _classes(output, target):
+            raise InvalidInputError(
+                f"the network gives {list(output.shape)} and the target is {target.dtype} {list(target.shape)}, "
+                "neither a class nor a distribution of classes for each; pass a loss of your own"
+            )
+        on_cpu = target.device.type == "cpu"  # elsewhere a look at the numbers makes the whole device wait
+        if (
+            on_cpu
+            and not target.is_floating_point()
+            and not 0 <= int(target.min()) <= int(target.max()) < output.shape[1]
+        ):
+            raise InvalidInputError(
+                f"classes go from {int(target.min())} to {int(target.max())}, and the network gives "
+                f"{output.shape[1]} scores"
+            )
+        return F.cross_entropy(output.float(), target if target.is_floating_point() else target.long())
 
     def _set_rates(self) -> None:
         """Linear warm-up, then a cosine to 0."""
@@ -346,7 +401,7 @@ class Finetuning:
         decay = min(self.config.ema, self.state.steps / (self.state.steps + 10))
         for name, value in self.network.state_dict().items():
             mean = self.average[name]
-            if value.is_floating_point():
+            if value.is_floating_point() and name not in self.gate_names:
                 mean.lerp_(value, 1 - decay)
             else:
                 mean.copy_(value)
@@ -394,8 +449,9 @@ class Finetuning:
             inputs, target = self._parts(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 output = _call(self.network, inputs)
-            if _classes(output, target) and self.config.loss is None:
-                right = (output.argmax(1) == target).float().sum()
+            if self.config.loss is None and _classes(output, target) and output.dim() == 2:
+                wanted = target.argmax(1) if target.is_floating_point() else target
+                right = (output.argmax(1) == wanted).float().sum()
             else:
                 right = -self._task_loss(output, target) * _size(inputs)
             count = _size(inputs)
@@ -404,7 +460,12 @@ class Finetuning:
         if current is not None:
             self.network.load_state_dict(current)
         total = self.accelerator.reduce(total, "sum")
-        return float(total[0] / total[1])
+        score = float(total[0] / total[1]) if total[1] else math.nan
+        if not math.isfinite(score):
+            raise TrainingError(
+                f"the network scores {score} on the validation data" if total[1] else "validation holds no batches"
+            )
+        return score
 
     def _impatient(self) -> bool:
         history = History(tuple(self.state.history))
@@ -435,38 +496,48 @@ class Finetuning:
 
     def _identity(self) -> str:
         network = [(name, tuple(value.shape)) for name, value in self.network.state_dict().items()]
-        return hashlib.sha256(repr((self.config.identity(), self.steps_per_epoch, network)).encode()).hexdigest()
+        sizes = [_samples(batches) for batches in (self.config.train_data, self.config.validation)]
+        what = (self.config.identity(), self.steps_per_epoch, sizes, network, self.taught_by)
+        return hashlib.sha256(repr(what).encode()).hexdigest()
 
     def _save(self) -> None:
         """Written beside the last checkpoint, then renamed: a kill leaves one of the two."""
         if self.folder is None:
             return
         if self.accelerator.is_main_process:
-            done = len(self.state.history)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = self.folder / f".{CHECKPOINT.format(done)}.tmp"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            for name, weights in self._weights().items():
-                save_file(weights, unfinished / f"{name}.safetensors")
-            state = {
-                "identity": self._identity(),
-                "steps": self.state.steps,
-                "history": [asdict(epoch) for epoch in self.state.history],
-                "optimizer": self.optimizer.state_dict(),
-            }
-            torch.save(state, unfinished / "state.pt")
-            for file in unfinished.iterdir():
-                _flush(file)
-            final = self.folder / CHECKPOINT.format(done)
-            unfinished.rename(final)
-            for older in sorted(self.folder.glob("checkpoint-*")):
-                if older != final:
-                    shutil.rmtree(older)
-            write_metrics(self.folder / METRICS, self.state.history)
+            try:
+                self._write(self.folder)
+            except OSError as error:
+                raise TrainingError(f"a checkpoint cannot be written to {self.folder}: {error}") from error
             if self.config.tensorboard:
                 _write_events(self.folder, self.state.history[-1])
         self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path) -> None:
+        done = len(self.state.history)
+        unfinished, final = folder / f".{CHECKPOINT.format(done)}.tmp", folder / CHECKPOINT.format(done)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        state = {
+            "identity": self._identity(),
+            "steps": self.state.steps,
+            "history": [asdict(epoch) for epoch in self.state.history],
+            "optimizer": self.optimizer.state_dict(),
+            "weights": sorted(self._weights()),
+        }
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        try:
+            for name, weights in self._weights().items():
+                write_whole({unfinished / f"{name}.safetensors": safetensors.torch.save(weights)})
+            write_whole({unfinished / "state.pt": stream.getvalue()})
+            unfinished.rename(final)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for older in sorted(folder.glob("checkpoint-*")):
+            if older != final:
+                shutil.rmtree(older)
+        write_whole({folder / METRICS: metrics(self.state.history)})
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         found = {"network": self.network.state_dict(), "average": self.average, "best": self.best}
@@ -485,6 +556,8 @@ class Finetuning:
             state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
             weights = {file.stem: load_file(file, device=str(self.device)) for file in folder.glob("*.safetensors")}
             history = [Epoch(**epoch) for epoch in state["history"]]
+            if sorted(weights) != state["weights"]:
+                raise FileNotFoundError(f"of {', '.join(state['weights'])} there are {', '.join(weights) or 'none'}")
         except Exception as error:  # whatever a damaged file leads to
             raise TrainingError(f"the checkpoint {folder} cannot be read: {error}; delete it to begin anew") from error
         if state["identity"] != self._identity():
@@ -498,6 +571,8 @@ class Finetuning:
         self.state = _State(history, state["steps"])
         if self.gates is not None and self.config.gates:
             self.gates.load_state_dict({"steps": state["steps"]})
+        if self.accelerator.is_main_process and history:  # which a kill may have kept from being written
+            write_whole({folder.parent / METRICS: metrics(history)})
 
     # Progress
 
@@ -589,13 +664,17 @@ class _Bar:
         self.progress.update(self.task, completed=run.state.steps, description=text)
 
 
-def distance(output: Any, wanted: Any, temperature: float) -> Tensor:
+def distance(output: Any, wanted: Any, temperature: float | None) -> Tensor:
     """How far an output is from the teacher's.
 
-    For [N, classes] the Kullback–Leibler divergence of the distributions at a temperature, times its square (Hinton et
-    al., "Distilling the Knowledge in a Neural Network", 2015); else the mean squared error over the mean square.
+    With a temperature, both [N, classes]: the Kullback–Leibler divergence of the distributions at it, times its square
+    (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015); else the mean squared error over the mean
+    square.
     """
-    if isinstance(wanted, Tensor) and wanted.dim() == 2 and wanted.shape[1] > 1:
+    if temperature is not None:
+        if not isinstance(wanted, Tensor) or wanted.shape != output.shape:
+            shape = list(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
+            raise InvalidInputError(f"the network gives {list(output.shape)}, and the teacher {shape}")
         given, expected = (F.log_softmax(t.float() / temperature, 1) for t in (output, wanted))
         return F.kl_div(given, expected, reduction="batchmean", log_target=True) * temperature**2
     pairs = [
@@ -629,15 +708,24 @@ def bears_channels_last(network: nn.Module) -> bool:
     )
 
 
-def write_metrics(file: Path, history: Iterable[Epoch]) -> None:
-    """One line for each epoch; the file is replaced as a whole."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def metrics(history: Iterable[Epoch]) -> bytes:
+    """CSV with one line for each epoch."""
     rows = [asdict(epoch) for epoch in history]
-    with unfinished.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    unfinished.replace(file)
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue().encode()
+
+
+def fingerprint(network: nn.Module | None) -> str:
+    """Of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in () if network is None else network.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write_events(folder: Path, epoch: Epoch) -> None:
@@ -666,11 +754,34 @@ def _size(inputs: Any) -> int:
 
 
 def _classes(output: Any, target: Any) -> bool:
-    return isinstance(output, Tensor) and output.dim() == 2 and isinstance(target, Tensor) and target.dim() == 1
+    """Whether [N, classes, …] stands beside the class of each, or beside a distribution over the classes."""
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor) or output.dim() < 2:
+        return False
+    if target.is_floating_point():
+        sums = target.sum(1) if target.dim() > 1 else torch.zeros(1)
+        return target.shape == output.shape and bool((target >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
+    return not target.is_complex() and target.shape == (len(output), *output.shape[2:])
 
 
 def _channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def _samples(batches: Any) -> int | None:
+    """How many there are, where that can be told without going through them."""
+    whole = batches.dataset if isinstance(batches, DataLoader) else batches
+    return len(whole) if isinstance(whole, Sized) else None
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    """Those that a loader draws from besides the global one."""
+    owners = (
+        batches,
+        getattr(batches, "sampler", None),
+        getattr(getattr(batches, "batch_sampler", None), "sampler", None),
+    )
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def _length(batches: Any) -> int:
@@ -680,7 +791,7 @@ def _length(batches: Any) -> int:
 
 
 @contextlib.contextmanager
-def _randomness_of_the_caller() -> Iterator[None]:
+def randomness_of_the_caller() -> Iterator[None]:
     """Puts the random generators back as they were."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
@@ -691,15 +802,10 @@ def _randomness_of_the_caller() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _check_whole(least: int, **given: Any) -> None:
@@ -714,7 +820,13 @@ def _check_share(**given: Any) -> None:
             raise InvalidInputError(f"{name} is {value!r}, expected a number from 0 to 1")
 
 
+def _check_from_zero(**given: Any) -> None:
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise InvalidInputError(f"{name} is {value!r}, expected a number from 0 on")
+
+
 def _check_positive(**given: Any) -> None:
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise InvalidInputError(f"{name} is {value!r}, expected a number above 0")

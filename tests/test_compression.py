@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from training_run import Pictures, loader, network
 
 import elc_fx
@@ -86,3 +89,43 @@ def test_arguments_that_do_not_go_together_are_told(given: dict[str, Any], messa
 def test_example_inputs_are_needed_for_costs() -> None:
     with pytest.raises(elc_fx.InvalidInputError, match="example_inputs"):
         elc_fx.compile(network(), mode="decouple", budget=HALF, calibration=[image()])
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.inner(a + b)
+        return scores
+
+
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_inputs_of_training_batches_are_calibrated_with_in_any_form(form: type) -> None:
+    def given(a: torch.Tensor) -> Any:
+        return (a, a) if form is tuple else {"a": a, "b": a}
+
+    batches = [(given(x), y) for x, y in loader(64)]
+    tuning = elc_fx.FinetuneConfig(batches, epochs=1, progress=False)
+    small = elc_fx.compile(TwoInputs().eval(), given(image()), mode="decouple", budget=HALF, finetune=tuning)
+    assert elc_fx.report_of(small).plan is not None
+
+
+def test_data_that_draws_from_any_generator_leaves_the_callers_as_they_were(teacher: nn.Module) -> None:
+    class Drawn(Pictures):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            picture, label = super().__getitem__(index)
+            return picture + random.random() + float(np.random.rand()), label
+
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+        tuning = elc_fx.FinetuneConfig(DataLoader(Drawn(64), 16, shuffle=True), epochs=1, progress=False)
+        results.append(elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, finetune=tuning))
+        assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
+        assert torch.equal(states[2], torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(*(r.state_dict().values() for r in results), strict=True))

@@ -20,7 +20,7 @@ from training_run import Pictures, loader, network
 from typer.testing import CliRunner
 
 import elc_fx
-from elc_fx import data, exporting, job
+from elc_fx import data, exporting
 from elc_fx.cli import app
 
 TESTS = Path(__file__).parent
@@ -156,15 +156,23 @@ def test_a_budget_that_is_none_is_wrong_usage(files: Path, tmp_path: Path) -> No
     assert "--budget" in complaint(given, code=2)
 
 
-def test_a_full_disk_leaves_nothing_half_written(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("file", ["model.pt2", "report.html"])
+def test_a_full_disk_leaves_nothing_half_written(
+    file: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, out = os.fsync, tmp_path / "out"
 
-    out = tmp_path / "out"
-    monkeypatch.setattr(job, "save_file", full)
+    def full(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.startswith(f".{file}") and not room:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    room = False
+    monkeypatch.setattr("elc_fx.files.os.fsync", full)
     assert "No space left" in complaint(arguments(files, out))
-    assert not (out / "model.safetensors").exists() and not list(out.glob(".*"))
-    assert not (out / "report.json").exists()
+    assert [path.name for path in out.iterdir()] == ["work"]
+    room = True
+    assert CliRunner().invoke(app, arguments(files, out)).exit_code == 0
 
 
 def test_an_output_that_is_a_file_is_told(files: Path, tmp_path: Path) -> None:
@@ -177,3 +185,48 @@ def test_onnx_without_its_packages_names_the_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(exporting.ExportError, match=r"elc_fx\[onnx\]"):
         exporting.save_onnx(torch.nn.ReLU(), (torch.zeros(1),), tmp_path / "relu.onnx")
+
+
+# Found by a fresh view: what of the user's was lost, or taken for something else.
+
+
+def test_another_model_or_other_data_is_not_taken_for_the_run_in_the_folder(files: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other.safetensors"
+    assert CliRunner().invoke(app, arguments(files, out)).exit_code == 0
+    before = digest(out)
+    state = load_file(files / "weights.safetensors")
+    save_file({name: 1.5 * value if value.is_floating_point() else value for name, value in state.items()}, other)
+    given = arguments(files, out)
+    given[given.index("--weights") + 1] = str(other)
+    assert "other model" in complaint(given)
+    shutil.copytree(files / "data", tmp_path / "data")
+    shutil.copy(files / "data/train/a/0.png", tmp_path / "data/train/a/4.png")
+    given = arguments(files, out)
+    given[given.index("--data") + 1] = str(tmp_path / "data")
+    assert "other data" in complaint(given)
+    assert "held_out" in complaint([*arguments(files, out), "--held-out", "0.2"])
+    assert digest(out) == before
+
+
+def test_nothing_of_the_users_is_overwritten(files: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    shutil.copy(files / "weights.safetensors", mine / "model.safetensors")
+    before = digest(mine)
+    given = arguments(files, mine)
+    assert "another folder" in complaint(given)
+    given[given.index("--weights") + 1] = str(mine / "model.safetensors")
+    assert "would be overwritten" in complaint(given)
+    assert "apart from it" in complaint(arguments(files, files / "data"))
+    assert "apart from it" in complaint(arguments(files, files / "data" / "out"))
+    assert digest(mine) == before
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_trained(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["plan", *arguments(files, tmp_path)[1:5], "--data", str(files / "data"), "--budget", "flops=0.5"]
+    assert "no directory" in complaint([*given, "--save", str(tmp_path / "nowhere" / "plan.json")])
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "elc_fx[onnx]" in complaint([*arguments(files, tmp_path / "out"), "--onnx"])
+    assert not (tmp_path / "out").exists()

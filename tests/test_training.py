@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
     subprocess.run([*command, str(tmp_path), "2"], check=True, timeout=120)
     first, second = (torch.load(tmp_path / f"result-{rank}.pt", weights_only=True) for rank in range(2))
     assert first["losses"] == second["losses"]
+    assert first["scores"][0] == pytest.approx(first["scores"][1])
     assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
 
 
@@ -135,7 +137,21 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_do() -> None:
         ({"train_data": []}, "empty"),
         ({"train_data": [torch.zeros(1, 3, 8, 8)]}, "pair"),
         ({"tensorboard": True}, "folder"),
-        ({"gate_order": "sideways"}, "order"),
+        ({"gate_order": "sideways"}, "gate_order"),
+        ({"gate_shape": "round"}, "gate_shape"),
+        ({"seed": "x"}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"weight_decay": "x"}, "weight_decay"),
+        ({"features": None}, "features"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"loss": 3}, "loss"),
+        ({"folder": 123}, "folder"),
+        ({"teacher": "x"}, "teacher"),
+        ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(192, 7))}, "teacher"),
+        ({"validation": 5}, "validation"),
+        ({"validation": iter([])}, "validation"),
+        ({"train_data": [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 9]))]}, "from 0 to 9"),
+        ({"train_data": [(torch.zeros(2, 3, 8, 8), torch.tensor([0.5, 1.0]))]}, "loss of your own"),
     ],
 )
 def test_bad_options_are_told(options: dict[str, Any], message: str) -> None:
@@ -242,3 +258,125 @@ def test_the_callers_random_numbers_stay() -> None:
     before = torch.random.get_rng_state()
     elc_fx.finetune(student, data, epochs=1, progress=False)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# Found by a fresh view.
+
+
+def test_a_moving_average_ends_with_closed_gates_too() -> None:
+    teacher = network()
+    student = decoupled(teacher)
+    options: dict[str, Any] = {"gates": 0.5, "ema": 0.99, "validation": list(loader()), "progress": False}
+    elc_fx.finetune(student, loader(), teacher=teacher, epochs=3, **options)
+    assert set(elc_fx.gates(student).values()) == {0.0}
+    elc_fx.merge(student)
+
+
+@pytest.mark.parametrize("change", ["teacher", "loss", "validation"])
+def test_a_checkpoint_with_another_teacher_loss_or_validation_is_refused(change: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"teacher": network(), "validation": list(loader()), "loss": nn.functional.cross_entropy}
+    options: dict[str, Any] = {"epochs": 1, "folder": tmp_path, "progress": False}
+    elc_fx.finetune(network(), loader(), **given, **options)
+    if change == "teacher":
+        with torch.no_grad():
+            next(given["teacher"].parameters()).add_(1)
+    else:
+        given[change] = {"loss": nn.functional.multi_margin_loss, "validation": list(loader(64))}[change]
+    with pytest.raises(elc_fx.TrainingError, match="another run"):
+        elc_fx.finetune(network(), loader(), **given, **options)
+
+
+def test_metrics_that_a_kill_kept_from_being_written_are_written_by_the_next_call(tmp_path: Path) -> None:
+    for _ in range(2):
+        elc_fx.finetune(network(), loader(), epochs=1, folder=tmp_path, progress=False)
+        (tmp_path / "metrics.csv").rename(tmp_path / "kept.csv")
+    assert len((tmp_path / "kept.csv").read_text().splitlines()) == 2
+
+
+def test_a_checkpoint_without_one_of_its_files_is_told(tmp_path: Path) -> None:
+    for name in ("network", "best"):
+        folder, validation = tmp_path / name, list(loader())
+        options: dict[str, Any] = {"validation": validation, "epochs": 1, "folder": folder, "progress": False}
+        elc_fx.finetune(network(), loader(), **options)
+        next(folder.glob(f"checkpoint-*/{name}.safetensors")).unlink()
+        with pytest.raises(elc_fx.TrainingError, match="cannot be read"):
+            elc_fx.finetune(network(), loader(), **options)
+
+
+@pytest.mark.parametrize("point", range(4))
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
+    point: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"folder": tmp_path, "progress": False}
+    calls = iter(range(100))
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        if next(calls) == 3 + point:  # each checkpoint is three files
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr("elc_fx.files.os.fsync", full)
+    with pytest.raises(elc_fx.TrainingError, match="No space left"):
+        elc_fx.finetune(network(), loader(), epochs=4, **options)
+    assert not list(tmp_path.rglob("*.tmp"))
+    done = len(list(csv.reader((tmp_path / "metrics.csv").open()))) - 1
+    monkeypatch.setattr("elc_fx.files.os.fsync", real)
+    assert done == (2 if point == 3 else 1)
+    assert len(elc_fx.finetune(network(), loader(), epochs=4, **options).epochs) == 4
+
+
+def test_a_loader_with_a_generator_of_its_own_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def run(folder: Path, after: int | None) -> dict[str, Any]:
+        calls = iter(range(1000))
+
+        def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            if next(calls) == after:
+                raise Killed
+            return nn.functional.cross_entropy(output, target)
+
+        generator = torch.Generator().manual_seed(3)
+        data = DataLoader(pictures, 2, shuffle=True, generator=generator)
+        model = network()
+        elc_fx.finetune(model, data, epochs=3, folder=folder, progress=False, loss=loss)
+        return model.state_dict()
+
+    pictures: Any = [Pictures(8)[i] for i in range(8)]
+    whole = run(tmp_path / "whole", None)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", 6)
+    resumed = run(tmp_path / "killed", None)
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+def test_numbers_are_not_taken_for_scores_of_classes() -> None:
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student[1].bias += 10
+    data = [(x, teacher(x).detach()) for x in torch.randn(50, 16, 3, 2, 2)]
+    options: dict[str, Any] = {"distillation": 1.0, "loss": nn.functional.mse_loss, "learning_rate": 0.1}
+    elc_fx.finetune(student, data, teacher=teacher, epochs=5, progress=False, **options)
+    assert float((student[1].bias - teacher[1].bias).detach().abs().max()) < 1
+
+
+def test_an_accelerator_of_the_caller_neither_changes_the_training_nor_is_changed() -> None:
+    """In a process of its own: what Accelerate knows is shared by all of a process."""
+    script = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch, elc_fx
+from accelerate import Accelerator
+from training_run import loader, network
+own = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4, cpu=True)
+seen = set()
+model = network()
+model[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+elc_fx.finetune(model, loader(), epochs=1, bf16=False, progress=False)
+assert seen == {torch.float32}, seen
+assert own.gradient_accumulation_steps == 4
+assert not hasattr(model, "_is_accelerate_prepared")
+"""
+    subprocess.run([sys.executable, "-c", script, str(SCRIPT.parent)], check=True)

@@ -20,6 +20,10 @@ def gates(module: nn.Module) -> dict[str, float]:
     return {name: float(node.gate) for name, node in decoupling_nodes(module).items()}
 
 
+SHAPES = ("linear", "cosine")
+ORDERS = ("together", "depth", "reverse depth", "cost")
+
+
 def decoupling_nodes(module: nn.Module) -> dict[str, DecouplingNode]:
     """The decoupling nodes whose gates change anything, by name, in the order of the graph."""
     nodes = {name: m for name, m in module.named_modules() if isinstance(m, DecouplingNode) and m.has_gate}
@@ -88,9 +92,9 @@ class GateSchedule:
         self.shape = shape
         self.overlap = overlap
         self.steps = 0
-        if shape not in ("linear", "cosine"):
+        if shape not in SHAPES:
             raise InvalidInputError(f"shape is {shape!r}, expected 'linear' or 'cosine'")
-        if order not in ("together", "depth", "reverse depth", "cost"):
+        if order not in ORDERS:
             raise InvalidInputError(f"order is {order!r}, expected 'together', 'depth', 'reverse depth' or 'cost'")
         if not 0 <= start < total_steps or not _is_share(overlap):
             raise InvalidInputError("expected 0 <= start < total_steps and 0 <= overlap <= 1")
