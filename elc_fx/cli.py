@@ -70,9 +70,9 @@ Examples:
 COMPRESS_HELP = """Compress a trained classifier to a budget: plan, merge, fine-tune, verify, write.
 
 DATA holds images as train/CLASS/IMAGE (and test/CLASS/IMAGE), as CLASS/IMAGE, or CIFAR-10's own files; in a folder, or
-a tar or zip archive. A share of the training images is held out to choose the best epoch; test images only give the last
-figure. OUT gets the network (model.pt2, model.safetensors, with --onnx model.onnx), plan.json, report.html, report.json
-and metrics.csv. A run that was killed goes on with the same command.
+a tar or zip archive. A share of the training images is held out to choose the best epoch; test images only give the
+last figure. OUT gets the network (model.pt2, model.safetensors, with --onnx model.onnx), plan.json, report.html,
+report.json and metrics.csv. A run that was killed goes on with the same command.
 
 \b
 Examples:

@@ -44,8 +44,19 @@ def compress(
         raise InvalidInputError("calibration is missing: give batches of the training set")
     with randomness_of_the_caller():
         seed_all(0)  # a loader that shuffles gives the same batches when a killed run begins again
-        source = calibration if calibration is not None else _inputs(finetune)
-        batches = list(_first(source, SAMPLES))
+        return _compressed(model, example_inputs, budget, calibration, finetune, verify=verify)
+
+
+def _compressed(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: Budget,
+    calibration: Iterable[Any] | None,
+    finetune: FinetuneConfig | None,
+    *,
+    verify: bool,
+) -> nn.Module:
+    batches = list(_first(calibration if calibration is not None else _inputs(finetune), SAMPLES))
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
     planner = Planner(model, example_inputs, batches, fine_tuned=finetune is not None, cache=folder)
     plan = planner.plan(budget)

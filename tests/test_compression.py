@@ -118,14 +118,14 @@ def test_data_that_draws_from_any_generator_leaves_the_callers_as_they_were(teac
             picture, label = super().__getitem__(index)
             return picture + random.random() + float(np.random.rand()), label
 
-    results = []
+    results, x = [], image()
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
         states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
         tuning = elc_fx.FinetuneConfig(DataLoader(Drawn(64), 16, shuffle=True), epochs=1, progress=False)
-        results.append(elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, finetune=tuning))
+        results.append(elc_fx.compile(teacher, x, mode="decouple", budget=HALF, finetune=tuning))
         assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
         assert torch.equal(states[2], torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(*(r.state_dict().values() for r in results), strict=True))
