@@ -189,7 +189,7 @@ def plan_command(
     budget: BudgetText,
     weights: Weights = None,
     size: Size = None,
-    backend: Annotated[str, typer.Option(help="For latencies: eager, compile or onnxruntime.")] = "eager",
+    backend: Annotated[str, typer.Option(help="For latencies: eager, compile, onnxruntime or openvino.")] = "eager",
     save: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Write the plan to this file.")] = None,
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep losses and latencies here.")] = None,
     as_json: Json = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_an_impossible_latency_is_told_with_the_least() -> None:
         planner().plan(elc_fx.Budget(latency="1 ms"))
 
 
-@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime", "openvino"])
 def test_a_plan_keeps_a_latency_that_was_measured(
     backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,21 +88,15 @@ def test_layers_of_every_kind_are_measured() -> None:
 
 
 def test_an_unknown_backend_is_told() -> None:
-    with pytest.raises(elc_fx.InvalidInputError, match="'eager', 'compile', 'onnxruntime'"):
+    with pytest.raises(elc_fx.InvalidInputError, match="'eager', 'compile', 'onnxruntime', 'openvino'"):
         planner(backend="tensorrt")
 
 
-def test_a_missing_runtime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = builtins.__import__
-
-    def without(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "onnxruntime":
-            raise ImportError("no onnxruntime here", name=name)
-        return imported(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(elc_fx.LatencyError, match=r"elc_fx\[onnx\]"):
-        latency.runner(nn.ReLU(), [torch.zeros(1)], "onnxruntime")
+@pytest.mark.parametrize(("runtime", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino")])
+def test_a_missing_runtime_names_the_extra(runtime: Any, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, runtime, None)
+    with pytest.raises(elc_fx.LatencyError, match=rf"elc_fx\[{extra}\]"):
+        latency.runner(nn.ReLU(), [torch.zeros(1)], runtime)
 
 
 @pytest.mark.parametrize(

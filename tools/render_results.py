@@ -30,6 +30,7 @@ import decouple_zoo
 import provenance
 import terminal
 import zoo_sweep
+from benchmark import tables as benchmark
 
 MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results:(?P=name) -->)", re.DOTALL)
 STYLE = "github"
@@ -56,6 +57,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "plan_rank": ("plan_rank", lambda result: bench_rank.table(result["rows"], STYLE)),
     "finetune": ("finetune", lambda result: bench_finetune.table(result["rows"], STYLE)),
     "compress": ("compress", lambda result: bench_compress.table(result["rows"], STYLE)),
+    "benchmark_accuracy": ("benchmark", lambda result: benchmark.accuracy_table(result["rows"], STYLE)),
+    "benchmark_latency": ("benchmark_latency", lambda result: benchmark.latency_table(result["rows"], STYLE)),
     "compile_end_to_end": ("compile_end_to_end", lambda result: bench_compile.end_to_end_table(result, STYLE)),
 }
 
@@ -65,11 +68,16 @@ def render(name: str, results: Path) -> str:
     if name not in TABLES:
         raise KeyError(f"no table `{name}`; there are {', '.join(TABLES)}")
     stem, table = TABLES[name]
-    file = results / f"{stem}.json"
-    if not file.exists():
+    folder, file = results / stem, results / f"{stem}.json"
+    if folder.is_dir():  # a file for each row
+        rows = benchmark.stored()
+        result = {"rows": rows, "provenance": max((row["provenance"] for row in rows), key=lambda p: p["date"])}
+        note = f"; each row's own command and date are in docs/results/{stem}/"
+    elif file.exists():
+        result, note = json.loads(file.read_text(encoding="utf-8")), ""
+    else:
         return "Not measured yet.\n"
-    result = json.loads(file.read_text(encoding="utf-8"))
-    return f"{table(result)}\n\n*Measured {provenance.describe(result['provenance'])}*\n"
+    return f"{table(result)}\n\n*Measured {provenance.describe(result['provenance'])}{note}*\n"
 
 
 def fill(text: str, results: Path) -> str:

@@ -10,6 +10,7 @@ behind.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -36,7 +37,7 @@ from elc_fx.planning.substitution import substituted
 from elc_fx.serial import SerialGraph
 from elc_fx.shapes import run_recording
 
-Backend = Literal["eager", "compile", "onnxruntime"]
+Backend = Literal["eager", "compile", "onnxruntime", "openvino"]
 Call = Callable[[], object]
 
 COPIES = 8  # of a layer in the network that is timed
@@ -53,7 +54,7 @@ def runner(module: nn.Module, inputs: Sequence[Tensor], backend: Backend) -> Cal
     """A call that runs the module once on the inputs, as the backend deploys it. Raises `LatencyError`."""
     check_backend(backend)
     try:
-        return {"eager": _eager, "compile": _compiled, "onnxruntime": _onnxruntime}[backend](module, tuple(inputs))
+        return _RUNNERS[backend](module, tuple(inputs))
     except ElcError:
         raise
     except Exception as error:  # whatever the backend runs into
@@ -81,31 +82,54 @@ def _compiled(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
 
 
 def _onnxruntime(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 (which torch's exporter needs)
-    except ImportError as error:
-        raise LatencyError(f"{error.name} is not installed; pip install 'elc_fx[onnx]'") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what torch's exporter uses itself
-        program = torch.onnx.export(module.eval(), inputs, dynamo=True, verbose=False)
-    assert program is not None
+    onnxruntime = _required("onnxruntime", "onnx")
+    stored = _onnx(module, inputs)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    stored = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(stored, options, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
     feed = {name: value.detach().cpu().numpy() for name, value in zip(names, inputs, strict=True)}
     return lambda: session.run(None, feed)
 
 
+def _openvino(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    openvino = _required("openvino", "openvino")
+    core = openvino.Core()
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(core.read_model(_onnx(module, inputs)), "CPU", options).create_infer_request()
+    arrays = [value.detach().cpu().numpy() for value in inputs]
+    return lambda: request.infer(arrays)
+
+
+def _onnx(module: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
+    _required("onnxscript", "onnx")  # which torch's exporter needs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch's exporter uses itself
+        program = torch.onnx.export(module.eval(), inputs, dynamo=True, verbose=False)
+    assert program is not None
+    return bytes(program.model_proto.SerializeToString())
+
+
+def _required(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise LatencyError(f"{error.name} is not installed; pip install 'elc_fx[{extra}]'") from error
+
+
+_RUNNERS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Call]] = {
+    "eager": _eager,
+    "compile": _compiled,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
 # Whether elementwise operations after a layer become part of it.
-FUSES: dict[str, bool] = {"eager": False, "compile": True, "onnxruntime": True}
+FUSES: dict[str, bool] = {"eager": False, "compile": True, "onnxruntime": True, "openvino": True}
 
 
-def seconds(calls: Sequence[Call], blocks: int = BLOCKS) -> list[float]:
-    """The time of each call: of its fastest block. They take turns, so that a slow moment meets all of them."""
+def rounds(calls: Sequence[Call], blocks: int) -> list[list[float]]:
+    """Seconds of each call, in each of so many blocks. They take turns, so that a slow moment meets all of them."""
     repeats = []
     for call in calls:
         call()
@@ -116,7 +140,12 @@ def seconds(calls: Sequence[Call], blocks: int = BLOCKS) -> list[float]:
     for _ in range(blocks):
         for call, count, own in zip(calls, repeats, taken, strict=True):
             own.append(_timed(call, count) / count)
-    return [min(own) for own in taken]
+    return taken
+
+
+def seconds(calls: Sequence[Call], blocks: int = BLOCKS) -> list[float]:
+    """The time of each call: of its fastest block."""
+    return [min(own) for own in rounds(calls, blocks)]
 
 
 def _timed(call: Call, count: int) -> float:
@@ -178,7 +207,7 @@ class LatencyMeter:
     def _key(self) -> str:
         """Of all that times depend on, besides the layers."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor()
-        version = importlib.metadata.version("onnxruntime") if self.backend == "onnxruntime" else ""
+        version = importlib.metadata.version(self.backend) if self.backend in ("onnxruntime", "openvino") else ""
         parts = (self.backend, self.device.type, name, os.cpu_count(), torch.get_num_threads(), torch.__version__)
         return hashlib.sha256(repr((*parts, version)).encode()).hexdigest()[:20]
 

@@ -235,8 +235,8 @@ def plan(
         longest, largest_kernel: which candidates there are, as for `candidates`.
         samples: how many samples of `calibration` are used.
         refinements: how often, at most, a choice is corrected, and then looked for without one of its candidates.
-        backend: how the merged network will run, for budgets with a latency: "eager", "compile" (`torch.compile`) or
-            "onnxruntime".
+        backend: how the merged network will run, for budgets with a latency: "eager", "compile" (`torch.compile`),
+            "onnxruntime" or "openvino".
         cache: a folder in which losses and latencies are kept as soon as they are known, and found by the next call;
             not the losses of a function.
         progress: show a bar on a terminal.

@@ -1,4 +1,77 @@
 """The time of every network of the benchmark against its original, in one run, under several runtimes."""
 
+from __future__ import annotations
 
-def measure() -> None: ...
+import json
+import statistics
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args
+
+import torch
+import typer
+from torch import nn
+
+import elc_fx
+import provenance
+import terminal
+from benchmark.rows import FOLDER, RUNS
+from cifar_models import load
+from elc_fx.planning.latency import Backend, rounds, runner
+
+RESULT = provenance.RESULTS / "benchmark_latency.json"
+RUNTIMES: list[str] = list(get_args(Backend))
+BATCHES = [1, 64]
+BLOCKS = 15  # of each network, in turns
+ORIGINAL, FOLDED = "original", "batch norms folded"
+
+
+def measure(
+    weights: Annotated[Path, typer.Option(help="The weight file of the original.")],
+    runtime: Annotated[list[str], typer.Option(help="Several times for several.")] = RUNTIMES,
+    batch: Annotated[list[int], typer.Option(help="Images at a time; several times for several.")] = BATCHES,
+    runs: Annotated[Path, typer.Option(help="Where `train` kept the networks.")] = RUNS,
+) -> None:
+    """Times all networks that were made of one, with the original and its exact merge, in turns.
+
+    Networks of the same layers are timed once. Stores docs/results/benchmark_latency.json; a network, runtime and batch
+    that is measured again replaces its rows.
+    """
+    run = provenance.collect()
+    networks, names = _networks(weights, runs)
+    for backend, size in terminal.tracked([(b, n) for b in runtime for n in batch], str):
+        x = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        calls = [runner(network, [x], cast(Backend, backend)) for network in networks.values()]
+        times = dict(zip(networks, rounds(calls, BLOCKS), strict=True))
+        new = [
+            {"network": weights.stem, "row": row, "runtime": backend, "batch": size, **_summary(times, name)}
+            for row, name in names.items()
+        ]
+        kept = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
+        key = weights.stem, backend, size
+        rows = [*(row for row in kept if (row["network"], row["runtime"], row["batch"]) != key), *new]
+        provenance.store(RESULT, run, {"rows": rows})
+
+
+def _summary(times: dict[str, list[float]], name: str) -> dict[str, Any]:
+    """Seconds, and how many times as fast as the original with its batch norms folded: block by block."""
+    speedups = [folded / own for folded, own in zip(times[FOLDED], times[name], strict=True)]
+    low, median, high = statistics.quantiles(speedups, n=4)
+    return {"seconds": statistics.median(times[name]), "speedup": median, "quartiles": [low, high]}
+
+
+def _networks(weights: Path, runs: Path) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """One network of each architecture, by the first row that has it; and for each row that name."""
+    model = load(weights)
+    networks: dict[str, nn.Module] = {ORIGINAL: model, FOLDED: elc_fx.compile(model)}
+    names, seen = {ORIGINAL: ORIGINAL, FOLDED: FOLDED}, dict[str, str]()
+    for file in sorted(FOLDER.glob(f"{weights.stem}-*.json")):
+        program = runs / file.stem / "model.pt2"
+        if not program.exists():
+            continue
+        network = torch.export.load(program).module()
+        layers = repr([node.meta["val"].shape for node in network.graph.nodes if "val" in node.meta])
+        layers += repr([tuple(value.shape) for value in network.state_dict().values()])
+        name = seen.setdefault(layers, file.stem)
+        networks.setdefault(name, network)
+        names[file.stem] = name
+    return networks, names

@@ -1,4 +1,148 @@
 """Tables and plots from what is stored."""
 
+from __future__ import annotations
 
-def show() -> None: ...
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import provenance
+import terminal
+from benchmark.methods import METHODS
+
+Row = Mapping[str, Any]
+
+
+def show() -> None:
+    """Prints the tables, and writes the plots, docs/results/benchmark_NETWORK.svg."""
+    rows = stored()
+    print(accuracy_table(rows))
+    print()
+    print(latency_table(_latencies()))
+    for network in sorted({row["network"] for row in rows}):
+        plot(network, rows, provenance.RESULTS / f"benchmark_{network}.svg")
+
+
+def stored() -> list[Row]:
+    """All rows, in the order of the methods."""
+    folder = provenance.RESULTS / "benchmark"
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    order = list(METHODS)
+    return sorted(rows, key=lambda r: (r["network"], -r["budget"], r["epochs"], order.index(r["method"]), r["seed"]))
+
+
+def _latencies() -> list[Row]:
+    file = provenance.RESULTS / "benchmark_latency.json"
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """The seeds of each network, method, budget and number of epochs."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["network"], row["method"], row["budget"], row["epochs"]].append(row)
+    return groups
+
+
+def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
+    """Test accuracy and costs of each method; all methods that have not been run are there, too."""
+    lines = []
+    groups = _grouped(rows)
+    for network, budget, epochs in dict.fromkeys((r["network"], r["budget"], r["epochs"]) for r in rows):
+        for name, method in METHODS.items():
+            own = groups.get((network, name, budget, epochs), [])
+            head = [network, f"{budget:.0%}", name, epochs * method.epochs]
+            if not own:
+                lines.append([*head, "not run", "", "", "", "", ""])
+            elif "unreachable" in own[0]:
+                lines.append([*head, "cannot reach the budget", "", "", "", "", ""])
+            else:
+                lines.append([*head, *_cells(own)])
+    headers = (
+        "network",
+        "budget",
+        "method",
+        "epochs",
+        "test accuracy",
+        "points",
+        "untrained",
+        "FLOPs",
+        "depth",
+        "seeds",
+    )
+    return terminal.table(lines, headers, style)
+
+
+def _cells(rows: Sequence[Row]) -> list[str]:
+    after = [row["test"][1] for row in rows]
+    spread = f" ({min(after):.2%}–{max(after):.2%})" if len(after) > 1 else ""
+    mean, flops = statistics.mean(after), rows[0]["after"]["flops"] / rows[0]["before"]["flops"]
+    return [
+        f"{mean:.2%}{spread}",
+        f"{100 * (mean - rows[0]['test'][0]):+.2f}",
+        f"{statistics.mean(row['held_out'][0] for row in rows):.1%}",
+        f"{flops:.1%}",
+        f"{rows[0]['before']['depth']} → {rows[0]['after']['depth']}",
+        str(len(rows)),
+    ]
+
+
+def latency_table(rows: Sequence[Row], style: str = "simple") -> str:
+    """How many times as fast as the original with its batch norms folded, median and quartiles."""
+    columns = list(dict.fromkeys((row["runtime"], row["batch"]) for row in rows))
+    lines: dict[tuple[str, str], dict[tuple[str, int], str]] = defaultdict(dict)
+    for row in rows:
+        low, high = row["quartiles"]
+        cell = f"{row['speedup']:.2f} ({low:.2f}–{high:.2f})"
+        lines[row["network"], _method(row)][row["runtime"], row["batch"]] = cell
+    cells = [[*key, *(own.get(column, "") for column in columns)] for key, own in lines.items()]
+    return terminal.table(cells, ("network", "method", *(f"{name}, {size}" for name, size in columns)), style)
+
+
+def _method(row: Row) -> str:
+    """Of "network-method-budget-epochs-seed"."""
+    own = row["row"].removeprefix(f"{row['network']}-")
+    return own if own == row["row"] else f"{own.rsplit('-', 3)[0]}, {float(own.rsplit('-', 3)[1]):.0%}"
+
+
+def plot(network: str, rows: Sequence[Row], file: Path) -> None:
+    """Accuracy over speed, one picture for each runtime and batch, and over FLOPs."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "elc_fx", "svg.fonttype": "none", "font.size": 9})
+    from matplotlib import pyplot
+
+    done = [row for row in rows if row["network"] == network and "test" in row]
+    times = [row for row in _latencies() if row["network"] == network]
+    speed = {(t["row"], t["runtime"], t["batch"]): t["speedup"] for t in times}
+    columns = list(dict.fromkeys((t["runtime"], t["batch"]) for t in times))
+    count = len(columns) + 1
+    wide = min(count, 3)
+    figure, axes = pyplot.subplots(
+        -(-count // wide), wide, figsize=(3.4 * wide, 2.8 * -(-count // wide)), squeeze=False, sharey=True
+    )
+    colours = {name: f"C{i}" for i, name in enumerate(METHODS)}
+    for axis, column in zip(axes.flat, [None, *columns], strict=False):
+        for row in done:
+            stem = f"{network}-{row['method']}-{row['budget']:g}-{row['epochs']}-{row['seed']}"
+            x = row["after"]["flops"] / row["before"]["flops"] if column is None else speed.get((stem, *column))
+            if x is not None:
+                axis.plot(x, 100 * row["test"][1], "o", color=colours[row["method"]], label=row["method"])
+        axis.axhline(100 * done[0]["test"][0], color="grey", linewidth=0.8, linestyle="--")
+        axis.set_title("share of the FLOPs" if column is None else f"times as fast: {column[0]}, batch {column[1]}")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    for row in axes:
+        row[0].set_ylabel("test accuracy [%]")
+    found = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(found.values(), found.keys(), loc="lower center", ncols=min(8, len(found)), frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
