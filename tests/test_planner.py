@@ -278,3 +278,64 @@ def test_for_a_network_that_is_trained_layers_count_and_large_divergences_count_
     positions = [i for i, choice in enumerate(plain.choices) if choice.candidate in plan.candidates]
     expected = math.log1p(plain.loss_together(positions)) + 0.2 * gone
     assert plan.prediction.together == pytest.approx(expected)
+
+
+# Found by trying what may be passed wrongly.
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0, -1, True, "", "12 ms", "-3 M", [1]])
+def test_what_no_budget_is(value: Any) -> None:
+    with pytest.raises(elc_fx.InvalidInputError, match="flops of a budget"):
+        elc_fx.Budget(flops=value)
+
+
+def test_a_text_without_a_unit_is_the_number_that_it_spells() -> None:
+    original = elc_fx.Costs(1000, 100, 10)
+    assert elc_fx.Budget(flops="0.5", depth="4").limits(original) == {"flops": 500, "depth": 4}
+
+
+@pytest.mark.parametrize("given", [float("nan"), -1.0, "x", torch.zeros(3), None])
+def test_a_loss_function_that_gives_no_loss_is_told(given: Any) -> None:
+    model, x = network(), torch.randn(4, 3, 8, 8)
+    with pytest.raises(elc_fx.InvalidInputError, match="the loss function gives"):
+        elc_fx.plan(model, x, elc_fx.Budget(flops=0.7), [x], loss=lambda output, expected: given, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"refinements": -1}, "refinements"), ({"refinements": "x"}, "refinements"), ({"cache": 3}, "cache")],
+)
+def test_options_that_are_out_of_range_are_told(options: dict[str, Any], message: str) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    with pytest.raises(elc_fx.InvalidInputError, match=message):
+        elc_fx.plan(network(), x, elc_fx.Budget(flops=0.7), [x], progress=False, **options)
+
+
+def test_one_budget_is_not_several() -> None:
+    with pytest.raises(elc_fx.InvalidInputError, match="budgets is a Budget"):
+        elc_fx.pareto(network(), torch.randn(1, 3, 8, 8), elc_fx.Budget(flops=0.5), loss="uniform")  # type: ignore[arg-type]
+
+
+def test_a_cache_that_is_damaged_or_a_file(tmp_path: Path) -> None:
+    model, x = network(), torch.randn(4, 3, 8, 8)
+    given: dict[str, Any] = {"cache": tmp_path / "cache", "progress": False}
+    plan = elc_fx.plan(model, x, elc_fx.Budget(flops=0.7), [x], **given)
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes() + b'\xff\xfe["a"\n["x", "nan"]\n[1]\nnull\n')
+    assert elc_fx.plan(model, x, elc_fx.Budget(flops=0.7), [x], **given) == plan
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(elc_fx.InvalidInputError, match="nothing can be kept"):
+        elc_fx.plan(model, x, elc_fx.Budget(flops=0.7), [x], cache=tmp_path / "file", progress=False)
+
+
+def test_latencies_leave_the_callers_random_numbers_as_they_were() -> None:
+    model, x = network(), torch.randn(1, 3, 8, 8)
+    state = torch.get_rng_state()
+    elc_fx.plan(model, x, elc_fx.Budget(latency=0.9), loss="uniform", progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_impossible_budget_names_the_layers_as_people_do() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    with pytest.raises(elc_fx.PlanError, match=r"at most 0\.5 layers wanted, 1 layers is the least.*covers `0`"):
+        elc_fx.plan(model, torch.randn(1, 3, 8, 8), elc_fx.Budget(depth=0.5), loss="uniform")

@@ -89,6 +89,8 @@ def _limit_of(name: str, value: Any) -> Callable[[float], float]:
     problem = InvalidInputError(
         f"{name} of a budget is {value!r}, expected a fraction or an absolute value, such as {_EXAMPLES[name]}"
     )
+    if isinstance(value, str) and "." in value and re.fullmatch(_NUMBER, value.strip()):
+        value = float(value)  # a text without a unit is a fraction, too
     if isinstance(value, str):
         absolute = _absolute(name, value)
         if absolute is None or not absolute > 0:
@@ -99,7 +101,7 @@ def _limit_of(name: str, value: Any) -> Callable[[float], float]:
     number = float(value)
     if number <= 1:
         return lambda original: number * original
-    if number != int(number) or name == "latency":
+    if not number.is_integer() or name == "latency":
         raise problem
     return lambda _: number
 
@@ -116,4 +118,6 @@ def cost_text(name: str, value: float) -> str:
     """A cost with its unit, for people. name: as the field of `Costs`."""
     if name == "latency":
         return f"{1000 * value:,.3g} ms"
-    return f"{value:,.0f} {'layers' if name == 'depth' else 'parameters' if name == 'params' else 'FLOPs'}"
+    if name == "depth":
+        return f"{value:,.4g} layers"
+    return f"{value:,.0f} {'parameters' if name == 'params' else 'FLOPs'}"

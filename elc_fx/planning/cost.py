@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from elc_fx.affine import Geometry
 from elc_fx.comparison import measure
-from elc_fx.graph import module_of
+from elc_fx.graph import label, module_of
 from elc_fx.lossless import layers_at
 from elc_fx.planning.budget import Costs
 from elc_fx.planning.candidates import Candidate, CandidateFinder
@@ -81,12 +81,14 @@ class CostModel:
 
     original: of the network as it is. layers: how many layers each node of the graph stands for. sources: what each
     node reads, for nodes in their order. groups: parameters that the same nodes read, as (count, those nodes).
+    labels: what people call nodes, where that is not their name.
     """
 
     original: Costs
     layers: dict[str, int]
     sources: dict[str, tuple[str, ...]]
     groups: tuple[tuple[int, frozenset[str]], ...]
+    labels: dict[str, str] = field(default_factory=dict)
     latency: LatencyModel | None = None
 
     @classmethod
@@ -99,7 +101,8 @@ class CostModel:
         sources = {node.name: tuple(source.name for source in node.all_input_nodes) for node in nodes}
         groups = tuple(_parameter_groups(graph))
         depth = _longest_path(layers, sources, ())
-        return cls(Costs(counted.flops, sum(count for count, _ in groups), depth), layers, sources, groups)
+        costs = Costs(counted.flops, sum(count for count, _ in groups), depth)
+        return cls(costs, layers, sources, groups, {node.name: label(node) for node in nodes})
 
     def after(self, chosen: Sequence[Choice]) -> Costs:
         """The costs when these candidates, which do not overlap, are merged."""

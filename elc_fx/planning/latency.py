@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 from elc_fx.affine import AffineMap, Geometry
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.fusion import layer_of, padded
+from elc_fx.inputs import reproducibly
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.cost import Choice, LatencyModel
 from elc_fx.planning.stored import StoredTable
@@ -172,6 +173,11 @@ class LatencyMeter:
         self.values: dict[fx.Node, tuple[tuple[int, ...], torch.dtype]] = {}
 
     def model(self, choices: Sequence[Choice]) -> LatencyModel:
+        """As `_model`, with random numbers of its own."""
+        with reproducibly():
+            return self._model(choices)
+
+    def _model(self, choices: Sequence[Choice]) -> LatencyModel:
         """Measures every layer of the graph, and every convolution that a choice becomes."""
         self.values = run_recording(self.graph.captured, lambda value: (tuple(value.shape), value.dtype))[1]
         known = StoredTable(self.cache, f"latencies-{self._key()}")
@@ -195,7 +201,8 @@ class LatencyMeter:
 
     def whole(self, choices: Sequence[Choice]) -> tuple[float, float]:
         """Seconds of the original and of what the choices leave behind, side by side. choices: as in the graph."""
-        layers = {choice.output: _Layer(choice.geometry, self.dtype).to(self.device) for choice in choices}
+        with reproducibly():
+            layers = {choice.output: _Layer(choice.geometry, self.dtype).to(self.device) for choice in choices}
         networks = (self.graph.graph_module, substituted(self.graph.graph_module, choices, layers))
         before, after = seconds([self._deployed(network) for network in networks], blocks=WHOLE_BLOCKS)
         return before, after

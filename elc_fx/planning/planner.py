@@ -53,6 +53,10 @@ class Planner:
         progress: bool = True,
     ) -> None:
         check_counts(longest=longest, largest_kernel=largest_kernel, samples=samples)
+        if not isinstance(refinements, int) or isinstance(refinements, bool) or refinements < 0:
+            raise InvalidInputError(f"refinements is {refinements!r}, expected a whole number from 0 on")
+        if cache is not None and not isinstance(cache, str | Path):
+            raise InvalidInputError(f"cache is {cache!r}, expected a folder")
         check_backend(backend)
         graph = serial_graph(model, example_inputs)
         self.meter = LatencyMeter(graph, backend, cache, progress=progress)
@@ -258,6 +262,8 @@ def pareto(
     **options: Any,
 ) -> list[Plan]:
     """The plan for each budget, from tables that are measured once. Arguments and errors: see `plan`."""
+    if not isinstance(budgets, Iterable):
+        raise InvalidInputError(f"budgets is a {type(budgets).__name__}, expected several of elc_fx.Budget")
     budgets = list(budgets)
     for budget in budgets:
         _check_budget(budget)  # before anything is measured

@@ -7,10 +7,12 @@ known: a convolution is fitted to that, and only what comes after the region is 
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,6 +107,19 @@ class Walk(fx.Interpreter):
             self.env = kept
 
 
+def _checked(loss: Loss, output: Any, expected: Any) -> float:
+    """What a function of the user's gives. Raises InvalidInputError where that is no loss."""
+    given = loss(output, expected)
+    try:
+        value = float(given)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not value >= 0:
+        shape = f" of shape {list(given.shape)}" if isinstance(given, Tensor) and given.dim() else f": {given!r:.80}"
+        raise InvalidInputError(f"the loss function gives a {type(given).__name__}{shape}, expected a number from 0 on")
+    return value
+
+
 class Sensitivity:
     """Measures losses of choices on one graph and one set of batches.
 
@@ -117,7 +132,7 @@ class Sensitivity:
         self.nodes = list(graph.graph_module.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.calibration = calibration
-        self.loss = loss or divergence
+        self.loss: Loss = divergence if loss is None else partial(_checked, loss)
         self.progress = progress and sys.stderr.isatty()
 
     def each_alone(self, choices: Sequence[Choice], known: StoredTable) -> list[float]:

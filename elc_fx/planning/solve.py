@@ -74,7 +74,8 @@ def _why_infeasible(problem: Problem) -> str:
 def _untouchable(problem: Problem, most: int = 6) -> list[str]:
     """Layers that no candidate covers."""
     covered = {name for choice in problem.choices for name in choice.candidate.nodes}
-    left = [f"`{name}`" for name, count in problem.model.layers.items() if count and name not in covered]
+    labels = problem.model.labels
+    left = [f"`{labels.get(n, n)}`" for n, count in problem.model.layers.items() if count and n not in covered]
     return [*left[:most], *([f"{len(left) - most} more"] if len(left) > most else [])]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from elc_fx.errors import InvalidInputError
+
 
 class StoredTable(dict[str, float]):
     """Numbers by name. With a folder, each is appended to a file as soon as it is known, and found there again.
@@ -20,9 +22,12 @@ class StoredTable(dict[str, float]):
         self.file: Path | None = None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInputError(f"nothing can be kept in {folder}: {error}") from error
         for path in sorted(folder.glob(f"{name}-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 if (entry := _entry(line)) is not None:
                     super().__setitem__(*entry)
         rank = dist.get_rank() if dist.is_initialized() else 0
