@@ -69,7 +69,7 @@ def _networks(weights: Path, runs: Path) -> tuple[dict[str, nn.Module], dict[str
         if not program.exists():
             continue
         network = torch.export.load(program).module()
-        layers = repr([node.meta["val"].shape for node in network.graph.nodes if "val" in node.meta])
+        layers = repr([(node.target, node.args[2:]) for node in network.graph.nodes if node.op == "call_function"])
         layers += repr([tuple(value.shape) for value in network.state_dict().values()])
         name = seen.setdefault(layers, file.stem)
         networks.setdefault(name, network)
