@@ -107,7 +107,7 @@ def _onnx(module: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
     _required("onnxscript", "onnx")  # which torch's exporter needs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torch's exporter uses itself
-        program = torch.onnx.export(module.eval(), inputs, dynamo=True, verbose=False)
+        program = torch.onnx.export(module, inputs, dynamo=True, verbose=False)
     assert program is not None
     return bytes(program.model_proto.SerializeToString())
 
