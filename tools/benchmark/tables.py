@@ -132,6 +132,9 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
             x = row["after"]["flops"] / row["before"]["flops"] if column is None else speed.get((stem, *column))
             if x is not None:
                 axis.plot(x, 100 * row["test"][1], "o", color=colours[row["method"]], label=row["method"])
+        axis.plot(1, 100 * done[0]["test"][0], "*", color="black", label="original")
+        if column is None:
+            axis.set_xlim(0, 1.05)
         axis.axhline(100 * done[0]["test"][0], color="grey", linewidth=0.8, linestyle="--")
         axis.set_title("share of the FLOPs" if column is None else f"times as fast: {column[0]}, batch {column[1]}")
         axis.grid(alpha=0.3)
