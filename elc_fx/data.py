@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from elc_fx.errors import ElcError
@@ -44,6 +44,7 @@ FOLDERS: dict[Split, tuple[tuple[str, ...], ...]] = {  # which of several is tak
 PICKLES: dict[Split, str] = {"train": r"data_batch_\d+", "test": r"test_batch"}
 META = "batches.meta"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, with which most networks are trained
+SCORED_BATCH = 250
 MOST_BYTES = 8 * 2**30  # of pixels; all images are held in memory
 
 
@@ -96,6 +97,13 @@ class Images:
         """For training: batches in random order, of images that are shifted and mirrored at random."""
         last = len(self) > size  # a few images left over make noisy batch norms
         return DataLoader(Augmented(self), size, shuffle=True, drop_last=last, collate_fn=_as_it_is)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: Images) -> float:
+    """The share of images to whose class the network, in eval mode, gives the highest score."""
+    right = sum(int((network(x).argmax(1) == y).sum()) for x, y in images.batches(SCORED_BATCH))
+    return right / len(images)
 
 
 class Augmented(Dataset[Any]):

@@ -26,7 +26,6 @@ from elc_fx.report.page import page
 from elc_fx.training import METRICS, FinetuneConfig, TrainingError, fingerprint, metrics
 
 CALIBRATION_BATCH = 128
-SCORED_BATCH = 250
 WORK = "work"  # inside the output folder: losses, checkpoints
 JOB = "job.json"  # inside that: what the folder is of
 RESULTS = ("model.pt2", "model.safetensors", "model.onnx", "plan.json", "report.json", "report.html", METRICS)
@@ -135,15 +134,15 @@ def run(
     _claim(folder, what | {"model": fingerprint(model), "data": _fingerprint(train, kept)})
     say("measuring losses, planning, training")
     config = FinetuneConfig(
-        train.loader(batch), validation=list(kept.batches(SCORED_BATCH)), folder=folder / WORK, **options
+        train.loader(batch), validation=list(kept.batches(pictures.SCORED_BATCH)), folder=folder / WORK, **options
     )
     drawn = train.taken(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
     calibration = [batch for _, batch in zip(range(8), drawn.batches(CALIBRATION_BATCH), strict=False)]
     small = compile(model, x, mode="decouple", budget=budget, calibration=calibration, finetune=config)
     say("scoring, writing")
     accuracy = Accuracy(
-        (_accuracy(model, kept), _accuracy(small, kept)),
-        None if test is None else (_accuracy(model, test), _accuracy(small, test)),
+        (pictures.accuracy(model, kept), pictures.accuracy(small, kept)),
+        None if test is None else (pictures.accuracy(model, test), pictures.accuracy(small, test)),
     )
     result = JobResult(folder, accuracy, report_of(small), compare(model, small, x))
     _write(result, small, x, onnx=onnx, say=say)
@@ -165,12 +164,6 @@ def check_classes(model: nn.Module, x: torch.Tensor, images: pictures.Images) ->
             f"the model gives {output.shape[1]} scores, and the data has {len(images.classes)} classes: "
             f"{', '.join(images.classes[:10])}"
         )
-
-
-@torch.no_grad()
-def _accuracy(network: nn.Module, images: pictures.Images) -> float:
-    right = sum(int((network(x).argmax(1) == y).sum()) for x, y in images.batches(SCORED_BATCH))
-    return right / len(images)
 
 
 def _check_apart(folder: Path, data: Path) -> None:

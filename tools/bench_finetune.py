@@ -60,11 +60,6 @@ def network(start: str, model: nn.Module, planner: elc_fx.Planner, plan: elc_fx.
     return collapsed
 
 
-def accuracy(network: nn.Module, images: pictures.Images) -> float:
-    with torch.no_grad():
-        return sum(int((network(x).argmax(1) == y).sum()) for x, y in images.batches(250)) / len(images)
-
-
 def main(
     weights: Annotated[Path, typer.Option(help="A weight file of a CIFAR network.")],
     data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an archive.")],
@@ -88,11 +83,11 @@ def main(
         options = dict(VARIANTS[name])
         torch.manual_seed(0)
         trained = network(options.pop("start", "fitted"), model, planner, plan, batches)
-        untrained = accuracy(trained.eval(), test)
+        untrained = pictures.accuracy(trained.eval(), test)
         loader = train.loader(options.pop("batch", 128))
         history = elc_fx.finetune(trained, loader, teacher=model, epochs=epochs, progress=False, **options)
         speed = history.epochs[-1].images_per_second
-        rows.append({"variant": name, "before": untrained, "after": accuracy(trained, test), "speed": speed})
+        rows.append({"variant": name, "before": untrained, "after": pictures.accuracy(trained, test), "speed": speed})
         print(rows[-1], flush=True)
         provenance.store(RESULT, run, {**setting, "rows": rows})
     print(table(rows))

@@ -16,7 +16,7 @@ from benchmark import pruning
 from cifar_models import load
 from elc_fx import data as pictures
 
-CALIBRATION, CALIBRATION_BATCH, SCORED_BATCH = 1024, 128, 250
+CALIBRATION, CALIBRATION_BATCH = 1024, 128
 HELD_OUT = 0.1
 FROM_SCRATCH = {"learning_rate": 0.1}  # random weights need more than trained ones
 

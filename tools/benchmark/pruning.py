@@ -81,25 +81,19 @@ def choose(
 
     Stores docs/results/benchmark_importance.json.
     """
-    from benchmark.methods import HELD_OUT, SCORED_BATCH
+    from benchmark.methods import HELD_OUT
 
     run = provenance.collect()
     model, known = load(weights), pictures.load(data)
     assert known is not None
     train, kept = known.split(HELD_OUT)
-    held_out = list(kept.batches(SCORED_BATCH))
     rows: list[dict[str, Any]] = []
     for name, scope in terminal.tracked(list(itertools.product(IMPORTANCES, SCOPES)), str):
         torch.manual_seed(0)
-        network = pruned(model, held_out[0][0][:1], share, (name, scope), train)
+        network = pruned(model, kept.taken(slice(1)).inputs(), share, (name, scope), train)
         loader = train.taken(slice(images)).loader(128)
-        before = _accuracy(network.eval(), held_out)
+        before = pictures.accuracy(network.eval(), kept)
         elc_fx.finetune(network, loader, teacher=model, epochs=1, progress=False)
-        rows.append({"importance": name, "scope": scope, "before": before, "after": _accuracy(network, held_out)})
+        rows.append({"importance": name, "scope": scope, "before": before, "after": pictures.accuracy(network, kept)})
         print(rows[-1], flush=True)
         provenance.store(RESULT, run, {"network": weights.stem, "share": share, "images": images, "rows": rows})
-
-
-@torch.no_grad()
-def _accuracy(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
-    return sum(int((network(x).argmax(1) == y).sum()) for x, y in batches) / sum(len(y) for _, y in batches)

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
 
 import elc_fx
 import provenance
-from benchmark.methods import METHODS, SCORED_BATCH, Task
+from benchmark.methods import METHODS, Task
 from elc_fx import data as pictures
 from elc_fx import exporting
 
@@ -54,8 +53,8 @@ def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
     method, (train, kept) = METHODS[name], task.images
     torch.manual_seed(task.seed)
     network = method.network(task)
-    held_out = list(kept.batches(SCORED_BATCH))
-    untrained = _accuracy(network.eval(), kept)
+    held_out = list(kept.batches(pictures.SCORED_BATCH))
+    untrained = pictures.accuracy(network.eval(), kept)
     history = elc_fx.finetune(
         network,
         train.loader(BATCH),
@@ -74,14 +73,9 @@ def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
     assert test is not None
     comparison = elc_fx.compare(task.model, small, task.x)
     return {
-        "held_out": [untrained, _accuracy(small, kept)],
-        "test": [_accuracy(task.model, test), _accuracy(small, test)],
+        "held_out": [untrained, pictures.accuracy(small, kept)],
+        "test": [pictures.accuracy(task.model, test), pictures.accuracy(small, test)],
         "before": comparison.before.to_dict(),
         "after": comparison.after.to_dict(),
         "history": [asdict(epoch) for epoch in history.epochs],
     }
-
-
-@torch.no_grad()
-def _accuracy(network: nn.Module, images: pictures.Images) -> float:
-    return sum(int((network(x).argmax(1) == y).sum()) for x, y in images.batches(SCORED_BATCH)) / len(images)
