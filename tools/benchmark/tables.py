@@ -48,13 +48,15 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
-    """Test accuracy and costs of each method; all methods that have not been run are there, too."""
+    """Test accuracy and costs of each method; at the first budget, those that have not been run are there, too."""
     lines = []
     groups = _grouped(rows)
     for network, budget, epochs in dict.fromkeys((r["network"], r["budget"], r["epochs"]) for r in rows):
         for name, method in METHODS.items():
             own = groups.get((network, name, budget, epochs), [])
             head = [network, f"{budget:.0%}", name, epochs * method.epochs]
+            if not own and budget != rows[0]["budget"]:
+                continue
             if not own:
                 lines.append([*head, "not run", "", "", "", "", ""])
             elif "unreachable" in own[0]:
