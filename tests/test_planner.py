@@ -339,3 +339,58 @@ def test_an_impossible_budget_names_the_layers_as_people_do() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
     with pytest.raises(elc_fx.PlanError, match=r"at most 0\.5 layers wanted, 1 layers is the least.*covers `0`"):
         elc_fx.plan(model, torch.randn(1, 3, 8, 8), elc_fx.Budget(depth=0.5), loss="uniform")
+
+
+# Found by a fresh view.
+
+
+class Flattened(nn.Module):
+    """With a size between its layers, which is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+        self.pool, self.hidden, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool(self.features(x))
+        y = y.view(y.size(0), -1)
+        scores: Tensor = self.head(torch.relu(self.hidden(y)))
+        return scores
+
+
+def test_latencies_of_a_network_that_computes_with_sizes() -> None:
+    x = torch.randn(1, 3, 12, 12)
+    plan = elc_fx.plan(Flattened().eval(), x, elc_fx.Budget(latency=0.95), loss="uniform", progress=False)
+    assert plan.prediction is not None and plan.prediction.latency is not None
+
+
+@pytest.mark.parametrize("pair", [(nn.ReLU(), nn.Tanh()), (nn.LeakyReLU(0.01), nn.LeakyReLU(0.5))])
+def test_losses_of_other_activations_are_not_found_in_the_cache(
+    pair: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    x, losses = torch.randn(8, 3, 8, 8), []
+    for cache in (tmp_path, None):
+        for activation in pair if cache else pair[1:]:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(3, 6, 3), activation, nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(96, 3))
+            made = Planner(model.eval(), x, [x], cache=cache, fine_tuned=False, progress=False)
+            losses.append(made.losses)
+    assert losses[1] == losses[2] != losses[0]
+
+
+def test_a_collapsed_network_is_in_eval_mode_and_keeps_its_budget_when_compiled() -> None:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Conv2d(8, 8, 3, padding=1)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    made = Planner(model, x, [x], progress=False)
+    collapsed = made.collapse(made.plan(elc_fx.Budget(params=808)))
+    assert not any(module.training for module in collapsed.modules())
+    assert elc_fx.measure(elc_fx.compile(collapsed, x), x).parameters <= 808
+
+
+@pytest.mark.parametrize("loss", [None, 0, ["auto"]])
+def test_what_is_no_loss_is_not_taken_for_one(loss: Any) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    with pytest.raises(elc_fx.InvalidInputError, match="expected 'auto'"):
+        elc_fx.plan(network(), x, elc_fx.Budget(flops=0.7), [x], loss=loss, progress=False)

@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 from elc_fx.affine import AffineMap, Geometry
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.fusion import layer_of, padded
+from elc_fx.graph import function_name
 from elc_fx.inputs import reproducibly
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.cost import Choice, LatencyModel
@@ -252,7 +253,7 @@ class LatencyMeter:
             return self._layer(operation.geometry, operation.source)
         inputs = tuple(self.values[source] for source in sources)
         module = self.graph.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        what = repr(module) if module is not None else f"{node.target} {_plain(node)}"
+        what = repr(module) if module is not None else f"{function_name(node)} {_plain(node)}"
         return _Unit(f"{what} {inputs}", inputs, lambda: _alone(self.graph.graph_module, node))
 
     def _layer(self, geometry: Geometry, source: fx.Node) -> _Unit:
@@ -264,7 +265,9 @@ class LatencyMeter:
         """Whether a deployed network computes it together with the layer before it."""
         operations = self.graph.interpreter.operations
         for source in node.all_input_nodes:
-            if len(source.users) > 1 or self.values[source][0] != self.values[node][0]:
+            if len(source.users) > 1 or not {source, node} <= self.values.keys():  # no tensors, such as sizes
+                continue
+            if self.values[source][0] != self.values[node][0]:
                 continue
             layer = source in operations and operations[source].convolves
             if not layer and not self._follows_a_layer(source):

@@ -67,7 +67,7 @@ class Planner:
         self.sensitivity: Sensitivity | None = None
         self.refinements = refinements
         self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
-        if isinstance(loss, str) and loss not in ("auto", "uniform"):
+        if not (callable(loss) or isinstance(loss, Mapping) or (isinstance(loss, str) and loss in ("auto", "uniform"))):
             raise InvalidInputError(f"loss is {loss!r}, expected 'auto', 'uniform', a mapping or a function")
         if loss == "uniform":
             self.losses = [float(len(choice.candidate.layers) - 1) for choice in self.choices]

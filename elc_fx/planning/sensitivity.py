@@ -36,6 +36,9 @@ from elc_fx.serial import SerialGraph
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
 
 
+_PLAIN = (bool, int, float, str, tuple, type(None))  # attributes that a module computes with, such as a slope
+
+
 class Calibration:
     """Batches of a model's inputs. batches: for each, the values of the graph's placeholders, in order."""
 
@@ -56,7 +59,12 @@ class Calibration:
     def fingerprint(self) -> str:
         """Of the data and of everything that the graph computes with."""
         digest = hashlib.sha256(str(self.graph_module.graph).encode())
-        state = self.graph_module.state_dict()
+        for name, module in self.graph_module.named_modules():
+            own = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN)}
+            kind = None if isinstance(module, fx.GraphModule) else (type(module).__qualname__, sorted(own.items()))
+            digest.update(repr((name, kind)).encode())
+        # Not the state_dict, which lacks buffers that are not persistent.
+        state = dict([*self.graph_module.named_parameters(), *self.graph_module.named_buffers()])
         for name, value in [*state.items(), *enumerate(pytree.tree_leaves(self.batches))]:
             digest.update(str(name).encode())
             if isinstance(value, Tensor):
@@ -222,7 +230,9 @@ class Sensitivity:
 
     def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
         """A copy of the network in which the choices, in their order, are the convolutions that were fitted to them."""
-        return substituted(self.graph_module, choices, self.together(choices)[1])
+        network = substituted(self.graph_module, choices, self.together(choices)[1])
+        network.eval()  # as the original
+        return network
 
     def _fitted(
         self, choice: Choice, read: Sequence[Walk], given: Sequence[Walk], windows: dict[Any, Windows]
