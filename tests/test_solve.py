@@ -63,7 +63,10 @@ def problems(draw: st.DrawFn) -> Problem:
             parameters=(0, draw(st.integers(0, 6))),
         )
         spans.append(Span(candidate, names[first - 1], names[last]))
-    losses = [draw(st.integers(0, 30)) / 10 if draw(st.integers(0, 9)) else math.inf for _ in spans]
+    losses = [
+        draw(st.integers(0, 30)) / 10 * draw(st.sampled_from([1.0, 1e4])) if draw(st.integers(0, 9)) else math.inf
+        for _ in spans
+    ]
     original = Costs(100, sum(n for n, _ in groups), 0)
     model = CostModel(original, layers, sources, tuple(groups))
     limits: dict[str, float] = {}

@@ -21,6 +21,7 @@ from elc_fx.planning.cost import Choice, CostModel
 Pair = tuple[int, int]  # two choices by their positions
 SECONDS = 60.0  # for one solution; what is not proven best by then has a gap
 HALF = 0.5
+FINENESS = 1e4  # HiGHS is content within 1e-6 of the best, in absolute terms
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,17 @@ def solve(problem: Problem) -> Solution:
 
     Raises `PlanError` where there is none; the message says what is the least that can be reached.
     """
-    solution = _Programme(problem, problem.limits).minimise_loss()
-    if solution is None:
-        raise PlanError(_why_infeasible(problem))
-    return solution
+    limits = dict(problem.limits)
+    while True:
+        solution = _Programme(problem, limits).minimise_loss()
+        if solution is None:
+            raise PlanError(_why_infeasible(problem))
+        after = problem.model.after([problem.choices[i] for i in solution.chosen])
+        over = {name: getattr(after, name) - problem.limits[name] for name in limits if name != "latency"}
+        if all(excess <= 0 for excess in over.values()):
+            return solution
+        # HiGHS allows for an error of 1e-6 of the largest saving.
+        limits |= {name: limits[name] - 2 * excess for name, excess in over.items() if excess > 0}
 
 
 def _why_infeasible(problem: Problem) -> str:
@@ -198,7 +206,7 @@ class _Programme:
         matrix = csr_matrix((values, (rows, columns)), shape=(len(self.rows), self.count))
         lower, upper = [row[1] for row in self.rows], [row[2] for row in self.rows]
         result = milp(
-            costs / scale,
+            FINENESS * costs / scale,
             integrality=integrality,
             bounds=Bounds(np.zeros(self.count), np.array(self.upper)),
             constraints=LinearConstraint(matrix, lower, upper) if self.rows else None,
