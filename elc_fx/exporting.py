@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -64,8 +65,8 @@ def save_onnx(model: nn.Module, inputs: Sequence[Tensor], file: Path) -> None:
 def require_onnx() -> None:
     """Raises ExportError where ONNX cannot be written; call it before long work."""
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401 (which torch's exporter needs)
+        for package in ("onnx", "onnxscript"):  # which torch's exporter needs
+            importlib.import_module(package)
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install 'elc_fx[onnx]'") from error
 
