@@ -88,10 +88,8 @@ def _decoupled(task: Task) -> nn.Module:
 
 
 def _pruned(task: Task) -> nn.Module:
-    assert task.plan.prediction is not None
-    share = task.plan.prediction.after.flops / task.plan.prediction.before.flops
     train, _ = task.images
-    return pruning.pruned(task.model, task.x, share, pruning.chosen(), train)
+    return pruning.pruned(task.model, task.x, task.budget, pruning.chosen(), train)
 
 
 def _random(task: Task) -> nn.Module:
