@@ -7,6 +7,8 @@ layers in a chain, at any depth of nesting, is one affine map whose geometry is 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -101,6 +103,24 @@ class Region:
     def layers(self) -> list[fx.Node]:
         """Its convolutions and linear layers, in order."""
         return [op.node for op in operations_of(self.parts) if op.convolves]
+
+    @property
+    def is_one_layer(self) -> bool:
+        """Whether nothing merges here: all that can change is the kernel of the layer."""
+        return len(self.layers) == 1 and not any(isinstance(part, Join) for part in self.parts)
+
+    @property
+    def windows(self) -> Iterator[Windows]:
+        """The windows that are worth a candidate, small kernels first.
+
+        A layer by itself keeps all of its kernel, three taps or one, along each axis, but not all along every axis.
+        """
+        if not self.is_one_layer:
+            yield from (windows_keeping(self.parts, count) for count in range(capacity(self.parts) + 1))
+            return
+        (layer,) = (op for op in operations_of(self.parts) if op.convolves)
+        kernels = itertools.product(*(sorted({1, min(3, k), k}) for k in layer.geometry.kernel_size))
+        yield from ({layer.node: kept} for kept in sorted(kernels, key=math.prod)[:-1])
 
     def nodes(self) -> set[fx.Node]:
         return set(nodes_of(self.parts))
@@ -202,7 +222,7 @@ class SerialGraph:
                         break
                     seen = last + 1
                     region = Region(chain, start, self._end(chain, last))
-                    if len(region.layers) > 1 or isinstance(chain.parts[start], Join):
+                    if not region.is_one_layer or capacity(region.parts):
                         yield region
 
     def _end(self, chain: Chain, last: int) -> int:

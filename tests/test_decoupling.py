@@ -212,7 +212,9 @@ def test_at_gate_one_it_is_the_original_to_the_bit_in_bfloat16(
     model, x, plan, _ = case
     model, x = model.bfloat16(), x.bfloat16()
     decoupled = decouple(model, plan)
-    with torch.no_grad():
+    # oneDNN's bfloat16 convolutions with a stride and a dilation read memory that nobody wrote, on CPUs with AMX
+    # (torch 2.14: 3×3×4, stride 2×1×2, dilation 1×2×2).
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(decoupled(x), model(x))
 
 

@@ -52,6 +52,27 @@ def test_the_convolution_with_a_stride_keeps_its_kernel(resnet: nn.Module) -> No
         elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0"], kernels={"layer1.0.conv1": 5})
 
 
+def test_a_layer_by_itself_can_have_a_smaller_kernel(resnet: nn.Module) -> None:
+    """It keeps its activation, and so its depth; only a name with a kernel stands for it."""
+    found = named(resnet)
+    alone = [c for c in found.values() if c.layers == ("layer1.0.conv1",)]
+    assert [c.full_name for c in alone] == [f"layer1.0.conv1:{kernel}" for kernel in ("1x1", "1x3", "3x1")]
+    assert [c.flops[0] // c.flops[1] for c in alone] == [9, 3, 3]
+    assert all(c.activations == c.paddings == () and c.nodes == ("layer1_0_bn1", "layer1_0_conv1") for c in alone)
+    assert not any(c.layers == ("linear",) for c in found.values())
+    large = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    kernels = [c.kernel_size for c in elc_fx.candidates(large, IMAGE) if c.layers == ("0",)]
+    assert sorted(kernels) == [(1, 1), (1, 3), (1, 5), (3, 1), (3, 3), (3, 5), (5, 1), (5, 3)]
+    plan = elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0.conv1:1x3", "layer2.0.conv2:1x1"])
+    assert [c.result for c in plan.candidates] == ["1×3 16→16 padding 0×1", "1×1 32→32"]
+    assert elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0.conv?:1x1"]).candidates[0].layers == (
+        "layer1.0.conv1",
+        "layer1.0.conv2",
+    )
+    with pytest.raises(elc_fx.PlanError, match=r"one layer; say what is left of its kernel: `layer1\.0\.conv1:1x1`"):
+        elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0.conv1"])
+
+
 def test_the_number_of_layers_in_a_row_is_capped(resnet: nn.Module) -> None:
     few, more = named(resnet, longest=1), named(resnet, longest=2)
     assert set(few) < set(more)

@@ -336,7 +336,7 @@ def test_latencies_leave_the_callers_random_numbers_as_they_were() -> None:
 
 
 def test_an_impossible_budget_names_the_layers_as_people_do() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
     with pytest.raises(elc_fx.PlanError, match=r"at most 0\.5 layers wanted, 1 layers is the least.*covers `0`"):
         elc_fx.plan(model, torch.randn(1, 3, 8, 8), elc_fx.Budget(depth=0.5), loss="uniform")
 

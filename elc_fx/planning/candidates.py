@@ -16,7 +16,7 @@ from elc_fx.errors import InvalidInputError, NotAffineError, TrainingModeError
 from elc_fx.graph import label, module_of
 from elc_fx.inputs import ExampleInputs
 from elc_fx.regions import operations_of
-from elc_fx.serial import Region, SerialGraph, Step, Windows, capacity, decouples_padding, rings, windows_keeping
+from elc_fx.serial import Region, SerialGraph, Step, Windows, decouples_padding, rings
 
 LONGEST = 12  # layers or blocks in a row that one candidate may replace
 LARGEST_KERNEL = 7  # of a merged convolution, per axis
@@ -227,8 +227,8 @@ class CandidateFinder:
     def of_region(self, region: Region, largest_kernel: int) -> Iterator[Candidate]:
         """One candidate for each kernel size that the region can have, small ones first."""
         seen = set()
-        for count in range(capacity(region.parts) + 1):
-            candidate = self.candidate(region, windows_keeping(region.parts, count))
+        for windows in region.windows:
+            candidate = self.candidate(region, windows)
             if candidate is None or max(candidate.kernel_size, default=1) > largest_kernel:
                 return
             if candidate.kernel_size not in seen:

@@ -113,7 +113,8 @@ class Plan:
             model, example_inputs, longest: as for `candidates`.
             collapse: names of candidates, such as "layer1.0" or "layer1.0:5x5"; or patterns over names of layers, such
                 as "layer1.*": each stands for the largest candidates all of whose layers match. Without a kernel size
-                after a colon, the largest one is taken that is no larger than the largest kernel of its own layers.
+                after a colon, the largest one is taken that is no larger than the largest kernel of its own layers,
+                and a layer by itself, which only a smaller kernel makes cheaper, is left as it is.
             keep: names or patterns of layers that stay as they are.
             kernels: which kernels stay how large, by names or patterns of layers, where the choice of `candidates`
                 is not wanted: {"layer1.0.conv1": 1, "layer1.0.conv2": 3}.
@@ -276,7 +277,8 @@ class _Chooser:
         """The candidate of this name, or the largest ones whose layers all match."""
         name, _, kernel = pattern.partition(":")
         named = [region for region in self.regions if self._name(region) == name]
-        fitting = named or [r for r in self.regions if all(_matches(label(n), name) for n in r.layers)]
+        merging = (region for region in self.regions if kernel or not region.is_one_layer)
+        fitting = named or [r for r in merging if all(_matches(label(n), name) for n in r.layers)]
         chosen: list[tuple[Region, Candidate]] = []
         used: set[fx.Node] = set()
         reasons = []
@@ -312,6 +314,9 @@ class _Chooser:
             became = kernel_text(candidate.kernel_size)
             return candidate if kernel in ("", became) else f"with the kernels that you keep it becomes {became}"
         options = list(self.finder.of_region(region, 1 << 30 if kernel else LARGEST_KERNEL))
+        if region.is_one_layer and not kernel:
+            ways = ", ".join(f"`{candidate.full_name}`" for candidate in options)
+            return f"it is one layer; say what is left of its kernel: {ways}"
         if kernel:
             same = [c for c in options if kernel_text(c.kernel_size) == kernel]
             sizes = ", ".join(kernel_text(c.kernel_size) for c in options)

@@ -70,7 +70,7 @@ class Planner:
         if not (callable(loss) or isinstance(loss, Mapping) or (isinstance(loss, str) and loss in ("auto", "uniform"))):
             raise InvalidInputError(f"loss is {loss!r}, expected 'auto', 'uniform', a mapping or a function")
         if loss == "uniform":
-            self.losses = [float(len(choice.candidate.layers) - 1) for choice in self.choices]
+            self.losses = [float(len(choice.candidate.layers)) for choice in self.choices]
         elif isinstance(loss, Mapping):
             self.losses = _from_table(loss, self.choices)
         elif calibration is None:
@@ -231,9 +231,9 @@ def plan(
         model, example_inputs: as for `candidates`; costs are those of these shapes.
         budget: what the merged network may cost.
         calibration: batches, as for `decouple`. Take them from the training set.
-        loss: "auto", see docs/planning.md; "uniform": one for each layer that goes; a mapping from names of candidates
-            ("layer1.0:3x3") to losses, where what is missing is never chosen; or a function (output, output of the
-            original) → number.
+        loss: "auto", see docs/planning.md; "uniform": one for each layer that is replaced; a mapping from names of
+            candidates ("layer1.0:3x3") to losses, where what is missing is never chosen; or a function (output, output
+            of the original) → number.
         fine_tuned: whether the network will be trained; then the loss "auto" is log(1 + divergence), and 0.2 for each
             layer that goes. Else it is the divergence itself.
         longest, largest_kernel: which candidates there are, as for `candidates`.

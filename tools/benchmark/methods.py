@@ -63,6 +63,12 @@ class Task:
     def plan(self) -> elc_fx.Plan:
         return self.planned.plan(elc_fx.Budget(flops=self.budget))
 
+    @property
+    def losses(self) -> dict[elc_fx.Candidate, float]:
+        """Of each candidate alone."""
+        pairs = zip(self.planned.choices, self.planned.losses, strict=True)
+        return {choice.candidate: loss for choice, loss in pairs}
+
     def fitted(self, losses: Any) -> nn.Module:
         """The network of the plan that another table of losses leads to, its convolutions fitted as always."""
         planner = elc_fx.Planner(self.model, self.x, loss=losses)
@@ -103,12 +109,11 @@ def _random(task: Task) -> nn.Module:
 
 def _grown(task: Task) -> nn.Module:
     """Of each candidate only the form whose kernels are all kept: they add up."""
-    whole = {c.candidate.full_name: float(len(c.candidate.layers)) for c in task.planned.choices if _keeps_all(c)}
-    return task.fitted(whole)
+    return task.fitted({c.full_name: loss for c, loss in task.losses.items() if not c.kernels})
 
 
-def _keeps_all(choice: Any) -> bool:
-    return not choice.candidate.kernels
+def _merges(task: Task) -> nn.Module:
+    return task.fitted({c.full_name: loss for c, loss in task.losses.items() if len(c.layers) > 1})
 
 
 METHODS = {
@@ -119,5 +124,6 @@ METHODS = {
     "uniform": Method("the fewest layers that meet the budget, without a plan", lambda task: task.fitted("uniform")),
     "gates": Method("elc's plan, decoupled, gates closed over half of the steps", _decoupled, {"gates": 0.5}),
     "at-once": Method("elc's plan, decoupled, gates closed at once", _decoupled),
+    "merges": Method("planned without layers whose kernels shrink by themselves: all that goes is depth", _merges),
     "grown": Method("without kernel control: merged kernels keep all that the kernels add up to", _grown),
 }

@@ -29,7 +29,7 @@ BISECTIONS = 20
 def pruned(
     model: nn.Module, x: Tensor, share: float, importance: tuple[str, str], images: pictures.Images
 ) -> nn.Module:
-    """A copy of the model with so many channels less that its FLOPs are just above the share, at most by `TOLERANCE`."""
+    """A copy of the model with fewer channels; its FLOPs are the share of the model's, or up to `TOLERANCE` more."""
     wanted = share * elc_fx.measure(model, x).flops
     low, high = 0.0, 0.95
     best: tuple[int, nn.Module] | None = None
@@ -41,7 +41,9 @@ def pruned(
             best = flops, network
         low, high = (ratio, high) if flops > wanted else (low, ratio)
     if best is None or best[0] / wanted - 1 > TOLERANCE:
-        raise RuntimeError(f"pruning comes within {best[0] / wanted - 1:.1%} of the FLOPs only" if best else "no network")
+        raise RuntimeError(
+            f"pruning comes within {best[0] / wanted - 1:.1%} of the FLOPs only" if best else "no network"
+        )
     return best[1]
 
 
