@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -18,8 +19,10 @@ from networks import image, ready
 from torch import Tensor, nn
 
 import elc_fx
+from elc_fx.planning import solve as solving
 from elc_fx.planning.budget import Budget, Costs
 from elc_fx.planning.cost import CostModel, choices_of
+from elc_fx.planning.planner import Planner
 from elc_fx.planning.solve import Problem, solve
 from elc_fx.serial import SerialGraph
 
@@ -64,7 +67,7 @@ def problems(draw: st.DrawFn) -> Problem:
         )
         spans.append(Span(candidate, names[first - 1], names[last]))
     losses = [
-        draw(st.integers(0, 30)) / 10 * draw(st.sampled_from([1.0, 1e4])) if draw(st.integers(0, 9)) else math.inf
+        draw(st.integers(0, 30)) / 10 * draw(st.sampled_from([1e-6, 1.0, 1e4])) if draw(st.integers(0, 9)) else math.inf
         for _ in spans
     ]
     original = Costs(100, sum(n for n, _ in groups), 0)
@@ -78,6 +81,8 @@ def problems(draw: st.DrawFn) -> Problem:
         limits["depth"] = draw(st.integers(0, 8))
     pairs = itertools.combinations(range(len(spans)), 2)
     together = {pair: draw(st.integers(-5, 10)) / 10 for pair in pairs if draw(st.booleans())}
+    if draw(st.booleans()):  # what is gained together hides small losses
+        together = {}
     return Problem(spans, losses, model, limits, together)  # type: ignore[arg-type]
 
 
@@ -104,9 +109,79 @@ def test_the_choice_is_the_best_there_is(problem: Problem) -> None:
             solve(problem)
         return
     solution = solve(problem)
-    assert solution.loss == pytest.approx(expected, abs=1e-6) and solution.gap == pytest.approx(0, abs=1e-9)
+    assert solution.loss == pytest.approx(expected, rel=1e-6, abs=1e-12) and solution.gap == pytest.approx(0, abs=1e-9)
     costs = problem.model.after([problem.choices[i] for i in solution.chosen])
     assert all(getattr(costs, name) <= limit for name, limit in problem.limits.items())
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(torch.relu(self.a(x))) + x)
+
+
+def of_blocks(count: int) -> Planner:
+    model = nn.Sequential(*(Block(4) for _ in range(count))).eval()
+    return Planner(model, torch.randn(1, 4, 8, 8), loss="uniform", progress=False)
+
+
+def test_a_deep_network_is_solved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses that are all alike, which leave nothing to branch on: the relaxation itself has to be tight."""
+    monkeypatch.setattr(solving, "SECONDS", 5.0)
+    planner = of_blocks(75)
+    for budget, loss in ((Budget(depth=14), 136), (Budget(depth=0.297), 106), (Budget(depth=0.5, flops=0.6), 75)):
+        prediction = planner.plan(budget).prediction
+        assert prediction is not None and prediction.gap == 0 and sum(prediction.losses) == loss
+
+
+def out_of_time(found: bool) -> Any:
+    """HiGHS, as if its time were over: before it finds anything, or with a gap of a half."""
+
+    def milp(*args: Any, **options: Any) -> Any:
+        result = scipy.optimize.milp(*args, **options)
+        result.status, result.mip_gap, result.message = 1, 0.5, "Time limit reached."
+        if not found:
+            result.x = None
+        return result
+
+    return milp
+
+
+def test_out_of_time_is_not_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = of_blocks(3)
+    monkeypatch.setattr(solving, "milp", out_of_time(found=False))
+    with pytest.raises(elc_fx.PlanError, match=r"found no choice .* within 60 s; there may be one all the same"):
+        planner.plan(Budget(depth=4))
+    monkeypatch.setattr(solving, "milp", out_of_time(found=True))
+    prediction = planner.plan(Budget(depth=4)).prediction
+    assert prediction is not None and prediction.gap == 0.5 and "up to 50.0% from the best" in str(prediction)
+
+
+def test_the_least_is_said_to_be_between_what_is_proven_and_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = of_blocks(3)
+
+    def milp(*args: Any, **options: Any) -> Any:
+        result = scipy.optimize.milp(*args, **options)
+        return out_of_time(found=True)(*args, **options) if result.status == 0 else result
+
+    monkeypatch.setattr(solving, "milp", milp)
+    with pytest.raises(elc_fx.PlanError, match=r"0\.3 layers wanted, 0\.5 layers to 1 layers is the least"):
+        planner.plan(Budget(depth=0.05))
+
+
+@pytest.mark.parametrize("smallest", [1e-6, 1e-9, 1e-12])
+def test_small_losses_are_told_apart_next_to_large_ones(smallest: float) -> None:
+    planner = of_blocks(4)
+    alone = [i for i, choice in enumerate(planner.choices) if len(choice.candidate.layers) == 2]
+    planner.losses = [1e4] * len(planner.choices)
+    for rank, i in enumerate(reversed(alone)):
+        planner.losses[i] = smallest * (1 + rank / 10)
+    plan = planner.plan(Budget(depth=7))
+    assert plan.prediction is not None and plan.prediction.gap == 0
+    assert plan.prediction.losses == (smallest,)
 
 
 # --- costs against those that are counted ----------------------------------------------------------------------------
