@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdRef
 
 from elc_fx.errors import InvalidInputError, TrainingModeError
-from elc_fx.inputs import ExampleInputs, fresh, reproducibly
+from elc_fx.inputs import ExampleInputs, fresh
+from elc_fx.randomness import reproducibly
 
 aten = torch.ops.aten
 

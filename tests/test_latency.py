@@ -95,7 +95,7 @@ def test_an_unknown_backend_is_told() -> None:
 @pytest.mark.parametrize(("runtime", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino")])
 def test_a_missing_runtime_names_the_extra(runtime: Any, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, runtime, None)
-    with pytest.raises(elc_fx.LatencyError, match=rf"elc_fx\[{extra}\]"):
+    with pytest.raises(elc_fx.MissingPackageError, match=rf"elc_fx\[{extra}\]"):
         latency.runner(nn.ReLU(), [torch.zeros(1)], runtime)
 
 

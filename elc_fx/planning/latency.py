@@ -10,7 +10,6 @@ behind.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -29,13 +28,15 @@ from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry
 from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.exporting import require_onnx
 from elc_fx.fusion import layer_of, padded
 from elc_fx.graph import function_name
-from elc_fx.inputs import reproducibly
 from elc_fx.lossless import LosslessCompilation
+from elc_fx.packages import required
 from elc_fx.planning.cost import Choice, LatencyModel
 from elc_fx.planning.stored import StoredTable
 from elc_fx.planning.substitution import substituted
+from elc_fx.randomness import reproducibly
 from elc_fx.serial import SerialGraph
 from elc_fx.shapes import run_recording
 
@@ -84,7 +85,7 @@ def _compiled(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
 
 
 def _onnxruntime(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
-    onnxruntime = _required("onnxruntime", "onnx")
+    onnxruntime = required("onnxruntime", "elc_fx[onnx]")
     stored = _onnx(module, inputs)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -96,7 +97,7 @@ def _onnxruntime(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
 
 
 def _openvino(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
-    openvino = _required("openvino", "openvino")
+    openvino = required("openvino", "elc_fx[openvino]")
     core = openvino.Core()
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     request = core.compile_model(core.read_model(_onnx(module, inputs)), "CPU", options).create_infer_request()
@@ -105,19 +106,12 @@ def _openvino(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
 
 
 def _onnx(module: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
-    _required("onnxscript", "onnx")  # which torch's exporter needs
+    require_onnx()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torch's exporter uses itself
         program = torch.onnx.export(module, inputs, dynamo=True, verbose=False)
     assert program is not None
     return bytes(program.model_proto.SerializeToString())
-
-
-def _required(package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise LatencyError(f"{error.name} is not installed; pip install 'elc_fx[{extra}]'") from error
 
 
 _RUNNERS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Call]] = {
