@@ -166,7 +166,7 @@ class Planner:
 
     def _in_order(self, chosen: Sequence[int]) -> list[int]:
         """As their outputs stand in the graph."""
-        order = {name: position for position, name in enumerate(self.model.sources)}
+        order = {name: position for position, name in enumerate(self.model.reads)}
         return sorted(chosen, key=lambda i: order[self.choices[i].output])
 
     def _plan_of(self, solution: Solution) -> Plan:

@@ -113,7 +113,8 @@ def _untouchable(problem: Problem, most: int = 6) -> list[str]:
     """Layers that no candidate covers."""
     covered = {name for choice in problem.choices for name in choice.candidate.nodes}
     labels = problem.model.labels
-    left = [f"`{labels.get(n, n)}`" for n, count in problem.model.layers.items() if count and n not in covered]
+    layers = [name for name, read in problem.model.reads.items() if any(read.values())]
+    left = [f"`{labels.get(name, name)}`" for name in layers if name not in covered]
     return [*left[:most], *([f"{len(left) - most} more"] if len(left) > most else [])]
 
 
@@ -200,22 +201,21 @@ class _Programme:
         return {i: -model.saved(choice) for i, choice in enumerate(self.problem.choices)}, model.whole
 
     def depth(self) -> tuple[dict[int, float], float]:
-        """A potential for each node, at least that of what it reads plus the layers that are there in its place."""
+        """A potential for each node, at least that of what it reads plus the layers that are left between them."""
         model = self.problem.model
-        potential = {name: self._variable(np.inf) for name in model.sources}
+        potential = {name: self._variable(np.inf) for name in model.reads}
         deepest = self._variable(np.inf)
         ending: dict[str, list[int]] = {}
         for i, choice in enumerate(self.problem.choices):
             ending.setdefault(choice.output, []).append(i)
-        for name, read in model.sources.items():
-            own = float(model.layers[name])
-            row = {potential[name]: 1.0, **dict.fromkeys(self.covering.get(name, ()), own)}
-            for i in ending.get(name, ()):
-                row[i] -= 1.0
+        for name, read in model.reads.items():
             self.rows.append(({deepest: 1.0, potential[name]: -1.0}, 0.0, np.inf))
-            self.rows.extend(({**row, potential[source]: -1.0}, own, np.inf) for source in read)
-            if not read:
-                self.rows.append((row, own, np.inf))
+            for source, count in read.items():
+                row = {potential[name]: 1.0, potential[source]: -1.0}
+                row |= dict.fromkeys(self.covering.get(name, ()), float(count))
+                for i in ending.get(name, ()):
+                    row[i] -= 1.0
+                self.rows.append((row, float(count), np.inf))
         return {deepest: 1.0}, 0.0
 
     # The programme itself.
