@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import flops, image, ready
@@ -153,7 +154,7 @@ def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     with pytest.raises(elc_fx.PlanError, match=r"at most .* FLOPs wanted, .* FLOPs is the least .*`_8`|no candidate"):
         elc_fx.plan(model, x, elc_fx.Budget(flops=0.001), loss="uniform")
     with pytest.raises(elc_fx.PlanError, match="depth: at most 1 layers wanted"):
-        elc_fx.plan(model, x, elc_fx.Budget(depth="1"), loss="uniform")
+        elc_fx.plan(model, x, elc_fx.Budget(depth="1 layer"), loss="uniform")
 
 
 def test_bad_arguments() -> None:
@@ -283,7 +284,9 @@ def test_for_a_network_that_is_trained_layers_count_and_large_divergences_count_
 # Found by trying what may be passed wrongly.
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0, -1, True, "", "12 ms", "-3 M", [1]])
+@pytest.mark.parametrize(
+    "value", [float("inf"), float("nan"), 0, -1, True, "", "12 ms", "-3 M", [1], 10**400, "9" * 5000]
+)
 def test_what_no_budget_is(value: Any) -> None:
     with pytest.raises(elc_fx.InvalidInputError, match="flops of a budget"):
         elc_fx.Budget(flops=value)
@@ -292,6 +295,11 @@ def test_what_no_budget_is(value: Any) -> None:
 def test_a_text_without_a_unit_is_the_number_that_it_spells() -> None:
     original = elc_fx.Costs(1000, 100, 10)
     assert elc_fx.Budget(flops="0.5", depth="4").limits(original) == {"flops": 500, "depth": 4}
+    for one in (elc_fx.Budget(depth=1), elc_fx.Budget(depth="1"), elc_fx.Budget.parse("depth=1")):
+        assert one.limits(original) == {"depth": 10}
+    for one in (elc_fx.Budget(depth="1 layer"), elc_fx.Budget.parse("depth=1 layer")):
+        assert one.limits(original) == {"depth": 1}
+    assert elc_fx.Budget(depth=0.29).limits(elc_fx.Costs(1, 1, 100)) == {"depth": 29}
 
 
 @pytest.mark.parametrize("given", [float("nan"), -1.0, "x", torch.zeros(3), None])
@@ -394,3 +402,48 @@ def test_what_is_no_loss_is_not_taken_for_one(loss: Any) -> None:
     x = torch.randn(4, 3, 8, 8)
     with pytest.raises(elc_fx.InvalidInputError, match="expected 'auto'"):
         elc_fx.plan(network(), x, elc_fx.Budget(flops=0.7), [x], loss=loss, progress=False)
+
+
+def test_an_empty_plan_says_what_the_network_costs() -> None:
+    plan = elc_fx.plan(network(), torch.randn(1, 3, 8, 8), elc_fx.Budget(depth=1), loss="uniform")
+    assert not plan.candidates
+    assert "met without a merge" in str(plan) and "depth 10 layers → 10 layers (100.0%)" in str(plan)
+
+
+def test_losses_of_any_size_and_kind_of_number() -> None:
+    model, x = network(), torch.randn(4, 3, 8, 8)
+    made = Planner(model, x, [x], loss=lambda a, b: 1e150 * (a - b).double().abs().sum(), progress=False)
+    assert made.plan(elc_fx.Budget(flops=0.6)).candidates
+    with pytest.raises(elc_fx.PlanError, match=r"\d+ of \d+ candidates are never chosen"):
+        Planner(model, x, loss={made.choices[0].candidate.full_name: 1.0}).plan(elc_fx.Budget(flops=0.2))
+    table = {choice.candidate.full_name: np.float32(1) for choice in made.choices}
+    assert Planner(model, x, loss=table).plan(elc_fx.Budget(flops=0.6)).candidates
+    for wrong in (True, np.bool_(True), 10**400, "1", float("nan")):
+        with pytest.raises(elc_fx.InvalidInputError, match="expected a number from 0 on"):
+            Planner(model, x, loss=table | {made.choices[0].candidate.full_name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [10**400, -1, True, "nan", [1], {"a": 1}, None, float("nan")])
+def test_a_damaged_number_in_a_cache_is_measured_again(wrong: Any, tmp_path: Path) -> None:
+    made = planner(cache=tmp_path)
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    damaged = [
+        json.dumps([lines[0][0], wrong]),
+        json.dumps([[lines[1][0]], 1]),
+        "[" * 10_000,
+        "\0\1",
+        '{"a": 1, "b": 2}',
+    ]
+    file.write_text("\n".join([*damaged, *(json.dumps(line) for line in lines[2:])]), encoding="utf-8")
+    assert planner(cache=tmp_path).losses == pytest.approx(made.losses)
+
+
+def test_a_cache_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    planner(cache=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*.jsonl")
+    file.unlink()
+    file.mkdir()  # a folder in the place of the file
+    for cache in (tmp_path / "cache", "nul\0l", tmp_path / ("x" * 300)):
+        with pytest.raises(elc_fx.InvalidInputError, match="nothing can be kept in"):
+            planner(cache=cache)

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from elc_fx.errors import InvalidInputError, PlanError
-from elc_fx.planning.budget import Budget
+from elc_fx.planning.budget import Budget, real_number
 from elc_fx.planning.candidates import check_counts, serial_graph
 from elc_fx.planning.cost import Choice, CostModel, choices_of
 from elc_fx.planning.latency import Backend, LatencyMeter, check_backend
@@ -117,8 +117,9 @@ class Planner:
             loss = self.loss_together(solution.chosen)
             best = min(best, solution, key=lambda s: self.loss_together(s.chosen))
         weighted = self.losses
+        largest = max((loss for loss in self.losses if math.isfinite(loss)), default=0.0) or 1.0
         for emphasis in EMPHASES if self.refinements else ():
-            raised = [loss**emphasis for loss in self.losses]
+            raised = [(loss / largest) ** emphasis for loss in self.losses]
             solution = solve(Problem(self.choices, raised, self.model, limits))
             if self.loss_together(solution.chosen) < self.loss_together(best.chosen):
                 best, weighted = solution, raised
@@ -196,8 +197,9 @@ def _correct(together: dict[Pair, float], solution: Solution, order: Sequence[in
     pairs: list[Pair] = [(min(a, b), max(a, b)) for a, b in itertools.pairwise(order)]
     if not math.isfinite(measured):
         measured = 10 * solution.loss + 1
-    for pair in pairs:
-        together[pair] = together.get(pair, 0.0) + (measured - solution.loss) / len(pairs)
+    extra = (measured - solution.loss) / len(pairs)
+    for pair in pairs if math.isfinite(extra) else ():
+        together[pair] = together.get(pair, 0.0) + extra
 
 
 def _from_table(table: Mapping[str, float], choices: Sequence[Choice]) -> list[float]:
@@ -205,7 +207,7 @@ def _from_table(table: Mapping[str, float], choices: Sequence[Choice]) -> list[f
     for name, loss in table.items():
         if name not in names:
             raise PlanError(f"the table of losses names `{name}`, which is no candidate that saves FLOPs")
-        if isinstance(loss, bool) or not isinstance(loss, int | float) or not loss >= 0:
+        if not real_number(loss) >= 0:
             raise InvalidInputError(f"the loss of `{name}` is {loss!r}, expected a number from 0 on")
     return [float(table.get(choice.candidate.full_name, math.inf)) for choice in choices]
 
