@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,14 @@ def randomness_of_the_caller() -> Iterator[None]:
             np.random.set_state(states[1])
     if not devices:  # nobody drew from CUDA's yet: it begins, as it would have, with the seed that torch was given
         torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+def generators() -> tuple[Any, ...]:
+    """The state of the generators, to see whether somebody drew."""
+    numpy_state: Any = np.random.get_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = [state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)]
+    return *states, random.getstate(), numpy_state[1].tobytes(), numpy_state[2]
 
 
 def seed_all(seed: int) -> None:

@@ -18,6 +18,7 @@ from networks import flops, image, ready
 from torch import Tensor, nn
 
 import elc_fx
+from elc_fx.affine import AffineMap
 from elc_fx.planning import sensitivity, stored
 from elc_fx.planning.planner import Planner
 
@@ -193,13 +194,20 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_share_the_work(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(TWO.format(tests=str(Path(__file__).parent)), encoding="utf-8")
+def run_in_two(text: str, folder: Path) -> str:
+    """What two processes of one job print."""
+    script = folder / "two.py"
+    script.write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == pytest.approx(planner().losses, rel=1e-3, abs=1e-7)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def test_two_processes_share_the_work(tmp_path: Path) -> None:
+    printed = run_in_two(TWO.format(tests=str(Path(__file__).parent)), tmp_path)
+    assert json.loads(printed.strip().splitlines()[-1]) == pytest.approx(planner().losses, rel=1e-3, abs=1e-7)
 
 
 @pytest.fixture(autouse=True)
@@ -447,3 +455,87 @@ def test_a_cache_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     for cache in (tmp_path / "cache", "nul\0l", tmp_path / ("x" * 300)):
         with pytest.raises(elc_fx.InvalidInputError, match="nothing can be kept in"):
             planner(cache=cache)
+
+
+class Writing(nn.Module):
+    """No trace can enter it; it writes into what it reads, and counts."""
+
+    def __init__(self, *, writes: bool) -> None:
+        super().__init__()
+        self.writes, self.calls = writes, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return (x.mul_(0.5) if self.writes else x * 0.5) if x.sum() < math.inf else x
+
+
+def test_a_module_that_writes_into_its_input_changes_nothing_of_the_callers() -> None:
+    losses = []
+    for writes in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(Writing(writes=writes), *network(), Writing(writes=writes)).eval()
+        batches = data()
+        made = Planner(model, batches[0][:1].clone(), batches, progress=False)
+        made.plan(elc_fx.Budget(flops=0.6))
+        assert all(torch.equal(a, b) for a, b in zip(batches, data(), strict=True)) and model[0].calls == 0
+        losses.append(made.losses)
+    assert losses[0] == losses[1]
+
+
+def test_calibration_images_of_several_sizes_and_empty_batches() -> None:
+    model, x = network(), torch.randn(1, 3, 8, 8)
+    batches = [torch.randn(4, 3, 8, 8), torch.randn(0, 3, 8, 8), torch.randn(5, 3, 12, 10)]
+    made = Planner(model, x, batches, progress=False)
+    plan = made.plan(elc_fx.Budget(flops=0.6))
+    assert plan.candidates and plan == Planner(model, x, batches[::2], progress=False).plan(elc_fx.Budget(flops=0.6))
+    assert made.collapse(plan)(x).shape == (1, 4)
+    with pytest.raises(elc_fx.InvalidInputError, match="empty ones only"):
+        Planner(model, x, [batches[1]], progress=False)
+
+
+def test_normalising_outputs_of_several_sizes() -> None:
+    """The batch norm has the moments of all positions, and changes nothing."""
+    layer = sensitivity.Substitute(AffineMap.identity(3, 2, torch.empty(0)), torch.float32)
+    outputs = [torch.randn(4, 3, 8, 8), torch.randn(5, 3, 2, 3) + 2]
+    layer.normalise(outputs)
+    everything = torch.cat([y.movedim(1, -1).reshape(-1, 3) for y in outputs])
+    torch.testing.assert_close(layer.norm.running_mean, everything.mean(0))
+    torch.testing.assert_close(layer.norm.running_var, everything.var(0, correction=0))
+    torch.testing.assert_close(layer.norm(outputs[0]), outputs[0], rtol=1e-5, atol=1e-5)
+
+
+ONE_CLOCK = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch.distributed as dist
+import elc_fx
+from elc_fx.planning import latency
+from test_planner import planner
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+def seconds(calls, blocks=1):
+    assert rank == 0, "the other process has a clock of its own"
+    return [2.0 + i for i in range(len(calls))]
+
+latency.seconds = seconds
+latency.LatencyMeter._measured = lambda self, unit: seconds([0])[0] * sum(p.numel() for p in unit.make().parameters())
+made = planner()
+plan = made.plan(elc_fx.Budget(latency=0.7))
+Path({folder!r}, f"plan-{{rank}}.json").write_text(plan.to_json())
+try:
+    made.plan(elc_fx.Budget(latency="1 us"))
+except elc_fx.PlanError as error:
+    Path({folder!r}, f"error-{{rank}}").write_text(str(error))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_go_by_the_clock_of_the_first(tmp_path: Path) -> None:
+    run_in_two(ONE_CLOCK.format(tests=str(Path(__file__).parent), folder=str(tmp_path)), tmp_path)
+    plans, errors = (
+        [(tmp_path / name.format(rank)).read_text() for rank in (0, 1)] for name in ("plan-{}.json", "error-{}")
+    )
+    assert plans[0] == plans[1] and elc_fx.Plan.from_json(plans[0]).candidates
+    assert errors[0] == errors[1] and "latency: at most" in errors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -28,7 +29,11 @@ class Drawing(nn.Module):
 
 
 class Noise(nn.Module):
+    """Which no trace can enter."""
+
     def forward(self, x: Tensor) -> Tensor:
+        if x.sum() == math.inf:
+            return x
         return x + torch.randn_like(x) * float(np.random.rand()) * random.random()
 
 
@@ -53,3 +58,27 @@ def test_measuring_leaves_the_callers_random_numbers_as_they_were() -> None:
     seed_all(1)
     elc_fx.measure(model, x)
     assert drawn() == expected
+
+
+def test_planning_is_the_same_each_time_and_leaves_no_trace() -> None:
+    model, x = Drawing().eval(), torch.randn(8, 3, 8, 8)
+    seed_all(1)
+    expected, losses = drawn(), []
+    for seed in (1, 1, 2):
+        seed_all(seed)
+        planner = elc_fx.Planner(model, x, [x], fine_tuned=False, progress=False)
+        planner.collapse(planner.plan(elc_fx.Budget(flops=0.9, latency=1.0)))
+        losses.append(planner.losses)
+        if seed == 1:
+            assert drawn() == expected
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_noise_is_no_loss() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(96, 3)]  # one map, exactly
+    quiet, x = nn.Sequential(*layers).eval(), torch.randn(64, 3, 8, 8)
+    noisy = nn.Sequential(Noise(), *layers[:2], Noise(), *layers[2:]).eval()
+    small = [elc_fx.Planner(model, x, [x], fine_tuned=False, progress=False).losses for model in (quiet, noisy)]
+    assert max(small[0]) > 1e-4 and min(small[0]) < 1e-6
+    assert all(a < 1e-6 for a, b in zip(small[1], small[0], strict=True) if b < 1e-6)

@@ -49,9 +49,9 @@ class Substitute(nn.Module):
         """Puts a batch norm behind the convolution, with the moments of its outputs, that changes nothing in eval."""
         if not self.geometry.dims:
             return
-        axes = [0, *range(2, 2 + self.geometry.dims)]
-        values = torch.cat([y if y.dim() == 2 + self.geometry.dims else y.unsqueeze(0) for y in outputs]).float()
-        variance, mean = torch.var_mean(values, axes, correction=0)
+        batches = [y if y.dim() == 2 + self.geometry.dims else y.unsqueeze(0) for y in outputs]
+        values = torch.cat([y.transpose(0, 1).flatten(1) for y in batches], dim=1).float()  # sizes may differ
+        variance, mean = torch.var_mean(values, 1, correction=0)
         norm: Any = BATCH_NORMS[self.geometry.dims](self.geometry.out_channels)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
