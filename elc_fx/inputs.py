@@ -58,10 +58,10 @@ class ExampleInputs:
 
 
 def batches_of(calibration: Any) -> Iterable[Any]:
-    """The batches; a tensor is one. Raises `InvalidInputError` for what has none."""
+    """The batches; a tensor or a mapping is one. Raises `InvalidInputError` for what has none."""
     if not isinstance(calibration, Iterable):
         raise InvalidInputError(f"calibration is a {type(calibration).__name__}, expected batches")
-    return [calibration] if isinstance(calibration, Tensor) else calibration
+    return [calibration] if isinstance(calibration, Tensor | Mapping) else calibration
 
 
 def batch_values(graph_module: fx.GraphModule, batch: Any) -> list[Any]:

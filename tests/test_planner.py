@@ -22,6 +22,12 @@ from elc_fx.affine import AffineMap
 from elc_fx.planning import sensitivity, stored
 from elc_fx.planning.planner import Planner
 
+HUGE = 10**400  # that no float can be
+
+
+def repr_of(value: Any) -> str:
+    return f"{value!r:.20}"
+
 
 class Block(nn.Module):
     def __init__(self, channels: int) -> None:
@@ -171,10 +177,12 @@ def test_bad_arguments() -> None:
         ({"calibration": data(), "samples": 0}, "samples is 0"),
         ({"calibration": data(), "longest": "3"}, "longest is"),
         ({"calibration": [torch.zeros(2, 5, 8, 8)]}, "does not fit the model"),
+        ({"calibration": data(), "example_inputs": torch.zeros(2, 5, 8, 8)}, "does not run on the example_inputs"),
+        ({"calibration": data(), "model": network().to("meta"), "example_inputs": x.to("meta")}, "on the meta device"),
     )
     for arguments, message in wrong:
         with pytest.raises(elc_fx.InvalidInputError, match=message):
-            elc_fx.plan(model, x, budget, **arguments)
+            elc_fx.plan(**{"model": model, "example_inputs": x, "budget": budget, **arguments})
     with pytest.raises(elc_fx.InvalidInputError, match=r"expected an elc_fx\.Budget"):
         elc_fx.plan(model, x, 0.5, data())  # type: ignore[arg-type]
     with pytest.raises(elc_fx.TrainingModeError):
@@ -426,12 +434,12 @@ def test_losses_of_any_size_and_kind_of_number() -> None:
         Planner(model, x, loss={made.choices[0].candidate.full_name: 1.0}).plan(elc_fx.Budget(flops=0.2))
     table = {choice.candidate.full_name: np.float32(1) for choice in made.choices}
     assert Planner(model, x, loss=table).plan(elc_fx.Budget(flops=0.6)).candidates
-    for wrong in (True, np.bool_(True), 10**400, "1", float("nan")):
+    for wrong in (True, np.bool_(True), HUGE, "1", float("nan")):
         with pytest.raises(elc_fx.InvalidInputError, match="expected a number from 0 on"):
             Planner(model, x, loss=table | {made.choices[0].candidate.full_name: wrong})
 
 
-@pytest.mark.parametrize("wrong", [10**400, -1, True, "nan", [1], {"a": 1}, None, float("nan")])
+@pytest.mark.parametrize("wrong", [HUGE, -1, True, "nan", [1], {"a": 1}, None, float("nan")], ids=repr_of)
 def test_a_damaged_number_in_a_cache_is_measured_again(wrong: Any, tmp_path: Path) -> None:
     made = planner(cache=tmp_path)
     (file,) = tmp_path.glob("*.jsonl")

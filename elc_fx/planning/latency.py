@@ -37,6 +37,7 @@ from elc_fx.graph import function_name, module_of
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.packages import required
 from elc_fx.planning.agreement import of_the_first
+from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice, LatencyModel
 from elc_fx.planning.stored import StoredTable, described
 from elc_fx.planning.substitution import substituted
@@ -188,6 +189,7 @@ class LatencyMeter:
 
     def model(self, choices: Sequence[Choice]) -> LatencyModel:
         """Measures every layer of the graph, and every convolution that a choice becomes; in the first process only."""
+        check_computes(self.graph.graph_module)
         self.values = run_recording(self.graph.captured, lambda value: (tuple(value.shape), value.dtype))[1]
         known = StoredTable(self.cache, f"latencies-{self._key()}")
         nodes = {node.name: self._unit(node) for node in self.graph.graph_module.graph.nodes}

@@ -28,6 +28,7 @@ from elc_fx.capture import runs_foreign_code
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import overwritten_argument
 from elc_fx.inputs import batch_values, batches_of, fresh
+from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.fitting import Substitute, Windows
 from elc_fx.planning.stored import StoredTable, described
@@ -42,6 +43,7 @@ class Calibration:
     """Batches of a model's inputs. batches: for each, the values of the graph's placeholders, in order."""
 
     def __init__(self, graph_module: fx.GraphModule, batches: Iterable[Any], samples: int) -> None:
+        check_computes(graph_module)
         self.graph_module = graph_module
         self.batches: list[list[Any]] = []
         weight, count = next(graph_module.parameters(), None), 0
