@@ -311,10 +311,14 @@ def test_what_no_budget_is(value: Any) -> None:
 def test_a_text_without_a_unit_is_the_number_that_it_spells() -> None:
     original = elc_fx.Costs(1000, 100, 10)
     assert elc_fx.Budget(flops="0.5", depth="4").limits(original) == {"flops": 500, "depth": 4}
-    for one in (elc_fx.Budget(depth=1), elc_fx.Budget(depth="1"), elc_fx.Budget.parse("depth=1")):
-        assert one.limits(original) == {"depth": 10}
+    for whole in (elc_fx.Budget(depth=1.0), elc_fx.Budget(depth="1.0"), elc_fx.Budget.parse("depth=1.0")):
+        assert whole.limits(original) == {"depth": 10}
     for one in (elc_fx.Budget(depth="1 layer"), elc_fx.Budget.parse("depth=1 layer")):
         assert one.limits(original) == {"depth": 1}
+    for ambiguous in (lambda: elc_fx.Budget(depth=1), lambda: elc_fx.Budget.parse("depth=1")):
+        with pytest.raises(elc_fx.InvalidInputError, match='"1 layer", or 1.0'):
+            ambiguous()
+    assert elc_fx.Budget(flops=1).limits(original) == {"flops": 1000}
     assert elc_fx.Budget(depth=0.29).limits(elc_fx.Costs(1, 1, 100)) == {"depth": 29}
 
 
@@ -421,7 +425,7 @@ def test_what_is_no_loss_is_not_taken_for_one(loss: Any) -> None:
 
 
 def test_an_empty_plan_says_what_the_network_costs() -> None:
-    plan = elc_fx.plan(network(), torch.randn(1, 3, 8, 8), elc_fx.Budget(depth=1), loss="uniform")
+    plan = elc_fx.plan(network(), torch.randn(1, 3, 8, 8), elc_fx.Budget(depth=1.0), loss="uniform")
     assert not plan.candidates
     assert "met without a merge" in str(plan) and "depth 10 layers → 10 layers (100.0%)" in str(plan)
 
@@ -499,6 +503,14 @@ def test_calibration_images_of_several_sizes_and_empty_batches() -> None:
     assert made.collapse(plan)(x).shape == (1, 4)
     with pytest.raises(elc_fx.InvalidInputError, match="empty ones only"):
         Planner(model, x, [batches[1]], progress=False)
+
+
+def test_another_default_device() -> None:
+    """As on a machine with torch.set_default_device("cuda"), and the model elsewhere."""
+    model, x, batches = network(), torch.randn(1, 3, 8, 8), data()
+    plan = elc_fx.plan(model, x, elc_fx.Budget(flops=0.6), batches, progress=False)
+    with torch.device("meta"):
+        assert elc_fx.plan(model, x, elc_fx.Budget(flops=0.6), batches, progress=False) == plan
 
 
 def test_normalising_outputs_of_several_sizes() -> None:

@@ -173,6 +173,12 @@ def test_the_least_is_said_to_be_between_what_is_proven_and_what_was_found(monke
         planner.plan(Budget(depth=0.05))
 
 
+def test_losses_as_large_as_numbers_can_be() -> None:
+    planner = of_blocks(3)
+    planner.losses = [1.7e308] * len(planner.choices)
+    assert planner.plan(Budget(depth="1 layer")).candidates
+
+
 @pytest.mark.parametrize("smallest", [1e-6, 1e-9, 1e-12])
 def test_small_losses_are_told_apart_next_to_large_ones(smallest: float) -> None:
     planner = of_blocks(4)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from elc_fx.errors import InvalidInputError
@@ -46,7 +46,7 @@ class Budget:
 
     Each is a fraction of the original (a number above 0, up to 1), or an absolute value: a text with a unit
     ("30 MFLOPs", "1.2 M", "20 layers", "12 ms"), or, but for the latency, a whole number above 1. A text that spells a
-    number is that number: one layer is "1 layer".
+    number is that number. A depth of 1 could be one layer or all of them, and is refused: "1 layer", or 1.0.
 
     Raises:
         InvalidInputError: nothing is given, or a value is neither.
@@ -102,6 +102,8 @@ def _limit_of(name: str, value: Any) -> Callable[[float], float]:
     number = real_number(value)
     if not number > 0:
         raise problem
+    if name == "depth" and number == 1 and isinstance(value, Integral):
+        raise InvalidInputError('depth of a budget is 1: give "1 layer", or 1.0 for all that there are')
     if number <= 1:
         share = Fraction(repr(number))  # as it is written: 0.29 of 100 layers are 29, not 28.999
         return lambda original: float(share * Fraction(original))

@@ -249,7 +249,7 @@ class _Programme:
         matrix = csr_matrix((values, (rows, columns)), shape=(len(self.rows), self.count))
         lower, upper = [row[1] for row in self.rows], [row[2] for row in self.rows]
         result = milp(
-            FINENESS * costs / scale,
+            FINENESS * (costs / scale),
             integrality=integrality,
             bounds=Bounds(np.zeros(self.count), np.array(self.upper)),
             constraints=LinearConstraint(matrix, lower, upper) if self.rows else None,
