@@ -316,7 +316,7 @@ def test_a_text_without_a_unit_is_the_number_that_it_spells() -> None:
     for one in (elc_fx.Budget(depth="1 layer"), elc_fx.Budget.parse("depth=1 layer")):
         assert one.limits(original) == {"depth": 1}
     for ambiguous in (lambda: elc_fx.Budget(depth=1), lambda: elc_fx.Budget.parse("depth=1")):
-        with pytest.raises(elc_fx.InvalidInputError, match='"1 layer", or 1.0'):
+        with pytest.raises(elc_fx.InvalidInputError, match=r'"1 layer", or 1\.0'):
             ambiguous()
     assert elc_fx.Budget(flops=1).limits(original) == {"flops": 1000}
     assert elc_fx.Budget(depth=0.29).limits(elc_fx.Costs(1, 1, 100)) == {"depth": 29}
