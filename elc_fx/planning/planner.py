@@ -281,6 +281,7 @@ def plan(
     Raises:
         PlanError: the budget cannot be met; the message says what can.
         LatencyError: the backend does not run one of the layers.
+        MissingPackageError: the backend is not installed.
         TrainingModeError, InvalidInputError, CaptureError: as `candidates`.
     """
     _check_budget(budget)

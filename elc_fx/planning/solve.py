@@ -160,7 +160,7 @@ class _Programme:
         result = self._solve(objective)
         if result is None:
             return None
-        chosen = tuple(i for i in range(self.binary) if result.values[i] > HALF)
+        chosen = self._chosen(result)
         loss = sum(c for k, c in objective.items() if result.values[k] > HALF)
         return Solution(chosen, float(loss), result.gap)
 
@@ -169,8 +169,11 @@ class _Programme:
         coefficients, constant = self._cost(cost)
         result = self._solve(coefficients)
         assert result is not None  # to choose nothing is allowed
-        found = float(sum(c * result.values[k] for k, c in coefficients.items()))
-        return constant + found - result.gap * abs(found), constant + found
+        found = getattr(self.problem.model.after([self.problem.choices[i] for i in self._chosen(result)]), cost)
+        return found - result.gap * abs(found - constant), found
+
+    def _chosen(self, result: _Result) -> tuple[int, ...]:
+        return tuple(i for i in range(self.binary) if result.values[i] > HALF)
 
     # Costs, each as (coefficients, constant).
 
