@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from typing import Any
 
 from elc_fx.errors import MissingPackageError
@@ -13,4 +14,4 @@ def required(name: str, install: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingPackageError(f"{name} cannot be imported ({error}); pip install '{install}'") from error
+        raise MissingPackageError(f"{name} cannot be imported ({error}); pip install {shlex.quote(install)}") from error
