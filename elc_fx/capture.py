@@ -12,7 +12,6 @@ import functools
 import inspect
 import itertools
 import operator
-import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
@@ -28,6 +26,7 @@ from torch.fx.proxy import ParameterProxy
 from elc_fx.errors import ElcError
 from elc_fx.graph import module_of, overwritten_argument, signature_of
 from elc_fx.questions import Question, Watch, branches_on_training, may_ask
+from elc_fx.randomness import generators
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -117,7 +116,7 @@ def capture(
         raise CaptureError(refused[root].reason)
     while True:
         tracer = _Tracer(refused, given, bind_defaults, leaves, trainable)
-        before, state = Attributes(root), _global_state()
+        before, state = Attributes(root), generators()
         watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad(), watch, _no_question_of_grad_mode():
@@ -176,6 +175,15 @@ def is_leaf(module: nn.Module) -> bool:
     ) and not type(module).__module__.startswith("torch.fx.")
 
 
+def runs_foreign_code(captured: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node calls Python that is not torch's: it may write into what it reads, and nobody knows what it is."""
+    if node.op == "call_module":
+        return not is_leaf(module_of(captured, node))
+    if node.op != "call_function" or not inspect.isfunction(node.target):
+        return False
+    return node.target.__module__.partition(".")[0] not in ("torch", "torchvision")
+
+
 def calls_differently(module: nn.Module) -> bool:
     """Whether calling the module does more than its `forward` and hooks: a class of it has a `__call__` of its own."""
     own = (vars(cls)["__call__"] for cls in type(module).__mro__ if cls is not nn.Module and "__call__" in vars(cls))
@@ -211,13 +219,6 @@ def materialisable(module: nn.Module) -> bool:
 
     others = any(getattr(module, hooks, None) for hooks in HOOKS if hooks != "_forward_pre_hooks")
     return not others and all(type(h) in (WeightNorm, SpectralNorm) for h in module._forward_pre_hooks.values())
-
-
-def _global_state() -> tuple[Any, ...]:
-    """The state of the random number generators that a model may draw from."""
-    numpy_state: Any = np.random.get_state()
-    drawn = numpy_state[1].tobytes(), numpy_state[2]
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), drawn
 
 
 def _autocast_state() -> tuple[bool, ...]:
@@ -364,7 +365,7 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
         last, stack = next(iter(reversed(self.graph.nodes)), None), dict(self.module_stack)
-        state = _global_state()
+        state = generators()
         asked_outside, self.untruthful = self.untruthful, None
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -394,7 +395,7 @@ class _Tracer(fx.Tracer):
 
     def check_truthful(self, state: tuple[Any, ...]) -> None:
         """Raises if something was recorded since `state` that the code would not always do."""
-        if self.untruthful is None and _global_state() != state:
+        if self.untruthful is None and generators() != state:
             self.untruthful = "it draws random numbers that tracing would freeze"
         if self.untruthful is not None:
             raise _UntruthfulError(self.untruthful)

@@ -175,7 +175,13 @@ Model = Annotated[str, typer.Option("--model", metavar="SPEC", help="The model, 
 Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="State dict: .safetensors, or of torch.save.")]
 Data = Annotated[Path, typer.Option(metavar="DIR", help="Images: a folder or an archive.", show_default=False)]
 BudgetText = Annotated[
-    str, typer.Option("--budget", help="Limits, as flops=0.5 or params=0.6,depth=20.", show_default=False)
+    str,
+    typer.Option(
+        "--budget",
+        help="Limits, as flops=0.5 or params=0.6,depth=20: up to 1, a share of what it is now; above, or with a unit, "
+        'as in "depth=1 layer,latency=12 ms", absolute.',
+        show_default=False,
+    ),
 ]
 Size = Annotated[
     str | None, typer.Option(metavar="CxHxW", help="Size that images are brought to; by default that of the first.")

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdRef
 
 from elc_fx.errors import InvalidInputError, TrainingModeError
-from elc_fx.inputs import ExampleInputs, fresh, reproducibly
+from elc_fx.inputs import ExampleInputs, fresh
+from elc_fx.randomness import reproducibly
 
 aten = torch.ops.aten
 
@@ -36,6 +37,7 @@ _FIRST_FACTOR: dict[Any, int] = {
     **dict.fromkeys((aten.mm, aten.bmm, aten.mv), 0),
     **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addbmm, aten.addmv), 1),
 }
+UNREACHED = -(10**9)  # the depth of what is not on the way from where it is counted
 _QUANTITIES = {"flops": "FLOPs", "parameters": "parameters", "convolutions": "convolutions", "depth": "depth"}
 
 
@@ -167,6 +169,20 @@ def run(model: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
         output = model(*args, **kwargs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return output, Measurement(int(flops.get_total_flops()), parameters, layers.convolutions, layers.depth)
+
+
+def layers_between(source: Any, others: Any, call: Callable[[], Any]) -> int | None:
+    """The depth that `measure` sees on the longest way from a value to what a call makes of it; None without a way.
+
+    others: the values besides it that derive from the inputs of the model.
+    """
+    layers = _Layers(())
+    layers._mark(tree_leaves(others), UNREACHED)
+    layers._mark(tree_leaves(source), 0)
+    with reproducibly(), _attention_as_products(), layers:
+        output = call()
+    found = [layers._depth_of(value) for value in tree_leaves(output)]
+    return max((depth for depth in found if depth is not None and depth >= 0), default=None)
 
 
 def _mapped(examples: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:

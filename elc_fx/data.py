@@ -19,7 +19,8 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -35,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from elc_fx.errors import ElcError
 
 Split = Literal["train", "test"]
-Entry = tuple[PurePosixPath, Callable[[], bytes]]
+Entries = Mapping[PurePosixPath, Callable[[], bytes]]  # how to read each file, by its name inside the data set
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"}
 FOLDERS: dict[Split, tuple[tuple[str, ...], ...]] = {  # which of several is taken: of the first group that is there
     "train": (("train", "training"),),
@@ -146,11 +147,12 @@ def load(path: Path, split: Split = "train", shape: tuple[int, int, int] | None 
     if not path.exists():
         raise DataError(f"there is no data set at {path}")
     try:
-        names = [name for name, _ in _entries(path)]
-        labels = _labels([name for name in names if name.suffix.lower() in IMAGE_SUFFIXES], split)
-        pickled = {name for name in names if re.fullmatch(PICKLES[split], name.name)}
-        wanted = pickled | {name for name in names if name.name == META} if pickled else set(labels)
-        contents = {name: read() for name, read in _entries(path) if name in wanted}
+        with _opened(path) as entries:
+            names = [name for name in entries if not any(p.startswith(".") and p != "." for p in name.parts)]
+            labels = _labels([name for name in names if name.suffix.lower() in IMAGE_SUFFIXES], split)
+            pickled = {name for name in names if re.fullmatch(PICKLES[split], name.name)}
+            wanted = pickled | {name for name in names if name.name == META} if pickled else set(labels)
+            contents = {name: entries[name]() for name in names if name in wanted}
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         kinds = "" if path.is_dir() else " as a tar or zip archive"
         raise DataError(f"{path} cannot be read{kinds}: {type(error).__name__}: {error}") from error
@@ -186,18 +188,20 @@ def _named_for_splits() -> set[str]:
     return {name for groups in FOLDERS.values() for group in groups for name in group}
 
 
-def _entries(path: Path) -> Iterator[Entry]:
-    """The files, by their names inside the data set. Read each before asking for the next: an archive is one stream."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Entries]:
+    """The files of a data set."""
     if path.is_dir():
-        entries = _in_directory(path)
+        yield dict(_in_directory(path))
     elif zipfile.is_zipfile(path):
-        entries = _in_zip(path)
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            yield {PurePosixPath(member.filename): partial(archive.read, member) for member in members}
     else:
-        entries = _in_tar(path)
-    return (entry for entry in entries if not any(p.startswith(".") and p != "." for p in entry[0].parts))
+        yield dict(_in_tar(path))
 
 
-def _in_directory(path: Path) -> Iterator[Entry]:
+def _in_directory(path: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
     seen: set[str] = set()
     for folder, below, files in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
@@ -208,20 +212,21 @@ def _in_directory(path: Path) -> Iterator[Entry]:
         seen.add(real)
 
 
-def _in_zip(path: Path) -> Iterator[Entry]:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if not member.is_dir():
-                yield PurePosixPath(member.filename), partial(archive.read, member)
-
-
-def _in_tar(path: Path) -> Iterator[Entry]:
+def _in_tar(path: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
+    """An archive is one stream, which may be slow to decompress: what may be wanted is kept as it comes by."""
     with tarfile.open(path, "r:*", tarinfo=_Member) as archive:
         for member in archive:
-            if member.isfile() or member.islnk() or member.issym():
-                yield PurePosixPath(member.name), partial(_content, archive, member)
+            name = PurePosixPath(member.name)
+            if (member.isfile() or member.islnk() or member.issym()) and _may_hold_images(name):
+                content = _content(archive, member)
+                yield name, partial(bytes, content)
         while archive.fileobj is not None and archive.fileobj.read(2**20):
             pass  # its check sum comes last
+
+
+def _may_hold_images(name: PurePosixPath) -> bool:
+    batch = any(re.fullmatch(pattern, name.name) for pattern in (*PICKLES.values(), META))
+    return batch or name.suffix.lower() in IMAGE_SUFFIXES
 
 
 class _Member(tarfile.TarInfo):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from elc_fx.api import compile, report_of
 from elc_fx.comparison import Comparison, compare
+from elc_fx.files import write_whole
 from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
 from elc_fx.report.page import page
@@ -268,7 +269,7 @@ def run(epochs: int = EPOCHS, seed: int = 0, folder: Path | None = None) -> Demo
         assert folder is not None
         folder.mkdir(parents=True, exist_ok=True)
         pages.append(folder / f"{one.name.split()[1]}.html")
-        pages[-1].write_text(page(one.summary(), one.report), encoding="utf-8")
+        write_whole({pages[-1]: page(one.summary(), one.report).encode()})
     return DemoResult(exact, compressed, tuple(pages))
 
 

@@ -11,6 +11,10 @@ class InvalidInputError(ElcError, ValueError):
     """An argument is of the wrong type or value; the message says what was found and what was expected."""
 
 
+class MissingPackageError(ElcError, ImportError):
+    """A package that only some functions need cannot be imported; the message says how to install it."""
+
+
 class TrainingModeError(ElcError, ValueError):
     """The model is in training mode, where batch norm and dropout do not compute what they compute in eval."""
 

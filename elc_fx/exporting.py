@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from elc_fx.errors import ElcError
 from elc_fx.files import write_whole
+from elc_fx.packages import required
 
 
 class ExportError(ElcError):
@@ -58,21 +58,18 @@ def to_bytes(exported: Exported) -> bytes:
 
 
 def save_onnx(model: nn.Module, inputs: Sequence[Tensor], file: Path) -> None:
-    """Writes the model as ONNX, for any batch size, whole or not at all. Raises ExportError."""
+    """Writes the model as ONNX, for any batch size, whole or not at all. Raises as `onnx_bytes`, and ExportError."""
     write(file, onnx_bytes(model, inputs))
 
 
 def require_onnx() -> None:
-    """Raises ExportError where ONNX cannot be written; call it before long work."""
-    try:
-        for package in ("onnx", "onnxscript"):  # which torch's exporter needs
-            importlib.import_module(package)
-    except ImportError as error:
-        raise ExportError(f"{error.name} is not installed; pip install 'elc_fx[onnx]'") from error
+    """Raises MissingPackageError where ONNX cannot be written; call it before long work."""
+    for package in ("onnx", "onnxscript"):  # which torch's exporter needs
+        required(package, "elc_fx[onnx]")
 
 
 def onnx_bytes(model: nn.Module, inputs: Sequence[Tensor]) -> bytes:
-    """The model as ONNX, for any batch size. Raises ExportError."""
+    """The model as ONNX, for any batch size. Raises ExportError, MissingPackageError."""
     require_onnx()
     several = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
     batch = Dim("batch")

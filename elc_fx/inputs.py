@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +58,10 @@ class ExampleInputs:
 
 
 def batches_of(calibration: Any) -> Iterable[Any]:
-    """The batches; a tensor is one. Raises `InvalidInputError` for what has none."""
+    """The batches; a tensor or a mapping is one. Raises `InvalidInputError` for what has none."""
     if not isinstance(calibration, Iterable):
         raise InvalidInputError(f"calibration is a {type(calibration).__name__}, expected batches")
-    return [calibration] if isinstance(calibration, Tensor) else calibration
+    return [calibration] if isinstance(calibration, Tensor | Mapping) else calibration
 
 
 def batch_values(graph_module: fx.GraphModule, batch: Any) -> list[Any]:
@@ -87,20 +85,6 @@ def batch_values(graph_module: fx.GraphModule, batch: Any) -> list[Any]:
     values = [given.get(str(node.target), *node.args) for node in nodes]
     weight = next(graph_module.parameters(), None)
     return values if weight is None else pytree.tree_map_only(Tensor, lambda t: t.to(weight.device), values)
-
-
-@contextmanager
-def reproducibly() -> Iterator[None]:
-    """Without gradients, and with the same random numbers each time; the generators are put back afterwards."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    state = random.getstate()
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(state)
 
 
 def fresh(inputs: Any) -> Any:

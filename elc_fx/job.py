@@ -109,6 +109,7 @@ def run(
         PlanError: the budget cannot be met.
         TrainingError: training cannot go on, or `folder` holds a run with another model, data set or other options.
         ExportError: the result cannot be written.
+        MissingPackageError: what `onnx` needs is not installed.
     """
     if not 0 < held_out < 1:
         raise InvalidInputError(f"held_out is {held_out!r}, expected a share between 0 and 1")

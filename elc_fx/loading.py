@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.packages import required
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
@@ -45,7 +46,10 @@ class Spec:
         return cls(source, name)
 
     def load(self) -> nn.Module:
-        """The model with freshly initialised weights, in eval mode; nothing is downloaded. Raises LoadingError."""
+        """The model with freshly initialised weights, in eval mode; nothing is downloaded.
+
+        Raises LoadingError, MissingPackageError.
+        """
         build = {"torchvision": _from_torchvision, "timm": _from_timm}.get(self.source)
         model = build(self.name) if build else _from_factory(self.source, self.name)
         return model.eval()
@@ -70,7 +74,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 
 def _from_torchvision(name: str) -> nn.Module:
-    models = _import_optional("torchvision.models", "torchvision")
+    models = required("torchvision.models", "torchvision")
     known = models.list_models()
     if name not in known:
         raise LoadingError(f"torchvision has no model {name!r}{_did_you_mean(name, known)}")
@@ -84,7 +88,7 @@ def _from_torchvision(name: str) -> nn.Module:
 
 
 def _from_timm(name: str) -> nn.Module:
-    timm = _import_optional("timm", "timm")
+    timm = required("timm", "timm")
     if not timm.is_model(name):
         raise LoadingError(f"timm has no model {name!r}{_did_you_mean(name, timm.list_models())}")
     model: nn.Module = timm.create_model(name, pretrained=False)
@@ -119,13 +123,6 @@ def _import(name: str) -> Any:
         raise LoadingError(f"there is no module {error.name!r}, neither installed nor in this directory") from error
     except Exception as error:  # the user's code may raise anything
         raise LoadingError(f"importing {name} failed: {type(error).__name__}: {error}") from error
-
-
-def _import_optional(name: str, package: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise LoadingError(f"{package} cannot be imported ({error}); pip install {package}") from error
 
 
 def _state_dict(file: Path) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from torch import fx, nn
 from elc_fx.activations import MODULES, activation_of
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding
 from elc_fx.capture import Capture, capture, is_drop_path, is_identity
-from elc_fx.errors import NotAffineError
+from elc_fx.errors import InvalidInputError, NotAffineError
 from elc_fx.graph import module_of
 from elc_fx.inputs import ExampleInputs
 from elc_fx.interpret import CPU, Interpreter, Operation
@@ -207,9 +207,18 @@ class SerialGraph:
 
     @classmethod
     def of(cls, model: nn.Module, examples: ExampleInputs) -> SerialGraph:
-        """The graph of a model in eval mode, with the shapes of all values. Raises `CaptureError`."""
+        """The graph of a model in eval mode, with the shapes of all values.
+
+        Raises `CaptureError`, and `InvalidInputError` where the model does not run on the examples.
+        """
         captured = capture(model, examples.bound(model), trainable=True, leaves=tuple(MODULES))
-        return cls(captured, run_recording_shapes(captured)[1])
+        try:
+            shapes = run_recording_shapes(captured)[1]
+        except Exception as error:  # whatever the model's own layers raise
+            raise InvalidInputError(
+                f"{type(model).__name__} does not run on the example_inputs: {type(error).__name__}: {error}"
+            ) from error
+        return cls(captured, shapes)
 
     def regions(self, longest: int) -> Iterator[Region]:
         """Every run of at most `longest` layers or joins that follow each other in a chain."""

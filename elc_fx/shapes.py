@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from elc_fx.affine import Ints
 from elc_fx.capture import Attributes, Capture
-from elc_fx.inputs import fresh, reproducibly
+from elc_fx.inputs import fresh
+from elc_fx.randomness import reproducibly
 
 T = TypeVar("T")
 

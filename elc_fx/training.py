@@ -6,13 +6,11 @@ its own, so that a run that was killed and started again ends as one that was no
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import csv
 import hashlib
 import io
 import math
-import random
 import shutil
 import sys
 import time
@@ -21,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -39,7 +36,9 @@ from elc_fx.decoupling.nodes import RegionOutput
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.files import write_whole
 from elc_fx.inputs import batch_values
+from elc_fx.packages import required
 from elc_fx.planning.fitting import Substitute
+from elc_fx.randomness import randomness_of_the_caller, seed_all
 
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
 
@@ -736,11 +735,7 @@ def _write_events(folder: Path, epoch: Epoch) -> None:
 
 
 def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InvalidInputError(f"tensorboard cannot be imported ({error}); pip install tensorboard") from error
-    return SummaryWriter
+    return required("torch.utils.tensorboard", "tensorboard").SummaryWriter
 
 
 def _call(network: nn.Module, inputs: Any) -> Any:
@@ -788,24 +783,6 @@ def _length(batches: Any) -> int:
     if not isinstance(batches, Sized) or not len(batches):
         raise InvalidInputError("train_data has no length, or is empty; give a DataLoader or a list of batches")
     return len(batches)
-
-
-@contextlib.contextmanager
-def randomness_of_the_caller() -> Iterator[None]:
-    """Puts the random generators back as they were."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def _check_whole(least: int, **given: Any) -> None:

@@ -263,3 +263,15 @@ def test_what_no_batch_of_cifar_holds(content: bytes, batches: Path) -> None:
 def test_notes_beside_batches_are_no_batch(batches: Path) -> None:
     (batches / "cifar-10-batches-py" / "data_batch_notes.txt").write_text("notes")
     assert len(loaded(batches, "train")) == 2
+
+
+def test_an_archive_is_decompressed_once(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = _archive(folders, ".tar.xz", "w:xz", "."), []
+    original = tarfile.open
+
+    def note(*args: object, **options: object) -> tarfile.TarFile:
+        opened.append(args)
+        return original(*args, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(tarfile, "open", note)
+    assert len(loaded(path)) == 4 and len(opened) == 1

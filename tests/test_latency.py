@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from test_planner import network
 from torch import nn
 
 import elc_fx
-from elc_fx.planning import latency
+from elc_fx.planning import latency, stored
 from elc_fx.planning.planner import Planner
 
 
@@ -95,7 +96,7 @@ def test_an_unknown_backend_is_told() -> None:
 @pytest.mark.parametrize(("runtime", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino")])
 def test_a_missing_runtime_names_the_extra(runtime: Any, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, runtime, None)
-    with pytest.raises(elc_fx.LatencyError, match=rf"elc_fx\[{extra}\]"):
+    with pytest.raises(elc_fx.MissingPackageError, match=rf"elc_fx\[{extra}\]"):
         latency.runner(nn.ReLU(), [torch.zeros(1)], runtime)
 
 
@@ -111,3 +112,92 @@ def test_budgets_of_latency(text: str, limit: float) -> None:
 def test_latencies_without_a_unit_are_told(wrong: Any) -> None:
     with pytest.raises(elc_fx.InvalidInputError, match="12 ms"):
         elc_fx.Budget(latency=wrong)
+
+
+class Optional(nn.Module):
+    """With arguments that are no tensors, or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, power: float = 2.0) -> torch.Tensor:
+        y: torch.Tensor = self.body(x) ** power
+        return y if mask is None else y * mask
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("given", [{}, {"mask": torch.ones(4), "power": 3.0}])
+def test_inputs_that_are_no_tensors(backend: Any, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency.LatencyMeter, "_measured", lambda self, unit: 1e-4)
+    inputs = {"x": torch.randn(1, 3, 8, 8), **given}
+    plan = Planner(Optional().eval(), inputs, loss="uniform", backend=backend, progress=False).plan(
+        elc_fx.Budget(latency=1.0)
+    )
+    assert plan.prediction is not None and plan.prediction.latency is not None
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Gets every graph that is compiled, for a backend that does nothing."""
+    graphs: list[Any] = []
+
+    def backend(graph_module: Any, inputs: Any) -> Any:
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return graphs
+
+
+def test_what_the_caller_compiled_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = counting(monkeypatch)
+    function, x = torch.compile(lambda x: 3 * x + 1), torch.randn(2, 4)
+    function(x)
+    for _ in range(12):  # torch compiles the same code eight times, and then runs it as it is
+        latency.runner(nn.Sequential(nn.Linear(4, 4)), [x], "compile")()
+    assert len(graphs) == 13
+    function(x)
+    assert len(graphs) == 13
+
+
+def test_an_error_while_a_network_is_compiled_is_told() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyError("no such thing")
+
+    for backend in ("compile", "eager"):
+        with pytest.raises(elc_fx.LatencyError, match=f"{backend} does not run this network"):
+            latency.runner(Broken(), [torch.zeros(1)], backend)  # type: ignore[arg-type]
+
+
+class Slow(nn.Module):
+    """No trace can enter it, and its text does not say how long it takes."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = [times]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times[0] if x.sum() < 1e9 else 0):
+            x = x.sin()
+        return x
+
+
+def test_modules_that_look_alike_are_measured_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attentions = [nn.MultiheadAttention(8, heads) for heads in (2, 4)]
+    assert repr(attentions[0]) == repr(attentions[1])
+    assert stored.described(attentions[0]) != stored.described(attentions[1])
+    measured: list[str] = []
+
+    def note(self: latency.LatencyMeter, unit: Any) -> float:
+        measured.append(unit.key)
+        return 1.0
+
+    monkeypatch.setattr(latency.LatencyMeter, "_measured", note)
+    for _ in range(2):
+        model = nn.Sequential(network()[:4], nn.MaxPool2d(2), Slow(1), Slow(9)).eval()
+        planner = Planner(model, torch.randn(1, 3, 8, 8), loss="uniform", cache=tmp_path, progress=False)
+        planner.plan(elc_fx.Budget(latency=1.0))
+    slow = [key for key in measured if key.startswith(("_2 ", "_3 "))]
+    assert len(slow) == 4 and len(set(slow)) == 2
+    assert len(measured) == len(set(measured)) + 2  # all else is found in the cache

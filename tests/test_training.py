@@ -194,7 +194,7 @@ def test_events_for_tensorboard_name_the_package_that_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(elc_fx.InvalidInputError, match="pip install tensorboard"):
+    with pytest.raises(elc_fx.MissingPackageError, match="pip install tensorboard"):
         elc_fx.finetune(network(), loader(), epochs=1, folder=tmp_path, tensorboard=True, progress=False)
     assert not list(tmp_path.iterdir())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from numbers import Real
+from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 from elc_fx.errors import InvalidInputError
@@ -17,7 +19,7 @@ _UNITS = {"flops": "flops?", "params": "(?:params?|parameters)", "depth": "layer
 _EXAMPLES = {
     "flops": '0.45 or "30 MFLOPs"',
     "params": '0.5 or "1.2 M"',
-    "depth": "0.5 or 20",
+    "depth": '0.5 or "20 layers"',
     "latency": '0.5 or "12 ms"',
 }
 
@@ -43,7 +45,8 @@ class Budget:
     """What a network may cost; every limit that is given holds.
 
     Each is a fraction of the original (a number above 0, up to 1), or an absolute value: a text with a unit
-    ("30 MFLOPs", "1.2 M", "12 ms"), or, but for the latency, a whole number above 1.
+    ("30 MFLOPs", "1.2 M", "20 layers", "12 ms"), or, but for the latency, a whole number above 1. A text that spells a
+    number is that number. A depth of 1 could be one layer or all of them, and is refused: "1 layer", or 1.0.
 
     Raises:
         InvalidInputError: nothing is given, or a value is neither.
@@ -76,7 +79,7 @@ class Budget:
                     f"a budget is {text!r}, expected limits like flops=0.45,depth=20, each of {', '.join(_EXAMPLES)} "
                     "at most once"
                 )
-            given[name] = (float(value) if "." in value else int(value)) if re.fullmatch(_NUMBER, value) else value
+            given[name] = _spelled(value)
         return cls(**given)
 
     def limits(self, original: Costs) -> dict[str, float]:
@@ -89,21 +92,42 @@ def _limit_of(name: str, value: Any) -> Callable[[float], float]:
     problem = InvalidInputError(
         f"{name} of a budget is {value!r}, expected a fraction or an absolute value, such as {_EXAMPLES[name]}"
     )
-    if isinstance(value, str) and "." in value and re.fullmatch(_NUMBER, value.strip()):
-        value = float(value)  # a text without a unit is a fraction, too
+    if isinstance(value, str):
+        value = _spelled(value.strip())
     if isinstance(value, str):
         absolute = _absolute(name, value)
-        if absolute is None or not absolute > 0:
+        if absolute is None or not 0 < absolute < math.inf:
             raise problem
         return lambda _: absolute
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
+    number = real_number(value)
+    if not number > 0:
         raise problem
-    number = float(value)
+    if name == "depth" and number == 1 and isinstance(value, Integral):
+        raise InvalidInputError('depth of a budget is 1: give "1 layer", or 1.0 for all that there are')
     if number <= 1:
-        return lambda original: number * original
+        share = Fraction(repr(number))  # as it is written: 0.29 of 100 layers are 29, not 28.999
+        return lambda original: float(share * Fraction(original))
     if not number.is_integer() or name == "latency":
         raise problem
     return lambda _: number
+
+
+def _spelled(text: str) -> float | int | str:
+    """The number that a text spells, or the text."""
+    if not re.fullmatch(_NUMBER, text):
+        return text
+    number = float(text)
+    return int(number) if number.is_integer() and "." not in text else number
+
+
+def real_number(value: Any) -> float:
+    """A number of any kind, numpy's too; NaN for what is none, or too large."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def _absolute(name: str, text: str) -> float | None:

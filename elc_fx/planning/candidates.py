@@ -193,6 +193,15 @@ def check_model(model: Any) -> None:
         )
 
 
+def check_computes(network: nn.Module) -> None:
+    """Raises `InvalidInputError` for a network without numbers."""
+    if any(parameter.is_meta for parameter in network.parameters()):
+        raise InvalidInputError(
+            "the model is on the meta device, where nothing is computed: losses and latencies cannot be measured; "
+            "move it to a real one, or pass loss='uniform' and a budget without latency"
+        )
+
+
 def check_counts(**values: Any) -> None:
     """Raises `InvalidInputError` for what is not a whole number above 0."""
     for name, value in values.items():

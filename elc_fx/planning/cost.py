@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from elc_fx.affine import Geometry
-from elc_fx.comparison import measure
+from elc_fx.comparison import layers_between, measure
 from elc_fx.graph import label, module_of
-from elc_fx.lossless import layers_at
+from elc_fx.inputs import fresh
 from elc_fx.planning.budget import Costs
 from elc_fx.planning.candidates import Candidate, CandidateFinder
+from elc_fx.randomness import reproducibly
 from elc_fx.serial import Region, SerialGraph
 
 
@@ -79,14 +80,13 @@ class CostModel:
 
     The latency is None until somebody measures it (`latency.py`).
 
-    original: of the network as it is. layers: how many layers each node of the graph stands for. sources: what each
-    node reads, for nodes in their order. groups: parameters that the same nodes read, as (count, those nodes).
-    labels: what people call nodes, where that is not their name.
+    original: of the network as it is. reads: for every node of the graph, in order, what it reads that derives from
+    the inputs, and how many layers it puts behind each. groups: parameters that the same nodes read, as (count, those
+    nodes). labels: what people call nodes, where that is not their name.
     """
 
     original: Costs
-    layers: dict[str, int]
-    sources: dict[str, tuple[str, ...]]
+    reads: dict[str, dict[str, int]]
     groups: tuple[tuple[int, frozenset[str]], ...]
     labels: dict[str, str] = field(default_factory=dict)
     latency: LatencyModel | None = None
@@ -95,14 +95,10 @@ class CostModel:
     def of(cls, model: nn.Module, example_inputs: Any, graph: SerialGraph) -> CostModel:
         """Counts one run of the model on the examples."""
         counted = measure(model, example_inputs)
-        nodes = list(graph.graph_module.graph.nodes)
-        operations = graph.interpreter.operations
-        layers = {node.name: layers_at(graph.graph_module, node, operations) for node in nodes}
-        sources = {node.name: tuple(source.name for source in node.all_input_nodes) for node in nodes}
-        groups = tuple(_parameter_groups(graph))
-        depth = _longest_path(layers, sources, ())
-        costs = Costs(counted.flops, sum(count for count, _ in groups), depth)
-        return cls(costs, layers, sources, groups, {node.name: label(node) for node in nodes})
+        reads = _LayerCounter(graph.graph_module).count(graph.captured.inputs or ())
+        costs = Costs(counted.flops, counted.parameters, counted.depth)
+        labels = {node.name: label(node) for node in graph.graph_module.graph.nodes}
+        return cls(costs, reads, tuple(_parameter_groups(graph)), labels)
 
     def after(self, chosen: Sequence[Choice]) -> Costs:
         """The costs when these candidates, which do not overlap, are merged."""
@@ -110,13 +106,46 @@ class CostModel:
         saved = sum(choice.candidate.flops[0] - choice.candidate.flops[1] for choice in chosen)
         kept = sum(count for count, readers in self.groups if not readers <= gone)
         added = sum(choice.candidate.parameters[1] for choice in chosen)
-        layers = {name: 0 if name in gone else count for name, count in self.layers.items()}
         latency = None if self.latency is None else self.latency.after(chosen)
-        return Costs(self.original.flops - saved, kept + added, _longest_path(layers, self.sources, chosen), latency)
+        return Costs(self.original.flops - saved, kept + added, self._depth(chosen, gone), latency)
+
+    def _depth(self, chosen: Sequence[Choice], gone: set[str]) -> int:
+        """Layers on the longest way through the graph, where each choice is one layer from its source to its output."""
+        merged = {choice.output: choice.source for choice in chosen}
+        depth: dict[str, int] = {}
+        for name, read in self.reads.items():
+            ways = [depth[source] + (0 if name in gone else count) for source, count in read.items()]
+            if name in merged:
+                ways.append(depth[merged[name]] + 1)
+            depth[name] = max(ways, default=0)
+        return max(depth.values(), default=0)
 
     def with_latency(self, latency: LatencyModel) -> CostModel:
         """The same model, which knows latencies too."""
         return replace(self, original=replace(self.original, latency=latency.whole), latency=latency)
+
+
+class _LayerCounter(fx.Interpreter):
+    """Runs a graph, and counts the layers between what each node reads and what it gives."""
+
+    def count(self, inputs: Sequence[Any]) -> dict[str, dict[str, int]]:
+        """As `CostModel.reads`."""
+        self.reads: dict[str, dict[str, int]] = {}
+        with reproducibly():
+            self.run(*fresh(inputs))
+        return self.reads
+
+    def run_node(self, n: fx.Node) -> Any:
+        derived = [source for source in n.all_input_nodes if self.reads[source.name] or source.op == "placeholder"]
+        counts = {source.name: self._between(source, n, derived) for source in derived}
+        self.reads[n.name] = {name: count for name, count in counts.items() if count is not None}
+        return super().run_node(n)
+
+    def _between(self, source: fx.Node, node: fx.Node, derived: Sequence[fx.Node]) -> int | None:
+        values = {read: fresh(self.env[read]) for read in node.all_input_nodes}
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        others = [values[read] for read in derived if read is not source]
+        return layers_between(values[source], others, lambda: getattr(self, node.op)(node.target, args, kwargs))
 
 
 def _parameter_groups(graph: SerialGraph) -> Iterable[tuple[int, frozenset[str]]]:
@@ -139,13 +168,3 @@ def _parameter_groups(graph: SerialGraph) -> Iterable[tuple[int, frozenset[str]]
     for key, own in readers.items():
         counts[frozenset(own)] = counts.get(frozenset(own), 0) + sizes[key]
     return [(count, names) for names, count in counts.items()]
-
-
-def _longest_path(layers: dict[str, int], sources: dict[str, tuple[str, ...]], chosen: Sequence[Choice]) -> int:
-    """Layers on the longest way through the graph, where each choice is one layer from its source to its output."""
-    merged = {choice.output: choice.source for choice in chosen}
-    depth: dict[str, int] = {}
-    for name, read in sources.items():
-        before = max((depth[source] for source in read), default=0) + layers[name]
-        depth[name] = max(before, depth[merged[name]] + 1) if name in merged else before
-    return max(depth.values(), default=0)

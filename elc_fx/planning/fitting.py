@@ -49,10 +49,10 @@ class Substitute(nn.Module):
         """Puts a batch norm behind the convolution, with the moments of its outputs, that changes nothing in eval."""
         if not self.geometry.dims:
             return
-        axes = [0, *range(2, 2 + self.geometry.dims)]
-        values = torch.cat([y if y.dim() == 2 + self.geometry.dims else y.unsqueeze(0) for y in outputs]).float()
-        variance, mean = torch.var_mean(values, axes, correction=0)
-        norm: Any = BATCH_NORMS[self.geometry.dims](self.geometry.out_channels)
+        batches = [y if y.dim() == 2 + self.geometry.dims else y.unsqueeze(0) for y in outputs]
+        values = torch.cat([y.transpose(0, 1).flatten(1) for y in batches], dim=1).float()  # sizes may differ
+        variance, mean = torch.var_mean(values, 1, correction=0)
+        norm: Any = BATCH_NORMS[self.geometry.dims](self.geometry.out_channels, device=values.device)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
         norm.weight.data.copy_((variance + norm.eps).sqrt())
@@ -133,6 +133,6 @@ def _windows(x: Tensor, geometry: Geometry, count: int) -> Tensor:
         x = x.flatten(0, -2)
     positions = tuple(x.shape[: 1 + dims])
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randperm(math.prod(positions), generator=generator)[:count].to(x.device)
+    drawn = torch.randperm(math.prod(positions), generator=generator, device="cpu")[:count].to(x.device)
     rows = x[torch.unravel_index(drawn, positions)]  # [windows, channels, *taps]
     return rows.reshape(len(drawn), groups, -1).movedim(1, 0)

@@ -10,7 +10,6 @@ behind.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -19,22 +18,28 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.utils._pytree as pytree
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry
+from elc_fx.capture import is_drop_path, is_identity, runs_foreign_code
 from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.exporting import require_onnx
 from elc_fx.fusion import layer_of, padded
-from elc_fx.graph import function_name
-from elc_fx.inputs import reproducibly
+from elc_fx.graph import function_name, module_of
 from elc_fx.lossless import LosslessCompilation
+from elc_fx.packages import required
+from elc_fx.planning.agreement import of_the_first
+from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice, LatencyModel
-from elc_fx.planning.stored import StoredTable
+from elc_fx.planning.stored import StoredTable, described
 from elc_fx.planning.substitution import substituted
 from elc_fx.serial import SerialGraph
 from elc_fx.shapes import run_recording
@@ -46,17 +51,23 @@ COPIES = 8  # of a layer in the network that is timed
 BLOCKS = 7  # of which the fastest counts: what else runs on a machine only adds
 WHOLE_BLOCKS = 21  # for whole networks
 BLOCK_SECONDS = 0.03
+UNLIMITED = 2**30
 
 
 class LatencyError(ElcError, RuntimeError):
     """A layer or network cannot be run by the backend whose latency is asked for."""
 
 
-def runner(module: nn.Module, inputs: Sequence[Tensor], backend: Backend) -> Call:
-    """A call that runs the module once on the inputs, as the backend deploys it. Raises `LatencyError`."""
+def runner(module: nn.Module, inputs: Sequence[Any], backend: Backend) -> Call:
+    """A call that runs the module once on the inputs, as the backend deploys it; it has run once already.
+
+    inputs: of `forward`, by position; what is no tensor is a constant. Raises `LatencyError`, `MissingPackageError`.
+    """
     check_backend(backend)
     try:
-        return _RUNNERS[backend](module, tuple(inputs))
+        call = _RUNNERS[backend](module, tuple(inputs))
+        call()
+        return call
     except ElcError:
         raise
     except Exception as error:  # whatever the backend runs into
@@ -69,7 +80,7 @@ def check_backend(backend: Any) -> None:
         raise InvalidInputError(f"backend is {backend!r}, expected one of {', '.join(map(repr, FUSES))}")
 
 
-def _eager(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+def _eager(module: nn.Module, inputs: tuple[Any, ...]) -> Call:
     def call() -> object:
         with torch.no_grad():
             return module(*inputs)
@@ -77,35 +88,45 @@ def _eager(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
     return call
 
 
-def _compiled(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
-    torch._dynamo.reset()
-    compiled = torch.compile(module, dynamic=False)
-    return _eager(compiled, inputs)  # type: ignore[arg-type]
+def _compiled(module: nn.Module, inputs: tuple[Any, ...]) -> Call:
+    """What dynamo compiles it keeps with the code, and only so often for the same code: so this is code of its own."""
+    graph = fx.Graph()
+    graph.output(graph.call_module("module", tuple(graph.placeholder(f"x{i}") for i in range(len(inputs)))))
+    compiled = torch.compile(fx.GraphModule({"module": module}, graph), dynamic=False)
+    call = _eager(compiled, inputs)  # type: ignore[arg-type]
+    with torch._dynamo.config.patch(recompile_limit=UNLIMITED, accumulated_recompile_limit=UNLIMITED):
+        call()  # what it cannot compile in one piece has code that is shared
+    return call
 
 
-def _onnxruntime(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
-    onnxruntime = _required("onnxruntime", "onnx")
+def _onnxruntime(module: nn.Module, inputs: tuple[Any, ...]) -> Call:
+    onnxruntime = required("onnxruntime", "elc_fx[onnx]")
     stored = _onnx(module, inputs)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(stored, options, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
-    feed = {name: value.detach().cpu().numpy() for name, value in zip(names, inputs, strict=True)}
+    feed = dict(zip(names, _arrays(inputs), strict=True))
     return lambda: session.run(None, feed)
 
 
-def _openvino(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
-    openvino = _required("openvino", "openvino")
+def _openvino(module: nn.Module, inputs: tuple[Any, ...]) -> Call:
+    openvino = required("openvino", "elc_fx[openvino]")
     core = openvino.Core()
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     request = core.compile_model(core.read_model(_onnx(module, inputs)), "CPU", options).create_infer_request()
-    arrays = [value.detach().cpu().numpy() for value in inputs]
+    arrays = _arrays(inputs)
     return lambda: request.infer(arrays)
 
 
-def _onnx(module: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
-    _required("onnxscript", "onnx")  # which torch's exporter needs
+def _arrays(inputs: tuple[Any, ...]) -> list[Any]:
+    """What an exported network is given: the rest is part of it."""
+    return [value.detach().cpu().numpy() for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
+
+
+def _onnx(module: nn.Module, inputs: tuple[Any, ...]) -> bytes:
+    require_onnx()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torch's exporter uses itself
         program = torch.onnx.export(module, inputs, dynamo=True, verbose=False)
@@ -113,14 +134,7 @@ def _onnx(module: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
     return bytes(program.model_proto.SerializeToString())
 
 
-def _required(package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise LatencyError(f"{error.name} is not installed; pip install 'elc_fx[{extra}]'") from error
-
-
-_RUNNERS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Call]] = {
+_RUNNERS: dict[str, Callable[[nn.Module, tuple[Any, ...]], Call]] = {
     "eager": _eager,
     "compile": _compiled,
     "onnxruntime": _onnxruntime,
@@ -174,36 +188,39 @@ class LatencyMeter:
         self.values: dict[fx.Node, tuple[tuple[int, ...], torch.dtype]] = {}
 
     def model(self, choices: Sequence[Choice]) -> LatencyModel:
-        """As `_model`, with random numbers of its own."""
-        with reproducibly():
-            return self._model(choices)
-
-    def _model(self, choices: Sequence[Choice]) -> LatencyModel:
-        """Measures every layer of the graph, and every convolution that a choice becomes."""
+        """Measures every layer of the graph, and every convolution that a choice becomes; in the first process only."""
+        check_computes(self.graph.graph_module)
         self.values = run_recording(self.graph.captured, lambda value: (tuple(value.shape), value.dtype))[1]
         known = StoredTable(self.cache, f"latencies-{self._key()}")
         nodes = {node.name: self._unit(node) for node in self.graph.graph_module.graph.nodes}
         merged = {choice.key: self._layer(choice.geometry, choice.region.source) for choice in choices}
         units = {unit.key: unit for unit in (*nodes.values(), *merged.values()) if unit is not None}
-        missing = [unit for unit in units.values() if unit.key not in known]
+        times: dict[str, float] = of_the_first(lambda: {key: known[key] for key in units if key in known})
+        missing = [unit for unit in units.values() if unit.key not in times]
         bar = track(missing, f"{len(missing)} layers", console=Console(stderr=True), disable=not self.progress)
-        deployed = self._deployed(self.graph.graph_module)
-        whole = seconds([deployed], blocks=WHOLE_BLOCKS)[0]
+        whole = of_the_first(self._original)
         for unit in bar:
-            known[unit.key] = self._measured(unit)
-        whole = min(whole, *seconds([deployed], blocks=WHOLE_BLOCKS))
-        times = {name: 0.0 if unit is None else known[unit.key] for name, unit in nodes.items()}
-        scale = whole / max(sum(times.values()), 1e-12)
+            times[unit.key] = of_the_first(partial(self._measured, unit))
+            if unit.shared:
+                known[unit.key] = times[unit.key]
+        whole = min(whole, of_the_first(self._original))
+        spent = {name: 0.0 if unit is None else times[unit.key] for name, unit in nodes.items()}
+        scale = whole / max(sum(spent.values()), 1e-12)
         return LatencyModel(
             whole,
-            {name: scale * value for name, value in times.items()},
-            {key: scale * known[unit.key] for key, unit in merged.items()},
+            {name: scale * value for name, value in spent.items()},
+            {key: scale * times[unit.key] for key, unit in merged.items()},
         )
+
+    def _original(self) -> float:
+        return seconds([self._deployed(self.graph.graph_module)], blocks=WHOLE_BLOCKS)[0]
 
     def whole(self, choices: Sequence[Choice]) -> tuple[float, float]:
         """Seconds of the original and of what the choices leave behind, side by side. choices: as in the graph."""
-        with reproducibly():
-            layers = {choice.output: _Layer(choice.geometry, self.dtype).to(self.device) for choice in choices}
+        return of_the_first(lambda: self._whole(choices))
+
+    def _whole(self, choices: Sequence[Choice]) -> tuple[float, float]:
+        layers = {choice.output: _Layer(choice.geometry, self.dtype).to(self.device) for choice in choices}
         networks = (self.graph.graph_module, substituted(self.graph.graph_module, choices, layers))
         before, after = seconds([self._deployed(network) for network in networks], blocks=WHOLE_BLOCKS)
         return before, after
@@ -223,8 +240,11 @@ class LatencyMeter:
         inputs = [self._random(shape, dtype) for _ in range(COPIES) for shape, dtype in unit.inputs]
         arity, keep = len(unit.inputs), FUSES[self.backend]
         copies = [unit.make().eval().to(self.device) for _ in range(COPIES)]
-        with torch.no_grad():
-            output = copies[0](*inputs[:arity])
+        try:
+            with torch.no_grad():
+                output = copies[0](*inputs[:arity])
+        except Exception as error:  # whatever the module runs into on random numbers
+            raise LatencyError(f"{unit.key:.200} does not run alone: {type(error).__name__}: {error}") from error
         if arity == 1 and isinstance(output, Tensor) and output.shape == inputs[0].shape:
             network: nn.Module = nn.Sequential(*copies)
             nothing: nn.Module = _First()
@@ -248,18 +268,28 @@ class LatencyMeter:
             return None
         if not sources or any(source not in self.values for source in sources) or self._follows_a_layer(node):
             return None
+        if node.op == "call_module" and self._vanishes(node):
+            return None
         operation = operations.get(node)
         if operation is not None and operation.convolves:
             return self._layer(operation.geometry, operation.source)
         inputs = tuple(self.values[source] for source in sources)
-        module = self.graph.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        what = repr(module) if module is not None else f"{function_name(node)} {_plain(node)}"
-        return _Unit(f"{what} {inputs}", inputs, lambda: _alone(self.graph.graph_module, node))
+        network = self.graph.graph_module
+        shared, what = not runs_foreign_code(network, node), node.name
+        if shared:
+            called = described(module_of(network, node)) if node.op == "call_module" else function_name(node)
+            what = f"{called} {_plain(node)}"
+        return _Unit(f"{what} {inputs}", inputs, lambda: _alone(network, node), shared)
 
     def _layer(self, geometry: Geometry, source: fx.Node) -> _Unit:
         inputs = (self.values[source],)
         geometry = replace(geometry, bias=True, fill=False)
         return _Unit(f"{geometry} {inputs}", inputs, lambda: _Layer(geometry, self.dtype))
+
+    def _vanishes(self, node: fx.Node) -> bool:
+        """Whether a deployed network has no such module."""
+        network = self.graph.graph_module
+        return is_identity(network, node) or is_drop_path(module_of(network, node))
 
     def _follows_a_layer(self, node: fx.Node) -> bool:
         """Whether a deployed network computes it together with the layer before it."""
@@ -280,11 +310,16 @@ class LatencyMeter:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What is timed. inputs: shape and data type of each. make: a new one, with weights of its own."""
+    """What is timed.
+
+    inputs: shape and data type of each. make: a new one, with weights of its own. shared: whether any other of its key
+    takes as long, in any network: not so where code is not torch's, of which nobody knows what it depends on.
+    """
 
     key: str
     inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     make: Callable[[], nn.Module]
+    shared: bool = True
 
 
 class _Layer(nn.Module):

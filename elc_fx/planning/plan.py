@@ -185,7 +185,8 @@ class Plan:
 
     def __str__(self) -> str:
         if not self.candidates:
-            return "An empty plan."
+            met = "" if self.prediction is None else f" The budget is met without a merge.\n{self.prediction}"
+            return f"An empty plan.{met}"
         before, after = (sum(c.flops[i] for c in self.candidates) for i in (0, 1))
         total = f"{len(self.candidates)} regions, {before:,} → {after:,} FLOPs"
         if self.prediction is None:

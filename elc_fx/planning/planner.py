@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
+from elc_fx.capture import Attributes
 from elc_fx.errors import InvalidInputError, PlanError
-from elc_fx.planning.budget import Budget
+from elc_fx.planning.agreement import of_the_first
+from elc_fx.planning.budget import Budget, real_number
 from elc_fx.planning.candidates import check_counts, serial_graph
 from elc_fx.planning.cost import Choice, CostModel, choices_of
 from elc_fx.planning.latency import Backend, LatencyMeter, check_backend
@@ -21,6 +24,7 @@ from elc_fx.planning.plan import Plan, Prediction, named_inputs
 from elc_fx.planning.sensitivity import Calibration, Loss, Sensitivity
 from elc_fx.planning.solve import Pair, Problem, Solution, solve
 from elc_fx.planning.stored import StoredTable
+from elc_fx.randomness import reproducibly
 
 LONGEST_PLANNED = 6  # layers or blocks in a row that a planned candidate may replace: measuring all runs takes long
 LARGEST_PLANNED = 5  # kernel
@@ -58,17 +62,18 @@ class Planner:
         if cache is not None and not isinstance(cache, str | Path):
             raise InvalidInputError(f"cache is {cache!r}, expected a folder")
         check_backend(backend)
-        graph = serial_graph(model, example_inputs)
-        self.meter = LatencyMeter(graph, backend, cache, progress=progress)
+        if not (callable(loss) or isinstance(loss, Mapping) or (isinstance(loss, str) and loss in ("auto", "uniform"))):
+            raise InvalidInputError(f"loss is {loss!r}, expected 'auto', 'uniform', a mapping or a function")
+        self.graph = serial_graph(model, example_inputs)
+        self.meter = LatencyMeter(self.graph, backend, cache, progress=progress)
         self.inputs = named_inputs(model, example_inputs)
-        self.model = CostModel.of(model, example_inputs, graph)
-        found = choices_of(graph, longest=longest, largest_kernel=largest_kernel)
+        with self._leaving_no_trace():
+            self.model = CostModel.of(model, example_inputs, self.graph)
+        found = choices_of(self.graph, longest=longest, largest_kernel=largest_kernel)
         self.choices = [choice for choice in found if choice.candidate.saves]
         self.sensitivity: Sensitivity | None = None
         self.refinements = refinements
         self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
-        if not (callable(loss) or isinstance(loss, Mapping) or (isinstance(loss, str) and loss in ("auto", "uniform"))):
-            raise InvalidInputError(f"loss is {loss!r}, expected 'auto', 'uniform', a mapping or a function")
         if loss == "uniform":
             self.losses = [float(len(choice.candidate.layers)) for choice in self.choices]
         elif isinstance(loss, Mapping):
@@ -76,25 +81,44 @@ class Planner:
         elif calibration is None:
             raise InvalidInputError("calibration is None: pass batches to measure losses on, or loss='uniform'")
         else:
-            batches = Calibration(graph.graph_module, calibration, samples)
-            function: Loss | None = loss if callable(loss) else None
-            self.sensitivity = Sensitivity(graph, batches, function, progress=progress)
-            # Nobody can tell whether a function computes what it computed when the table was made.
-            table = StoredTable() if cache is None or function else StoredTable(Path(cache), f"losses-{_key(batches)}")
-            measured = self.sensitivity.each_alone(self.choices, table)
             self.fine_tuned = fine_tuned and loss == "auto"
+            with self._leaving_no_trace():
+                batches = Calibration(self.graph.graph_module, calibration, samples)
+                function: Loss | None = loss if callable(loss) else None
+                self.sensitivity = Sensitivity(self.graph, batches, function, progress=progress)
+                # Nobody can tell whether a function computes what it computed when the table was made.
+                table = (
+                    StoredTable() if cache is None or function else StoredTable(Path(cache), f"losses-{_key(batches)}")
+                )
+                measured = self.sensitivity.each_alone(self.choices, table)
             self.losses = [self._worth(x, [c]) for x, c in zip(measured, self.choices, strict=True)]
+
+    @contextmanager
+    def _leaving_no_trace(self) -> Iterator[None]:
+        """What modules draw is the same each time; what they keep, and the generators, are then as they were."""
+        before = Attributes(self.graph.graph_module)
+        try:
+            with reproducibly():
+                yield
+        finally:
+            before.restore()
 
     def plan(self, budget: Budget) -> Plan:
         """The plan that loses least. Where losses add up wrongly, choices are measured together, and chosen again."""
         _check_budget(budget)
         if "latency" in budget.names and self.model.latency is None:
-            self.model = self.model.with_latency(self.meter.model(self.choices))
+            with self._leaving_no_trace():
+                self.model = self.model.with_latency(self.meter.model(self.choices))
         limits = budget.limits(self.model.original)
-        best = solve(Problem(self.choices, self.losses, self.model, limits))
+        best = self._solved(self.losses, limits)
         if self.sensitivity is not None:
             best = self._refined(best, limits)
         return self._plan_of(best)
+
+    def _solved(
+        self, losses: Sequence[float], limits: Mapping[str, float], together: Mapping[Pair, float] | None = None
+    ) -> Solution:
+        return of_the_first(lambda: solve(Problem(self.choices, losses, self.model, limits, together)))
 
     def _refined(self, first: Solution, limits: Mapping[str, float]) -> Solution:
         """The solution that loses least when its choices are measured together, of `first` and others near it.
@@ -110,16 +134,17 @@ class Planner:
             if len(solution.chosen) < 2:
                 break
             _correct(together, solution, self._in_order(solution.chosen), loss)
-            solution = solve(Problem(self.choices, self.losses, self.model, limits, together))
+            solution = self._solved(self.losses, limits, together)
             if solution.chosen in seen:
                 break
             seen.add(solution.chosen)
             loss = self.loss_together(solution.chosen)
             best = min(best, solution, key=lambda s: self.loss_together(s.chosen))
         weighted = self.losses
+        largest = max((loss for loss in self.losses if math.isfinite(loss)), default=0.0) or 1.0
         for emphasis in EMPHASES if self.refinements else ():
-            raised = [loss**emphasis for loss in self.losses]
-            solution = solve(Problem(self.choices, raised, self.model, limits))
+            raised = [(loss / largest) ** emphasis for loss in self.losses]
+            solution = self._solved(raised, limits)
             if self.loss_together(solution.chosen) < self.loss_together(best.chosen):
                 best, weighted = solution, raised
         tried: set[int] = set()
@@ -130,7 +155,7 @@ class Planner:
             shunned = max(left, key=lambda i: self.losses[i])
             tried.add(shunned)
             others = [loss * SHUN if i == shunned else loss for i, loss in enumerate(weighted)]
-            solution = solve(Problem(self.choices, others, self.model, limits))
+            solution = self._solved(others, limits)
             if self.loss_together(solution.chosen) < self.loss_together(best.chosen):
                 best, weighted = solution, others
         return best
@@ -148,7 +173,8 @@ class Planner:
             if candidate not in numbers:
                 raise PlanError(f"`{candidate.full_name}` is not among the candidates that were planned with")
         order = self._in_order([numbers[candidate] for candidate in plan.candidates])
-        return self.sensitivity.collapsed([self.choices[i] for i in order])
+        with self._leaving_no_trace():
+            return self.sensitivity.collapsed([self.choices[i] for i in order])
 
     def loss_together(self, positions: Iterable[int]) -> float:
         """The loss when several of `choices` are collapsed, measured as a whole. positions: of them in `choices`."""
@@ -156,8 +182,13 @@ class Planner:
         chosen = tuple(sorted(positions))
         if chosen not in self.measured:
             choices = [self.choices[i] for i in self._in_order(chosen)]
-            self.measured[chosen] = self._worth(self.sensitivity.together(choices)[0], choices)
+            self.measured[chosen] = of_the_first(lambda: self._worth(self._measured(choices), choices))
         return self.measured[chosen]
+
+    def _measured(self, choices: Sequence[Choice]) -> float:
+        assert self.sensitivity is not None
+        with self._leaving_no_trace():
+            return self.sensitivity.together(choices)[0]
 
     def _worth(self, measured: float, choices: Sequence[Choice]) -> float:
         """What the divergence of a network in which these choices are collapsed counts."""
@@ -166,7 +197,7 @@ class Planner:
 
     def _in_order(self, chosen: Sequence[int]) -> list[int]:
         """As their outputs stand in the graph."""
-        order = {name: position for position, name in enumerate(self.model.sources)}
+        order = {name: position for position, name in enumerate(self.model.reads)}
         return sorted(chosen, key=lambda i: order[self.choices[i].output])
 
     def _plan_of(self, solution: Solution) -> Plan:
@@ -174,7 +205,8 @@ class Planner:
         chosen = [self.choices[i] for i in order]
         together = None if self.sensitivity is None else self.measured[solution.chosen]
         losses = tuple(self.losses[i] for i in order)
-        measured = None if self.model.latency is None else self.meter.whole(chosen)
+        with self._leaving_no_trace():
+            measured = None if self.model.latency is None else self.meter.whole(chosen)
         after = self.model.after(chosen)
         prediction = Prediction(self.model.original, after, losses, together, solution.gap, measured)
         plan = Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)
@@ -196,8 +228,9 @@ def _correct(together: dict[Pair, float], solution: Solution, order: Sequence[in
     pairs: list[Pair] = [(min(a, b), max(a, b)) for a, b in itertools.pairwise(order)]
     if not math.isfinite(measured):
         measured = 10 * solution.loss + 1
-    for pair in pairs:
-        together[pair] = together.get(pair, 0.0) + (measured - solution.loss) / len(pairs)
+    extra = (measured - solution.loss) / len(pairs)
+    for pair in pairs if math.isfinite(extra) else ():
+        together[pair] = together.get(pair, 0.0) + extra
 
 
 def _from_table(table: Mapping[str, float], choices: Sequence[Choice]) -> list[float]:
@@ -205,7 +238,7 @@ def _from_table(table: Mapping[str, float], choices: Sequence[Choice]) -> list[f
     for name, loss in table.items():
         if name not in names:
             raise PlanError(f"the table of losses names `{name}`, which is no candidate that saves FLOPs")
-        if isinstance(loss, bool) or not isinstance(loss, int | float) or not loss >= 0:
+        if not real_number(loss) >= 0:
             raise InvalidInputError(f"the loss of `{name}` is {loss!r}, expected a number from 0 on")
     return [float(table.get(choice.candidate.full_name, math.inf)) for choice in choices]
 
@@ -248,6 +281,7 @@ def plan(
     Raises:
         PlanError: the budget cannot be met; the message says what can.
         LatencyError: the backend does not run one of the layers.
+        MissingPackageError: the backend is not installed.
         TrainingModeError, InvalidInputError, CaptureError: as `candidates`.
     """
     _check_budget(budget)

@@ -24,45 +24,44 @@ from rich.progress import track
 from torch import Tensor, fx
 
 from elc_fx.activations import activation_of, flat_beyond
+from elc_fx.capture import runs_foreign_code
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import overwritten_argument
-from elc_fx.inputs import batch_values, batches_of
+from elc_fx.inputs import batch_values, batches_of, fresh
+from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.fitting import Substitute, Windows
-from elc_fx.planning.stored import StoredTable
+from elc_fx.planning.stored import StoredTable, described
 from elc_fx.planning.substitution import substituted
+from elc_fx.randomness import generators, seed_all
 from elc_fx.serial import SerialGraph
 
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
-
-
-_PLAIN = (bool, int, float, str, tuple, type(None))  # attributes that a module computes with, such as a slope
 
 
 class Calibration:
     """Batches of a model's inputs. batches: for each, the values of the graph's placeholders, in order."""
 
     def __init__(self, graph_module: fx.GraphModule, batches: Iterable[Any], samples: int) -> None:
+        check_computes(graph_module)
         self.graph_module = graph_module
         self.batches: list[list[Any]] = []
         weight, count = next(graph_module.parameters(), None), 0
         dtype = weight.dtype if weight is not None and weight.is_floating_point() else None
         for batch in batches_of(batches):
             values = _first(batch_values(graph_module, batch), samples - count, dtype)
-            self.batches.append(values)
-            count += next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
+            size = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
+            if size:
+                self.batches.append(values)
+            count += size
             if count >= samples:
                 break
         if not self.batches:
-            raise InvalidInputError("calibration has no batches")
+            raise InvalidInputError("calibration has no batches, or empty ones only")
 
     def fingerprint(self) -> str:
         """Of the data and of everything that the graph computes with."""
-        digest = hashlib.sha256(str(self.graph_module.graph).encode())
-        for name, module in self.graph_module.named_modules():
-            own = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN)}
-            kind = None if isinstance(module, fx.GraphModule) else (type(module).__qualname__, sorted(own.items()))
-            digest.update(repr((name, kind)).encode())
+        digest = hashlib.sha256(f"{self.graph_module.graph} {described(self.graph_module)}".encode())
         # Not the state_dict, which lacks buffers that are not persistent.
         state = dict([*self.graph_module.named_parameters(), *self.graph_module.named_buffers()])
         for name, value in [*state.items(), *enumerate(pytree.tree_leaves(self.batches))]:
@@ -88,14 +87,32 @@ def _first(values: Sequence[Any], most: int, dtype: torch.dtype | None) -> list[
 
 
 class Walk(fx.Interpreter):
-    """One batch on its way through the graph. env: the values that are still needed."""
+    """One batch on its way through the graph.
 
-    def __init__(self, graph_module: fx.GraphModule, values: Sequence[Any]) -> None:
+    env: the values that are still needed. seeds: for every node that may draw random numbers; walks share them, so that
+    a node draws the same in every walk.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, values: Sequence[Any], seeds: dict[fx.Node, int]) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self.captured = graph_module
         self.args_iter: Iterator[Any] = iter(values)
+        self.seeds = seeds
 
     def step(self, node: fx.Node) -> None:
+        if node not in self.seeds:
+            self._step(node)
+            return
+        seed_all(self.seeds[node])
+        before = generators()
+        self._step(node)
+        if generators() == before:
+            del self.seeds[node]
+
+    def _step(self, node: fx.Node) -> None:
+        if runs_foreign_code(self.captured, node):
+            for source in node.all_input_nodes:
+                self.env[source] = fresh(self.env[source])  # the batch is the caller's, and other walks read it too
         written = overwritten_argument(self.captured, node)
         before = None if written is None else self.env[written]
         if written is not None and isinstance(before, Tensor):  # others will still read it
@@ -142,6 +159,7 @@ class Sensitivity:
         self.calibration = calibration
         self.loss: Loss = divergence if loss is None else partial(_checked, loss)
         self.progress = progress and sys.stderr.isatty()
+        self.seeds = dict(self.position)
 
     def each_alone(self, choices: Sequence[Choice], known: StoredTable) -> list[float]:
         """The loss of every choice when it alone is collapsed. known: what was measured before; gets the rest.
@@ -165,7 +183,7 @@ class Sensitivity:
         for choice in choices:
             ending[choice.region.output].append(choice)
         needed = self._needed_until(choices)
-        walks = [Walk(self.graph_module, values) for values in self.calibration.batches]
+        walks = self._walks()
         expected = [self._output(values, needed) for values in self.calibration.batches]
         description, console = f"{len(choices)} candidates", Console(stderr=True)
         bar = track(self.nodes, description, console=console, disable=not self.progress)
@@ -187,7 +205,7 @@ class Sensitivity:
 
     def _output(self, values: Sequence[Any], needed: Mapping[fx.Node, int]) -> Any:
         """What the original gives for a batch."""
-        walk = Walk(self.graph_module, values)
+        walk = Walk(self.graph_module, values, self.seeds)
         try:
             for node in self.nodes:
                 walk.step(node)
@@ -209,7 +227,7 @@ class Sensitivity:
         inside = {node for choice in choices for node in choice.region.nodes()}
         fitted: dict[str, Substitute] = {}
         needed = self._needed_until(choices)
-        walks, collapsed = ([Walk(self.graph_module, values) for values in self.calibration.batches] for _ in range(2))
+        walks, collapsed = self._walks(), self._walks()
         for node in self.nodes:
             for walk in walks:
                 walk.step(node)
@@ -227,6 +245,9 @@ class Sensitivity:
         last = self.nodes[-1]
         pairs = zip(collapsed, walks, strict=True)
         return _mean([float(self.loss(a.env[last], b.env[last])) for a, b in pairs]), fitted
+
+    def _walks(self) -> list[Walk]:
+        return [Walk(self.graph_module, values, self.seeds) for values in self.calibration.batches]
 
     def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
         """A copy of the network in which the choices, in their order, are the convolutions that were fitted to them."""
@@ -273,7 +294,7 @@ def divergence(output: Any, expected: Any) -> Tensor:
     """The loss "auto", see `Sensitivity`."""
     if isinstance(expected, Tensor) and expected.dim() == 2 and expected.shape[1] > 1:
         given, wanted = (F.log_softmax(t.double(), 1) for t in (output, expected))
-        return F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+        return F.kl_div(given, wanted, reduction="batchmean", log_target=True).clamp_min(0)  # but for rounding, it is
     pairs = [
         (a.double(), b.double())
         for a, b in zip(pytree.tree_leaves(output), pytree.tree_leaves(expected), strict=True)

@@ -3,10 +3,14 @@
 A binary variable x says whether a candidate is chosen. Candidates that share a node exclude each other, which is also
 how nested ones do. FLOPs add up. A parameter that several layers read goes only if all of them do, and the depth is a
 longest path: both have variables of their own. HiGHS solves it (`scipy.optimize.milp`).
+
+A path that enters a region leaves it by its output. So on every path the depth is a sum: of the layers that are left,
+and of one for each output of a chosen candidate. On a chain that makes the relaxation as tight as can be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +25,10 @@ from elc_fx.planning.cost import Choice, CostModel
 Pair = tuple[int, int]  # two choices by their positions
 SECONDS = 60.0  # for one solution; what is not proven best by then has a gap
 HALF = 0.5
-FINENESS = 1e4  # HiGHS is content within 1e-6 of the best, in absolute terms
+FINENESS = 1e4  # of the largest coefficient: HiGHS is content within 1e-6 of the best, in absolute terms
+SPREAD = 1e3  # of losses, beyond which those that cannot be afforded are left out, and the others looked at closely
+ROUNDING = 1e-9  # of numbers that are the same
+INFEASIBLE = 2  # `milp`'s status where that is proven
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,16 @@ class Solution:
 def solve(problem: Problem) -> Solution:
     """The choice with the least loss that keeps all limits.
 
-    Raises `PlanError` where there is none; the message says what is the least that can be reached.
+    Raises `PlanError` where there is none; the message says what is the least that can be reached. Or where none was
+    found in time, which the message tells from that.
     """
-    limits = dict(problem.limits)
+    # Rounded down where costs are whole numbers, which makes the relaxation much tighter.
+    limits = {name: limit if name == "latency" else math.floor(limit) for name, limit in problem.limits.items()}
     while True:
         solution = _Programme(problem, limits).minimise_loss()
         if solution is None:
             raise PlanError(_why_infeasible(problem))
+        solution = _closer(problem, limits, solution)
         after = problem.model.after([problem.choices[i] for i in solution.chosen])
         over = {name: getattr(after, name) - problem.limits[name] for name in limits if name != "latency"}
         if all(excess <= 0 for excess in over.values()):
@@ -65,17 +75,39 @@ def solve(problem: Problem) -> Solution:
         limits |= {name: limits[name] - 2 * excess for name, excess in over.items() if excess > 0}
 
 
+def _closer(problem: Problem, limits: Mapping[str, float], solution: Solution) -> Solution:
+    """The solution, or a better one that HiGHS did not tell from it, next to losses that are much larger.
+
+    What alone loses more than the whole solution is in no better one, so it is left out.
+    """
+    gained = sum(max(-extra, 0.0) for extra in (problem.together or {}).values())
+    largest = max((loss for loss in problem.losses if math.isfinite(loss)), default=0.0)
+    while largest > SPREAD * (most := (solution.loss + gained) * (1 + ROUNDING)):
+        largest = max((loss for loss in problem.losses if loss <= most), default=0.0)
+        try:
+            found = _Programme(problem, limits, most).minimise_loss()
+        except PlanError:  # out of time
+            break
+        if found is None or found.loss > solution.loss:
+            break
+        solution = found
+    return solution
+
+
 def _why_infeasible(problem: Problem) -> str:
     original, texts = problem.model.original, []
     alone = True
     for name, limit in problem.limits.items():
-        least = _Programme(problem, {}).least(name)
-        reached, wanted, whole = (cost_text(name, value) for value in (least, limit, getattr(original, name)))
-        alone &= least <= limit
-        texts.append(f"{name}: at most {wanted} wanted, {reached} is the least (of {whole})")
+        bound, found = _Programme(problem, {}).least(name)
+        alone &= found <= limit
+        values = dict.fromkeys(cost_text(name, value) for value in (bound, found))  # one where they agree
+        wanted, least, whole = cost_text(name, limit), " to ".join(values), cost_text(name, getattr(original, name))
+        texts.append(f"{name}: at most {wanted} wanted, {least} is the least (of {whole})")
     reason = "each limit can be kept alone, but not all together" if alone else "; ".join(texts)
     left = _untouchable(problem)
     more = f"; no candidate covers {', '.join(left)}" if left else ""
+    if never := sum(not math.isfinite(loss) for loss in problem.losses):
+        more += f"; {never} of {len(problem.losses)} candidates are never chosen: their loss is infinite, or missing"
     return f"the budget cannot be met: {reason}{more}; allow longer or larger candidates, or raise the budget"
 
 
@@ -83,18 +115,28 @@ def _untouchable(problem: Problem, most: int = 6) -> list[str]:
     """Layers that no candidate covers."""
     covered = {name for choice in problem.choices for name in choice.candidate.nodes}
     labels = problem.model.labels
-    left = [f"`{labels.get(n, n)}`" for n, count in problem.model.layers.items() if count and n not in covered]
+    layers = [name for name, read in problem.model.reads.items() if any(read.values())]
+    left = [f"`{labels.get(name, name)}`" for name in layers if name not in covered]
     return [*left[:most], *([f"{len(left) - most} more"] if len(left) > most else [])]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Of HiGHS. values: of the variables. gap: how far the objective may be from the best, relative."""
+
+    values: np.ndarray
+    gap: float
 
 
 class _Programme:
     """Variables and constraints. Rows are collected as (coefficients by variable, lower bound, upper bound)."""
 
-    def __init__(self, problem: Problem, limits: Mapping[str, float]) -> None:
+    def __init__(self, problem: Problem, limits: Mapping[str, float], most: float = math.inf) -> None:
+        """most: that one choice may lose."""
         self.problem = problem
         self.binary = len(problem.choices)
         self.count = self.binary
-        self.upper: list[float] = [float(np.isfinite(loss)) for loss in problem.losses]  # never where inf
+        self.upper: list[float] = [float(loss <= most and math.isfinite(loss)) for loss in problem.losses]
         self.rows: list[tuple[dict[int, float], float, float]] = []
         self.covering: dict[str, list[int]] = {}
         for i, choice in enumerate(problem.choices):
@@ -107,9 +149,8 @@ class _Programme:
             self._at_most(coefficients, constant, limit)
 
     def minimise_loss(self) -> Solution | None:
-        losses = np.array(self.problem.losses, dtype=float)
-        finite = np.where(np.isfinite(losses), losses, 0.0)
-        objective = dict(enumerate(finite))
+        """None where nothing keeps the limits. Raises `PlanError` where nothing was found in time."""
+        objective = {i: loss for i, loss in enumerate(self.problem.losses) if self.upper[i]}
         for (i, j), extra in (self.problem.together or {}).items():
             both = self._variable(1.0)
             objective[both] = extra
@@ -119,16 +160,20 @@ class _Programme:
         result = self._solve(objective)
         if result is None:
             return None
-        values, gap = result
-        chosen = tuple(i for i in range(self.binary) if values[i] > HALF)
-        return Solution(chosen, float(sum(objective[k] * values[k] for k in objective)), gap)
+        chosen = self._chosen(result)
+        loss = sum(c for k, c in objective.items() if result.values[k] > HALF)
+        return Solution(chosen, float(loss), result.gap)
 
-    def least(self, cost: str) -> float:
-        """The least that a cost can be, whatever is lost."""
+    def least(self, cost: str) -> tuple[float, float]:
+        """What a cost cannot be below, and the least that was found, whatever is lost: the same, given time."""
         coefficients, constant = self._cost(cost)
         result = self._solve(coefficients)
         assert result is not None  # to choose nothing is allowed
-        return float(sum(c * result[0][k] for k, c in coefficients.items()) + constant)
+        found = getattr(self.problem.model.after([self.problem.choices[i] for i in self._chosen(result)]), cost)
+        return found - result.gap * abs(found - constant), found
+
+    def _chosen(self, result: _Result) -> tuple[int, ...]:
+        return tuple(i for i in range(self.binary) if result.values[i] > HALF)
 
     # Costs, each as (coefficients, constant).
 
@@ -161,21 +206,21 @@ class _Programme:
         return {i: -model.saved(choice) for i, choice in enumerate(self.problem.choices)}, model.whole
 
     def depth(self) -> tuple[dict[int, float], float]:
-        """A potential for each node, at least that of what it reads plus its own layers."""
+        """A potential for each node, at least that of what it reads plus the layers that are left between them."""
         model = self.problem.model
-        potential = {name: self._variable(np.inf) for name in model.sources}
+        potential = {name: self._variable(np.inf) for name in model.reads}
         deepest = self._variable(np.inf)
-        for name, read in model.sources.items():
-            own = model.layers[name]
-            gone = dict.fromkeys(self.covering.get(name, ()), float(own)) if own else {}
-            self.rows.append(({deepest: 1.0, potential[name]: -1.0}, 0.0, np.inf))
-            if not read:
-                self.rows.append(({potential[name]: 1.0, **gone}, float(own), np.inf))
-            for source in read:
-                self.rows.append(({potential[name]: 1.0, potential[source]: -1.0, **gone}, float(own), np.inf))
+        ending: dict[str, list[int]] = {}
         for i, choice in enumerate(self.problem.choices):
-            row = {potential[choice.output]: 1.0, potential[choice.source]: -1.0, i: -1.0}
-            self.rows.append((row, 0.0, np.inf))
+            ending.setdefault(choice.output, []).append(i)
+        for name, read in model.reads.items():
+            self.rows.append(({deepest: 1.0, potential[name]: -1.0}, 0.0, np.inf))
+            for source, count in read.items():
+                row = {potential[name]: 1.0, potential[source]: -1.0}
+                row |= dict.fromkeys(self.covering.get(name, ()), float(count))
+                for i in ending.get(name, ()):
+                    row[i] -= 1.0
+                self.rows.append((row, float(count), np.inf))
         return {deepest: 1.0}, 0.0
 
     # The programme itself.
@@ -195,7 +240,8 @@ class _Programme:
         scale = max([abs(c) for c in coefficients.values()], default=1.0) or 1.0
         self.rows.append(({k: c / scale for k, c in coefficients.items()}, -np.inf, (limit - constant) / scale))
 
-    def _solve(self, objective: Mapping[int, float]) -> tuple[np.ndarray, float] | None:
+    def _solve(self, objective: Mapping[int, float]) -> _Result | None:
+        """None where nothing keeps the limits. Raises `PlanError` where nothing was found in time."""
         costs = np.zeros(self.count)
         costs[list(objective)] = list(objective.values())
         scale = np.abs(costs).max(initial=0.0) or 1.0
@@ -206,12 +252,18 @@ class _Programme:
         matrix = csr_matrix((values, (rows, columns)), shape=(len(self.rows), self.count))
         lower, upper = [row[1] for row in self.rows], [row[2] for row in self.rows]
         result = milp(
-            FINENESS * costs / scale,
+            FINENESS * (costs / scale),
             integrality=integrality,
             bounds=Bounds(np.zeros(self.count), np.array(self.upper)),
             constraints=LinearConstraint(matrix, lower, upper) if self.rows else None,
             options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
         )
-        if result.x is None:
+        if result.x is not None:
+            gap = float(result.mip_gap or 0.0)
+            return _Result(result.x, gap if gap > ROUNDING else 0.0)
+        if result.status == INFEASIBLE:
             return None
-        return result.x, float(result.mip_gap or 0.0)
+        raise PlanError(
+            f"the solver found no choice that keeps the budget within {SECONDS:.0f} s; there may be one all the same: "
+            f"allow fewer candidates (`longest`, `largest_kernel`), or raise the budget ({result.message})"
+        )

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import fx, nn
 
 from elc_fx.errors import InvalidInputError
+from elc_fx.planning.budget import real_number
+
+_PLAIN = (bool, int, float, str, tuple, type(None))  # attributes that a module computes with, such as a slope
 
 
 class StoredTable(dict[str, float]):
@@ -22,27 +28,47 @@ class StoredTable(dict[str, float]):
         self.file: Path | None = None
         if folder is None:
             return
-        try:
+        with self._problems_told(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidInputError(f"nothing can be kept in {folder}: {error}") from error
-        for path in sorted(folder.glob(f"{name}-*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                if (entry := _entry(line)) is not None:
-                    super().__setitem__(*entry)
+            for path in sorted(folder.glob(f"{name}-*.jsonl")):
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                    if (entry := _entry(line)) is not None:
+                        super().__setitem__(*entry)
         rank = dist.get_rank() if dist.is_initialized() else 0
         self.file = folder / f"{name}-{rank}.jsonl"
 
     def __setitem__(self, key: str, number: float) -> None:
         super().__setitem__(key, number)
         if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as file:
+            with self._problems_told(self.file), self.file.open("a", encoding="utf-8") as file:
                 file.write(f"\n{json.dumps([key, number])}")
+
+    @staticmethod
+    @contextmanager
+    def _problems_told(where: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # a ValueError is a name that no file can have
+            raise InvalidInputError(f"nothing can be kept in {where}: {error}; give another cache, or none") from error
+
+
+def described(module: nn.Module) -> str:
+    """What a module is, but for the values of its tensors: classes, plain attributes and shapes, of all in it."""
+    parts = []
+    for name, part in module.named_modules():
+        kind = "" if isinstance(part, fx.GraphModule) else f"{type(part).__module__}.{type(part).__qualname__}"
+        own = sorted((key, value) for key, value in vars(part).items() if kind and isinstance(value, _PLAIN))
+        tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        parts.append((name, kind, own, [(key, tuple(value.shape), value.dtype) for key, value in tensors]))
+    return repr(parts)
 
 
 def _entry(line: str) -> tuple[str, float] | None:
+    """What a line says; None where it is damaged."""
     try:
-        key, number = json.loads(line)
-        return str(key), float(number)
-    except (ValueError, TypeError):
-        return None
+        match json.loads(line):
+            case [str(key), int() | float() as number] if real_number(number) >= 0:
+                return key, float(number)
+    except (ValueError, RecursionError):
+        pass
+    return None
