@@ -41,7 +41,7 @@ def test_rounds_after_a_relu_make_the_error_smaller() -> None:
     """The targets are not those of one convolution."""
     torch.manual_seed(0)
     region = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    geometry = Geometry(4, 3, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    geometry = Geometry(4, 3, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), bias=True)
     x = torch.randn(64, 3, 10, 10)
     with torch.no_grad():
         y = region(x) - 0.3
@@ -56,13 +56,26 @@ def test_rounds_after_a_relu_make_the_error_smaller() -> None:
 def test_fewer_windows_than_weights(scale: float) -> None:
     """Singular normal equations, of which rounding makes indefinite ones."""
     torch.manual_seed(0)
-    geometry = Geometry(4, 64, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    geometry = Geometry(4, 64, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), bias=True)
     x = scale * torch.randn(2, 64, 6, 6).relu() * torch.logspace(-6, 3, 64).view(-1, 1, 1)
     y = torch.randn(2, 4, 6, 6)
     fitted = Windows.of([x], geometry).fit([y], (0.0, math.inf))
     assert fitted.kernel.isfinite().all() and fitted.bias is not None and fitted.bias.isfinite().all()
     with pytest.raises(elc_fx.InvalidInputError, match="not finite"):
         Windows.of([x / 0], geometry)
+
+
+def test_a_region_without_a_bias_gets_none() -> None:
+    """Else the fitted network would have more parameters than were counted."""
+    torch.manual_seed(0)
+    geometry = Geometry(4, 3, (1, 3), (1, 1), (1, 1), ((0, 0), (1, 1)))
+    x = torch.randn(64, 3, 10, 10)
+    region = nn.Conv2d(3, 4, (1, 3), padding=(0, 1), bias=False)
+    with torch.no_grad():
+        fitted = Substitute(Windows.of([x], geometry).fit([region(x)]), torch.float32)
+        fitted.normalise([region(x)])
+        torch.testing.assert_close(fitted(x), region(x), rtol=1e-3, atol=1e-3)
+    assert sum(p.numel() for p in fitted.parameters()) == region.weight.numel()
 
 
 def test_flat_sides() -> None:

@@ -515,7 +515,8 @@ def test_another_default_device() -> None:
 
 def test_normalising_outputs_of_several_sizes() -> None:
     """The batch norm has the moments of all positions, and changes nothing."""
-    layer = sensitivity.Substitute(AffineMap.identity(3, 2, torch.empty(0)), torch.float32)
+    identity = AffineMap.identity(3, 2, torch.empty(0)) + AffineMap.scale(torch.zeros(3), torch.zeros(3), 2)
+    layer = sensitivity.Substitute(identity, torch.float32)
     outputs = [torch.randn(4, 3, 8, 8), torch.randn(5, 3, 2, 3) + 2]
     layer.normalise(outputs)
     everything = torch.cat([y.movedim(1, -1).reshape(-1, 3) for y in outputs])

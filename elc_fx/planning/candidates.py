@@ -275,7 +275,7 @@ class CandidateFinder:
             paddings=tuple(label(op.node) for op in padded),
             ring=max((side for step in steps.values() for sides in step.ring_out for side in sides), default=0),
             flops=(before, geometry.flops(size) * positions),
-            parameters=(self._parameters(region), geometry.weights + geometry.out_channels),
+            parameters=(self._parameters(region), geometry.weights + geometry.bias * geometry.out_channels),
             nodes=tuple(sorted(node.name for node in region.nodes())),
         )
 

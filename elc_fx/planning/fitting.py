@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Substitute(nn.Module):
 
     def normalise(self, outputs: Sequence[Tensor]) -> None:
         """Puts a batch norm behind the convolution, with the moments of its outputs, that changes nothing in eval."""
-        if not self.geometry.dims:
+        if not self.geometry.dims or not self.geometry.bias:  # what has no bias shall not get one
             return
         batches = [y if y.dim() == 2 + self.geometry.dims else y.unsqueeze(0) for y in outputs]
         values = torch.cat([y.transpose(0, 1).flatten(1) for y in batches], dim=1).float()  # sizes may differ
@@ -64,8 +64,8 @@ class Substitute(nn.Module):
 class Windows:
     """Windows of a region's input, and how to solve for weights on them. They do not depend on the target.
 
-    count: how many of each batch. rows: [groups, windows, weights + 1], the last column ones. factor: of the normal
-    equations (Cholesky), in float64.
+    count: how many of each batch. rows: [groups, windows, weights], with a further column of ones for a bias. factor:
+    of the normal equations (Cholesky), in float64.
     """
 
     geometry: Geometry
@@ -76,11 +76,11 @@ class Windows:
     @classmethod
     def of(cls, sources: Sequence[Tensor], geometry: Geometry) -> Windows:
         """sources: batches of the region's input, [N, in_channels, *size] each (linear: [..., in_channels])."""
-        geometry = replace(geometry, bias=True)
         weights = geometry.weights // geometry.out_channels
         count = math.ceil(max(FEWEST_ROWS, ROWS_PER_WEIGHT * weights) / len(sources))
         rows = torch.cat([_windows(x, geometry, count) for x in sources], dim=1).float()
-        rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
+        if geometry.bias:
+            rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
         normal = (rows.mT @ rows).double()
         return cls(geometry, count, rows, _factor(normal))
 
@@ -98,9 +98,9 @@ class Windows:
             moved = torch.where(goal <= flat[0], reached.clamp_max(flat[0]), goal)
             moved = torch.where(goal >= flat[1], reached.clamp_min(flat[1]), moved)
             solution = self._solve(moved)
-        weight, bias = solution[:, :-1].mT, solution[:, -1]
-        kernel = weight.reshape(g.out_channels, g.in_channels // g.groups, *g.kernel_size)
-        return AffineMap(g, kernel.contiguous(), bias.reshape(-1))
+        weight, bias = (solution[:, :-1], solution[:, -1].reshape(-1)) if g.bias else (solution, None)
+        kernel = weight.mT.reshape(g.out_channels, g.in_channels // g.groups, *g.kernel_size)
+        return AffineMap(g, kernel.contiguous(), bias)
 
     def _solve(self, goal: Tensor) -> Tensor:
         return torch.cholesky_solve((self.rows.mT @ goal).double(), self.factor).to(goal.dtype)

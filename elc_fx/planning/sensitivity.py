@@ -264,7 +264,7 @@ class Sensitivity:
         key = region.source, replace(choice.geometry, out_channels=0)
         if key not in windows:
             windows[key] = Windows.of(sources, choice.geometry)
-        there = replace(windows[key], geometry=replace(choice.geometry, bias=True))
+        there = replace(windows[key], geometry=choice.geometry)
         targets = [walk.env[region.output] for walk in given]
         return Substitute(there.fit(targets, self._flat(region.output)), sources[0].dtype, region.output.name)
 
