@@ -21,6 +21,7 @@ from elc_fx.api import compile, report_of
 from elc_fx.comparison import Comparison, compare
 from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
+from elc_fx.report.diff import Diff, diff
 from elc_fx.report.page import page
 from elc_fx.training import FinetuneConfig
 
@@ -201,6 +202,7 @@ class Compressed:
     after: Side
     report: Report
     comparison: Comparison
+    diff: Diff
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -268,7 +270,8 @@ def run(epochs: int = EPOCHS, seed: int = 0, folder: Path | None = None) -> Demo
         assert folder is not None
         folder.mkdir(parents=True, exist_ok=True)
         pages.append(folder / f"{one.name.split()[1]}.html")
-        pages[-1].write_text(page(one.summary(), one.report), encoding="utf-8")
+        title = f"{one.name} at half of its FLOPs"
+        pages[-1].write_text(page(one.summary(), one.report, one.diff, title=title), encoding="utf-8")
     return DemoResult(exact, compressed, tuple(pages))
 
 
@@ -295,7 +298,8 @@ def at_half_the_flops(name: str, original: nn.Module, digits: Digits, seed: int)
     with Console(stderr=True).status(f"{name}: measuring losses, planning, fine-tuning"):
         small = compile(original, x, mode="decouple", budget=BUDGET, calibration=_calibration(digits), finetune=tuning)
     before, after = _sides([compile(original, x), small], digits)
-    return Compressed(name, before, after, report_of(small), compare(original, small, x))
+    difference = diff(original, small, x, names=(name, "at half of its FLOPs"))
+    return Compressed(name, before, after, report_of(small), compare(original, small, x), difference)
 
 
 def _calibration(digits: Digits) -> list[Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,14 +68,20 @@ def load(file: Path) -> Exported:
     """The inverse of `save`, and any other .pt2 file. Raises ExportError."""
     if not file.is_file():
         raise ExportError(f"there is no file {file}")
-    extra = {ORIGINS: ""}
+    if not zipfile.is_zipfile(file):
+        raise ExportError(f"{file} is no program of torch.export, or it is damaged")
+    extra, log = {ORIGINS: ""}, logging.getLogger("torch.export")
+    level = log.level
     try:
+        log.setLevel(logging.CRITICAL)  # it tells of files that it cannot read with a traceback
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files without the extra one
             program = torch.export.load(file, extra_files=extra)
         origins = json.loads(extra[ORIGINS] or "{}")
     except Exception as error:  # whatever torch's reader runs into in a file that is damaged, or is something else
-        raise ExportError(f"{file} is no program of torch.export: {_first_line(error)}") from error
+        raise ExportError(f"{file} is no program of torch.export, or it is damaged") from error
+    finally:
+        log.setLevel(level)
     return Exported(program, None, origins)
 
 

@@ -10,6 +10,8 @@ Every step looks at each layer and edge a bounded number of times.
 from __future__ import annotations
 
 import bisect
+import difflib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from elc_fx.report.network import Layer, Network
 
 Group = tuple[tuple[int, ...], tuple[int, ...]]  # positions of layers in the two networks
 CONTEXT = 3  # steps away from a layer that have to look alike, where nothing else tells which it is
+LONGEST_GAP = 100  # layers that are compared each with each
 MOST_READERS = 64  # of a value through which an alignment is followed
 
 
@@ -93,9 +96,11 @@ class _Alignment:
         self._follow()
         self._by_context()
         self._follow()
+        self._follow(ties=True)
         self._pair_gaps()
         self._take_in_enclosed()
         self._fill_gaps()
+        self._in_order()
         return list(self._collected())
 
     def _new(self, before: Iterable[int], after: Iterable[int]) -> None:
@@ -146,18 +151,22 @@ class _Alignment:
             for i, j in zip(*ends, strict=False):
                 self._new([i], [j])
 
-    def _follow(self) -> None:
-        """From layers that are aligned to those that alone stand so beside them, step by step."""
+    def _follow(self, *, ties: bool = False) -> None:
+        """From layers that are aligned to those that alone stand so beside them, step by step.
+
+        ties: also to several that stand alike, if they are as many in both networks, in their order.
+        """
         dirty: tuple[set[int], set[int]] = tuple(set(side.left()) for side in self.sides)  # type: ignore[assignment]
         while all(dirty):
             fresh: tuple[set[int], set[int]] = (set(), set())
             for view in (self._both, self._readers, self._sources):
-                keys = [
-                    _unique((view(side, i), i) for i in todo if i not in side.group)
+                keyed = [
+                    _by_key((view(side, i), i) for i in sorted(todo) if i not in side.group)
                     for side, todo in zip(self.sides, dirty, strict=True)
                 ]
-                for key in sorted(keys[0].keys() & keys[1].keys(), key=keys[0].__getitem__):
-                    i, j = keys[0][key], keys[1][key]
+                alike = [(here, keyed[1].get(key, [])) for key, here in keyed[0].items()]
+                alike = [both for both in alike if len(both[0]) == len(both[1]) and (ties or len(both[0]) == 1)]
+                for i, j in itertools.chain(*(zip(*both, strict=True) for both in alike)):
                     self._new([i], [j])
                     for side, at, found in zip(self.sides, (i, j), fresh, strict=True):
                         near = (*side.sources[at][:MOST_READERS], *side.readers[at][:MOST_READERS])
@@ -182,7 +191,7 @@ class _Alignment:
         return (_sort(side.layers[i]), "reads", known) if known else None
 
     def _by_context(self) -> None:
-        """Layers whose surroundings occur once in each network, from the widest surroundings down, without crossings."""
+        """Layers whose surroundings occur once in each network, the widest surroundings first, without crossings."""
         contexts = [side.contexts() for side in self.sides]
         for steps in range(CONTEXT, 0, -1):
             found = [
@@ -195,9 +204,7 @@ class _Alignment:
 
     def _without_crossings(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """The most of the pairs that keep the order, among themselves and with what is aligned already."""
-        before, after = self.sides
-        firsts = sorted((before.members[g][0], after.members[g][0]) for g in before.members if g in after.members)
-        fixed = _increasing(firsts)
+        fixed = self._in_both_orders()
         here, there = [i for i, _ in fixed], [j for _, j in fixed]
         return _increasing([p for p in pairs if bisect.bisect(here, p[0]) == bisect.bisect(there, p[1])])
 
@@ -213,22 +220,15 @@ class _Alignment:
                         side.put(i, next(iter(sources)))
 
     def _pair_gaps(self) -> None:
-        """Left-over parts with the same neighbours on both sides: one layer for another, or many for one.
-
-        Of layers beside one that stayed as it is, such as markers, nothing is said.
-        """
+        """Left-over parts with the same neighbours on both sides: many layers for one, or one for others."""
         found = [_unique((side.around(part), tuple(part)) for part in side.components()) for side in self.sides]
         for around in sorted(found[0].keys() & found[1].keys(), key=found[0].__getitem__):
-            before, after = found[0][around], found[1][around]
-            heavy = sum(self.sides[1].layers[j].is_heavy for j in after)
-            if min(len(before), len(after)) == 1:
-                same = [(i, j) for i in before for j in after if _sort(self.sides[0].layers[i]) == self._sort_after(j)]
-                self._new(*zip(*same, strict=True)) if len(same) == 1 else self._new(before, after)
-            elif heavy == 1 and len(before) > len(after):
-                self._new(before, after)
-
-    def _sort_after(self, j: int) -> str:
-        return _sort(self.sides[1].layers[j])
+            parts = found[0][around], found[1][around]
+            old, new = ([side.layers[i] for i in part] for side, part in zip(self.sides, parts, strict=True))
+            several_in_one = sum(layer.is_heavy for layer in new) == 1 and len(old) > len(new)
+            one_for_others = min(len(old), len(new)) == 1 and not {*map(_sort, old)} & {*map(_sort, new)}
+            if several_in_one or one_for_others:
+                self._new(*parts)
 
     def _fill_gaps(self) -> None:
         """Left-over parts with which a group has the same neighbours on both sides belong to that group.
@@ -253,16 +253,43 @@ class _Alignment:
         old, new = ([side.layers[i] for i in side.members[group]] for side in self.sides)
         if not any(layer.is_heavy for layer in old) or not any(layer.is_heavy for layer in new):
             return False
-        if len(old) != len(new) or any((a.operation, a.bias) != (b.operation, b.bias) for a, b in zip(old, new, strict=True)):
+        if len(old) != len(new) or any(
+            (a.operation, a.bias) != (b.operation, b.bias) for a, b in zip(old, new, strict=True)
+        ):
             return True
         changed = any(a.state != b.state for a, b in zip(old, new, strict=True))
         return changed and all(layer.kind == "normalisation" for layer in others)
+
+    def _in_order(self) -> None:
+        """What is left over between two aligned layers: the same operations in order, as a diff of texts finds them."""
+        fixed = list(zip(*self._in_both_orders(), strict=True)) or [(), ()]
+        gaps: tuple[dict[int, list[int]], ...] = (defaultdict(list), defaultdict(list))
+        for side, gap, ends in zip(self.sides, gaps, fixed, strict=True):
+            for i in side.left():
+                gap[bisect.bisect(ends, i)].append(i)
+        for at, before in gaps[0].items():
+            after = gaps[1].get(at, [])
+            if max(len(before), len(after)) <= LONGEST_GAP:
+                old, new = (
+                    [_sort(s.layers[i]) for i in gap] for s, gap in zip(self.sides, (before, after), strict=True)
+                )
+                for block in difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks():
+                    for n in range(block.size):
+                        self._new([before[block.a + n]], [after[block.b + n]])
+
+    def _in_both_orders(self) -> list[tuple[int, int]]:
+        """The most of the layers that are aligned which stand in the same order in both networks."""
+        before, after = self.sides
+        return _increasing(
+            sorted((before.members[g][0], after.members[g][0]) for g in before.members if g in after.members)
+        )
 
     @staticmethod
     def _beside(side: _Side, parts: dict[int, list[int]], group: int) -> list[int]:
         """The left-over parts that touch a group."""
         near = (n for i in side.members[group] for n in (*side.sources[i], *side.readers[i]))
-        return sorted({i for n in near if n in parts and n not in side.group for i in parts[n]})
+        touched = {id(parts[n]): parts[n] for n in near if n in parts and n not in side.group}
+        return sorted(i for part in touched.values() for i in part)
 
     def _collected(self) -> Iterator[Group]:
         before, after = self.sides
@@ -274,11 +301,15 @@ class _Alignment:
 
 def _unique(keyed: Iterable[tuple[Hashable | None, int | tuple[int, ...]]]) -> dict[Hashable, Any]:
     """The value of each key that occurs once."""
+    return {key: values[0] for key, values in _by_key(keyed).items() if len(values) == 1}
+
+
+def _by_key(keyed: Iterable[tuple[Hashable | None, Any]]) -> dict[Hashable, list[Any]]:
     found: dict[Hashable, list[Any]] = defaultdict(list)
     for key, value in keyed:
         if key is not None:
             found[key].append(value)
-    return {key: values[0] for key, values in found.items() if len(values) == 1}
+    return found
 
 
 def _increasing(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -66,7 +66,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two networks and their changes, in the order in which they run; every layer is in exactly one. `str()` is text."""
+    """Two networks and their changes, in the order in which they run; every layer is in one. `str()` is text."""
 
     before: Network
     after: Network
@@ -85,7 +85,8 @@ class Diff:
     def summary(self) -> str:
         """One line."""
         counts = ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
-        return f"{self.before.name} ({len(self.before.layers)} layers) → {self.after.name} ({len(self.after.layers)}): {counts}"
+        sides = [f"{network.name} ({len(network.layers)} layers)" for network in (self.before, self.after)]
+        return f"{' → '.join(sides)}: {counts}"
 
     def lines(self, *, everything: bool = False) -> Iterator[Line]:
         """The diff as text, after a sign for each kind. everything: also the kept layers in the middle of a run."""

@@ -27,7 +27,8 @@ def curves(cell: Cell) -> str:
     if cell.lane is not None:
         x, middle = _x(cell.lane), ROW / 2
         for lane in cell.arriving:
-            parts.append(f"M{_x(lane)} 0" + (f"V{middle:g}" if lane == cell.lane else f"C{_x(lane)} {middle:g} {x} 0 {x} {middle:g}"))
+            bent = f"C{_x(lane)} {middle:g} {x} 0 {x} {middle:g}"
+            parts.append(f"M{_x(lane)} 0" + (f"V{middle:g}" if lane == cell.lane else bent))
         if cell.leaves:
             parts.append(f"M{x} {middle:g}V{ROW}")
     return "".join(parts)
@@ -62,7 +63,7 @@ def to_svg(diff: Diff) -> str:
     y = 1.5 * ROW
     for block in drawn.blocks:
         parts.append(f'<g class="{block.change.kind}">')
-        parts.append(f'<rect y="{y:g}" width="{width}" height="{ROW * len(block.rows)}"/>')
+        parts.append(f'<rect y="{y:g}" width="{width}" height="{ROW * len(block.rows) - 1}"/>')
         for pair in block.rows:
             for cell, x, lanes in zip(pair, (0, widths[0] + 20), drawn.lanes, strict=True):
                 parts.extend(_svg_cell(cell, x, y, gutter(lanes)))
@@ -101,9 +102,8 @@ def to_dot(diff: Diff) -> str:
         for layer in network.layers:
             color = COLORS[kind[side, layer.name]][0]
             text = layer.place if layer.place == layer.operation else f"{layer.place}\n{layer.operation}"
-            lines.append(
-                f'    {_quoted(f"{side}.{layer.name}")} [label={_quoted(text)}, color="{color}", fillcolor="{color}22"];'
-            )
+            colors = f'color="{color}", fillcolor="{color}22"'
+            lines.append(f"    {_quoted(f'{side}.{layer.name}')} [label={_quoted(text)}, {colors}];")
         for layer in network.layers:
             to = _quoted(f"{side}.{layer.name}")
             lines.extend(f"    {_quoted(f'{side}.{source}')} -> {to};" for source in layer.sources)

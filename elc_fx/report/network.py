@@ -34,10 +34,10 @@ class Layer:
     """One node of a graph. What is not known, for want of inputs, is None.
 
     name: of the node, once in its network. place: where it is in the model, for people. kind: "convolution", "linear",
-    "normalisation", "activation", "pooling", "join", "input", "output" or "other". operation: what it computes, the same
-    text in all spellings. sources: the layers that it reads. flops: two per multiply-add, for the inputs. origin: the
-    places in the original that it stands for, where a pass noted them. state: tells its numbers apart from others;
-    None where it has none.
+    "normalisation", "activation", "pooling", "join", "input", "output" or "other". operation: what it computes, in the
+    same words however it is spelled. sources: the layers that it reads. flops: two per multiply-add, for the inputs.
+    origin: the places in the original that it stands for, where a pass noted them. state: tells its numbers apart from
+    others; None where it has none.
     """
 
     name: str
@@ -240,7 +240,10 @@ class _Reader:
 
     def _kernel(self, node: fx.Node) -> Ints:
         """The kernel of a convolution that the algebra does not read, such as one with gates."""
-        if node.op != "call_module" or "conv" not in type(module := module_of(self.graph_module, node)).__name__.lower():
+        if (
+            node.op != "call_module"
+            or "conv" not in type(module := module_of(self.graph_module, node)).__name__.lower()
+        ):
             return ()
         weight = getattr(module, "weight", None)
         return tuple(weight.shape[2:]) if isinstance(weight, Tensor) else ()
@@ -269,7 +272,15 @@ def _words(name: str) -> str:
     return re.sub(r"\d?d$", "", name) if re.search(r"[123]d$", name) else name
 
 
-_ACTIVATIONS = {*(_words(cls.__name__) for cls in MODULES), "sigmoid", "softmax", "log softmax", "glu", "clamp", "hardtanh"}
+_ACTIVATIONS = {
+    *(_words(cls.__name__) for cls in MODULES),
+    "sigmoid",
+    "softmax",
+    "log softmax",
+    "glu",
+    "clamp",
+    "hardtanh",
+}
 
 
 def _short(values: Any) -> str:
@@ -291,5 +302,5 @@ def _digest(tensors: list[Tensor]) -> str | None:
         plain = t.detach().cpu().contiguous()
         digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
         if plain.numel():
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
