@@ -21,7 +21,6 @@ from elc_fx.planning.candidates import (
     LONGEST,
     Candidate,
     CandidateFinder,
-    Candidates,
     candidate_table,
 )
 from elc_fx.report import Report
@@ -176,7 +175,8 @@ def explain(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[s
     except CaptureError as error:
         why = f"the forward of {name} cannot be traced: {error}; decouple the part of it that can"
         return Explanation(name, report, _layers_of(model), (), (), why)
-    found = Candidates(candidate for _, candidate in CandidateFinder(graph, LONGEST).all(LARGEST_KERNEL))
+    regions = CandidateFinder(graph, LONGEST).all(LARGEST_KERNEL)
+    found = [c for _, c in regions if c.activations or c.kernels or c.paddings]  # the others merge exactly
     layers = tuple(label(op.node) for op in graph.interpreter.operations.values() if op.convolves)
     merged = {place for region in report.merged for place in region.nodes}
     free = set(layers) - {layer for candidate in found for layer in candidate.layers} - merged

@@ -6,6 +6,7 @@ training, and further passes, whose layers take over the origins of those that t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from torch import fx, nn
@@ -16,10 +17,7 @@ ORIGIN = "elc_fx_origin"
 
 
 def place_of(node: fx.Node) -> str:
-    """Where a layer is in its model, in any spelling: the module that it calls, or whose parameters it is given.
-
-    The node's name where it is neither; that says little, since the next trace counts anew.
-    """
+    """Where a layer is in its model: the module that it calls or whose parameters it is given, else its own name."""
     if node.op == "call_function":
         for source in node.all_input_nodes:
             if source.op == "get_attr" and "." in str(source.target):
@@ -33,9 +31,24 @@ def recorded_origin(graph_module: fx.GraphModule, node: fx.Node) -> tuple[str, .
 
 
 def origins_of(graph_module: fx.GraphModule, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
-    """The places in the original that nodes stand for; their own, for those that no pass made."""
-    places = [recorded_origin(graph_module, node) or (place_of(node),) for node in nodes]
-    return tuple(dict.fromkeys(place for several in places for place in several))
+    """The places in the original that nodes stand for; their own, for those that no pass made.
+
+    Nodes without numbers of their own are left out: the name of a sum says little, since the next trace counts anew.
+    """
+    places: dict[str, None] = {}
+    for node in nodes:
+        if recorded := recorded_origin(graph_module, node):
+            places.update(dict.fromkeys(recorded))
+        elif _has_numbers(graph_module, node):
+            places[place_of(node)] = None
+    return tuple(places)
+
+
+def _has_numbers(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = module_of(graph_module, node)
+        return any(True for _ in itertools.chain(module.parameters(), module.buffers()))
+    return any(source.op == "get_attr" for source in node.all_input_nodes)
 
 
 def remember(module: nn.Module, origins: Iterable[str]) -> None:

@@ -178,6 +178,17 @@ def test_the_network_of_a_plan_knows_its_regions_and_their_losses() -> None:
         assert change.kind == "merged" and len(change.after) == 1
 
 
+def test_sums_that_another_trace_counts_anew_do_not_mix_up_the_regions() -> None:
+    """In the collapsed network the second block's sum is called as the first block's was in the original."""
+    model = block_network(2)
+    plan = elc_fx.Plan.of(model, X, collapse=["1:1x1", "2.conv1..2.conv2:1x1"])
+    planner = elc_fx.Planner(model, X, [torch.randn(8, 3, 32, 32)], progress=False)
+    small = elc_fx.compile(planner.collapse(plan), X)
+    found = become(elc_fx.diff(model, small, X))
+    assert [len(before) for before in found] == [7, 6]  # the stem goes into the first
+    assert all(len(after) == 1 for after in found.values())
+
+
 def test_inserted_and_removed_blocks_are_told_from_merged_ones() -> None:
     small, large = model_of("resnet18"), model_of("resnet34", seed=1)
     diff = elc_fx.diff(small, large)
@@ -231,6 +242,24 @@ def test_saved_programs_keep_what_their_layers_stand_for(tmp_path: Path) -> None
     assert become(diff) == become(elc_fx.diff(model, compiled, X))
     assert diff.before.flops is not None  # on the inputs that the program was saved with
     assert become(elc_fx.diff(model, torch.export.export(compiled, (X,)))) == become(diff)  # without: names tell
+
+
+def test_programs_with_inputs_by_name_are_run_on_them() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor, *, scale: Tensor | None = None) -> Tensor:
+            return self.conv(x) if scale is None else self.conv(x) * scale
+
+    model, inputs = Scaled().eval(), {"x": X, "scale": torch.ones(1)}
+    program = torch.export.export(model, (), inputs)
+    diff = elc_fx.diff(model, program)
+    assert diff.is_empty and diff.before.flops == diff.after.flops == 2 * 9 * 32 * 32
+    assert elc_fx.diff(program, program, {"scale": torch.ones(1), "x": X}).is_empty
+    with pytest.raises(elc_fx.InvalidInputError, match="the program has an input `scale`"):
+        elc_fx.diff(program, program, {"x": X})
 
 
 # Costs and forms.

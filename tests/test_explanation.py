@@ -85,6 +85,11 @@ def test_a_model_that_cannot_be_traced_is_explained_too() -> None:
     assert "cannot be traced" in str(explanation)
 
 
+def test_what_merges_exactly_needs_no_decoupling() -> None:
+    explanation = elc_fx.explain(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval(), torch.randn(2, 3))
+    assert len(explanation.report.merged) == 1 and not explanation.candidates and not explanation.alone
+
+
 def test_nothing_is_changed() -> None:
     model = chain()
     before = copy.deepcopy(model.state_dict())

@@ -14,7 +14,7 @@ from elc_fx.compiled import REPORT
 from elc_fx.errors import InvalidInputError
 from elc_fx.exporting import Exported
 from elc_fx.report.alignment import Group, aligned
-from elc_fx.report.network import Layer, Network
+from elc_fx.report.network import Layer, Network, stored_inputs
 
 Kind = Literal["kept", "merged", "split", "changed", "inserted", "removed"]
 KINDS: tuple[Kind, ...] = ("kept", "merged", "split", "changed", "inserted", "removed")
@@ -172,8 +172,8 @@ def diff(
 def _on_the_inputs_of_a_program(before: Any, after: Any, names: tuple[str, str]) -> tuple[Network, Network]:
     """Both networks on the inputs of the first that is stored with some, where the other takes them."""
     programs = [s.program if isinstance(s, Exported) else s for s in (before, after)]
-    stored = [p.example_inputs for p in programs if isinstance(p, ExportedProgram) and p.example_inputs]
-    inputs = stored[0][0] if stored and not stored[0][1] else None
+    stored = (stored_inputs(program) for program in programs if isinstance(program, ExportedProgram))
+    inputs = next((inputs for inputs in stored if inputs is not None), None)
     try:
         return Network.of(before, inputs, names[0]), Network.of(after, inputs, names[1])
     except InvalidInputError:
@@ -208,12 +208,17 @@ def _with_losses(changes: Sequence[Change], candidates: Sequence[Any], losses: S
 
 
 def _ordered(before: Network, after: Network, changes: Sequence[Change]) -> list[Change]:
-    """As the layers run: those of `before`, each followed by what was inserted behind it."""
+    """As the layers run: those of `before`, with what was inserted in front of the first that reads it."""
     position = {layer.name: i for i, layer in enumerate(before.layers)}
-    key = {i: (position[c.before[0].name], 0, 0) for i, c in enumerate(changes) if c.before}
+    key = {i: (position[c.before[0].name], 1, 0) for i, c in enumerate(changes) if c.before}
     owner = {layer.name: i for i, change in enumerate(changes) for layer in change.after}
-    for j, layer in enumerate(after.layers):
-        if owner[layer.name] not in key:
-            sources = [key[owner[source]] for source in layer.sources if owner[source] in key]
-            key[owner[layer.name]] = (*max(sources, default=(-1, 0, 0))[:1], 1, j)
+    first_read: dict[str, int] = {}  # where the first reader of a layer stands
+    for j, layer in reversed(list(enumerate(after.layers))):
+        at = owner[layer.name]
+        if at not in key:
+            read = first_read.get(layer.name)
+            last = max((key[owner[s]][0] for s in layer.sources if owner[s] in key), default=0)  # nobody reads it
+            key[at] = (last, 2, j) if read is None else (read, 0, j)
+        for source in layer.sources:
+            first_read[source] = min(first_read.get(source, key[at][0]), key[at][0])
     return [changes[i] for i in sorted(key, key=key.__getitem__)]

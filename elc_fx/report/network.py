@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from elc_fx.activations import MODULES
 from elc_fx.affine import Ints
-from elc_fx.capture import Attributes, capture
+from elc_fx.capture import Attributes, CaptureError, capture
 from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.exporting import Exported
 from elc_fx.graph import IN_PLACE_OPERATORS, function_name, module_of
@@ -96,18 +97,36 @@ class Network:
             return cls(name, tuple(_layers(source, values)))
         if source.training:
             raise TrainingModeError("the model is in training mode; call model.eval() first")
-        captured = capture(source, None if examples is None else examples.bound(source))
+        try:
+            captured = capture(source, None if examples is None else examples.bound(source))
+        except CaptureError as error:
+            raise CaptureError(
+                f"the forward of {name} cannot be traced ({error}); give the part of it that can"
+            ) from error
         return cls(name, tuple(_layers(captured.graph_module, captured.inputs)))
 
     @classmethod
     def _of_program(cls, source: Exported | ExportedProgram, example_inputs: Any, name: str) -> Network:
         program, origins = (source.program, source.origins) if isinstance(source, Exported) else (source, {})
         graph_module = _readable(program)
-        given: Any = program.example_inputs
-        if example_inputs is not None:
-            given = (ExampleInputs.of(graph_module, example_inputs).args, {})
-        values = None if given is None else batch_values(graph_module, given[0]) if not given[1] else None
+        given = stored_inputs(program) if example_inputs is None else example_inputs
+        values = None if given is None else _by_placeholder(graph_module, given)
         return cls(name or "program", tuple(_layers(graph_module, values, origins)))
+
+
+def stored_inputs(program: ExportedProgram) -> Any:
+    """What a program was exported with, as arguments or by name; None where it is both or nothing."""
+    args, kwargs = program.example_inputs or ((), {})
+    return None if bool(args) == bool(kwargs) else args or kwargs
+
+
+def _by_placeholder(graph_module: fx.GraphModule, given: Any) -> list[Any]:
+    """The inputs of a program, whose graph has a placeholder for each tensor. Raises `InvalidInputError`."""
+    names = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
+    named = given if isinstance(given, Mapping) else dict(zip(names, tree_leaves(given), strict=False))
+    if missing := [name for name in names if name not in named]:
+        raise InvalidInputError(f"the program has an input `{missing[0]}`, which is not among the example_inputs")
+    return [named[name] for name in names]
 
 
 def _readable(program: ExportedProgram) -> fx.GraphModule:
