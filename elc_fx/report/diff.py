@@ -120,11 +120,12 @@ def _kept_lines(run: Sequence[Change], everything: bool) -> Iterator[Line]:
 
 def _changed_lines(change: Change) -> Iterator[Line]:
     sign = SIGNS[change.kind]
-    for layer in change.before:
-        yield Line(change.kind, f"{sign} {_layer_text(layer)}")
+    told = {layer.operation for layer in change.before} != {layer.operation for layer in change.after}
     arrow = "→ " if change.before else ""
+    for layer in change.before:
+        yield Line(change.kind, f"{sign} {_layer_text(layer, settings=not told)}")
     for layer in change.after:
-        yield Line(change.kind, f"{sign} {arrow}{_layer_text(layer)}")
+        yield Line(change.kind, f"{sign} {arrow}{_layer_text(layer, settings=not told)}")
     if change.before and change.after:
         before, after = change.flops
         cost = [f"{before:,} → {after:,} FLOPs"] if before and after is not None else []
@@ -133,7 +134,10 @@ def _changed_lines(change: Change) -> Iterator[Line]:
             yield Line(change.kind, f"{sign}   {', '.join(cost)}")
 
 
-def _layer_text(layer: Layer) -> str:
+def _layer_text(layer: Layer, *, settings: bool = False) -> str:
+    """settings: told where the operations of a change are the same."""
+    if settings and not layer.is_heavy and layer.settings:
+        return f"{layer.place}: {layer.settings}"
     return layer.place if layer.place == layer.operation else f"{layer.place}: {layer.operation}"
 
 
@@ -188,8 +192,9 @@ def _change(before: Network, after: Network, group: Group) -> Change:
         return Change("removed" if old else "inserted", old, new)
     if len(old) == len(new) == 1:
         a, b = old[0], new[0]
-        same = (a.kind, a.operation, a.bias) == (b.kind, b.operation, b.bias)
-        return Change("kept", old, new, retrained=a.state != b.state) if same else Change("changed", old, new)
+        if a.does_as(b):
+            return Change("kept", old, new, retrained=a.state != b.state)
+        return Change("changed", old, new)
     if len(old) > 1 and sum(layer.is_heavy for layer in new) <= 1:
         return Change("merged", old, new)
     with_numbers = [sum(layer.state is not None for layer in layers) for layers in (old, new)]

@@ -25,7 +25,7 @@ from elc_fx.exporting import Exported
 from elc_fx.graph import IN_PLACE_OPERATORS, function_name, module_of
 from elc_fx.inputs import ExampleInputs, batch_values, fresh, reproducibly
 from elc_fx.interpret import Interpreter, Operation
-from elc_fx.origins import place_of, recorded_origin
+from elc_fx.origins import ORIGIN, place_of, recorded_origin
 
 Size = tuple[int | str, ...]  # an axis of a saved program that takes any size has a name
 
@@ -36,9 +36,9 @@ class Layer:
 
     name: of the node, once in its network. place: where it is in the model, for people. kind: "convolution", "linear",
     "normalisation", "activation", "pooling", "join", "input", "output" or "other". operation: what it computes, in the
-    same words however it is spelled. sources: the layers that it reads. flops: two per multiply-add, for the inputs.
-    origin: the places in the original that it stands for, where a pass noted them. state: tells its numbers apart from
-    others; None where it has none.
+    same words however it is spelled. settings: how it is spelled here, with its constants. sources: the layers that it
+    reads. flops: two per multiply-add, for the inputs. origin: the places in the original that it stands for, where a
+    pass noted them. state: tells its numbers apart from others; None where it has none.
     """
 
     name: str
@@ -51,8 +51,19 @@ class Layer:
     flops: int | None = None
     parameters: int = 0
     bias: bool = False
+    settings: str = ""
     origin: tuple[str, ...] = ()
     state: str | None = None
+
+    def does_as(self, other: Layer) -> bool:
+        """Whether both do the same to what they read, but for their numbers.
+
+        The constants of two spellings cannot be compared: a module has others than a function.
+        """
+        if (self.kind, self.operation, self.bias) != (other.kind, other.operation, other.bias):
+            return False
+        spelled = self.settings.partition("(")[0] == other.settings.partition("(")[0]
+        return self.is_heavy or not spelled or self.settings == other.settings
 
     @property
     def is_heavy(self) -> bool:
@@ -224,6 +235,7 @@ class _Reader:
             flops=self.measured.flops.get(node),
             parameters=sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)),
             bias=operation is not None and convolves and operation.geometry.bias,
+            settings=self._settings(node),
             origin=origin,
             state=_digest(tensors),
         )
@@ -257,6 +269,19 @@ class _Reader:
             text += f" {_short(kernel)} stride {_short(stride)}" if kernel else ""
         return text
 
+    def _settings(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            module = module_of(self.graph_module, node)
+            constants = {k: v for k, v in vars(module).items() if _is_constant(v) and k not in _NO_SETTINGS}
+            texts = [f"{name}={value}" for name, value in constants.items() if not name.startswith("_")]
+            return f"{type(module).__name__}({', '.join(texts)})"
+        if node.op not in ("call_function", "call_method"):
+            return ""
+        dot: Any = _Dot()
+        texts = [str(fx.map_arg(value, lambda _: dot)) for value in node.args]
+        texts += [f"{name}={fx.map_arg(value, lambda _: dot)}" for name, value in node.kwargs.items()]
+        return f"{function_name(node)}({', '.join(texts)})"
+
     def _kernel(self, node: fx.Node) -> Ints:
         """The kernel of a convolution that the algebra does not read, such as one with gates."""
         if (
@@ -266,6 +291,22 @@ class _Reader:
             return ()
         weight = getattr(module, "weight", None)
         return tuple(weight.shape[2:]) if isinstance(weight, Tensor) else ()
+
+
+_NO_SETTINGS = {"training", "inplace", ORIGIN}  # attributes that do not tell what a module does in eval
+
+
+class _Dot:
+    """Stands for a value that is computed, in the text of a call."""
+
+    def __repr__(self) -> str:
+        return "·"
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_constant, value))
+    return isinstance(value, bool | int | float | str | None)
 
 
 def _kind(node: fx.Node, text: str) -> str:

@@ -115,7 +115,7 @@ def _plain(change: Change) -> dict[str, Any]:
 
 
 def _plain_layer(layer: Layer) -> dict[str, Any]:
-    shown = ("place", "kind", "operation", "kernel", "shape", "flops", "parameters")
+    shown = ("place", "kind", "operation", "settings", "kernel", "shape", "flops", "parameters")
     return {name: getattr(layer, name) for name in shown}
 
 

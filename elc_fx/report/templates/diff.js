@@ -152,6 +152,11 @@
     pair("FLOPs", change.flops);
     pair("parameters", change.parameters);
     if (change.loss !== null) fact("predicted loss", change.loss.toPrecision(3));
+    const [old, made] = [change.before[0], change.after[0]];
+    if (change.kind === "changed" && old.operation === made.operation && old.settings !== made.settings) {
+      fact("was", old.settings);
+      fact("is", made.settings);
+    }
     if (change.retrained) fact("weights", "other numbers than before");
     panel.replaceChildren(button, element("h3", `${change.kind}: ${change.name}`), facts);
     const same = change.kind === "kept" && !change.retrained;
@@ -172,6 +177,7 @@
       const row = body.insertRow();
       const cells = [layer.place, layer.operation, by(layer.kernel), by(layer.shape), number(layer.flops), number(layer.parameters)];
       cells.forEach((text, i) => { const cell = row.insertCell(); cell.textContent = text; if (i < 2) cell.className = "left"; });
+      row.title = layer.settings;
     }
     head.children[1].className = "left";
     return made;
