@@ -213,7 +213,11 @@ def test_at_gate_one_it_is_the_original_to_the_bit_in_bfloat16(
     model, x = model.bfloat16(), x.bfloat16()
     decoupled = decouple(model, plan)
     with torch.no_grad():
-        assert torch.equal(decoupled(x), model(x))
+        expected = model(x)
+        # torch's 3-d convolutions in bfloat16 sometimes read memory that nobody wrote: a network differs from itself.
+        if not torch.equal(decoupled(x), expected):
+            assume(all(torch.equal(model(x), expected) for _ in range(20)))
+            raise AssertionError("the decoupled network differs from a network that does not differ from itself")
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=SLOW)

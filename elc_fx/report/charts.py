@@ -50,11 +50,12 @@ def training(epochs: Sequence[Epoch]) -> str:
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlim(0.5, len(epochs) + 0.5)
     right = axes.twinx()
     scored = [(epoch.number, epoch.score) for epoch in epochs if epoch.score is not None]
     if scored:
         right.plot(*zip(*scored, strict=True), "s-", color=ORANGE, label="validation (right)")
-    right.plot(numbers, [epoch.gate for epoch in epochs], ":", color=INK, label="gate (right)")
+    right.plot(numbers, [epoch.gate for epoch in epochs], ".:", color=INK, label="gate (right)")
     right.set_ylabel("validation, gate")
     if all(score >= 0 for _, score in scored):  # else it is minus a loss
         right.set_ylim(-0.03, 1.05)

@@ -43,22 +43,31 @@ def gutter(lanes: int) -> int:
     return LANE * lanes + 4
 
 
+def _filled(scheme: int) -> str:
+    """The colours of the kinds, light (0) or dark (1). Programs that draw SVG do not all know variables."""
+    return "".join(f".{kind} rect,.{kind} circle{{fill:{pair[scheme]}}}" for kind, pair in COLORS.items())
+
+
+_STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#1c2128}path{fill:none;stroke:#8b949e}rect{opacity:.13}.o{opacity:.65}"
+    f".paper{{fill:#fff;opacity:1}}{_filled(0)}.kept rect{{opacity:0}}"
+    f"@media(prefers-color-scheme:dark){{text{{fill:#e6e9ee}}.paper{{fill:#14181d}}{_filled(1)}}}"
+)
+
+
 def to_svg(diff: Diff) -> str:
     """The two networks side by side, as one picture of its own that follows light and dark."""
     drawn = layout(diff)
     widths = [gutter(lanes) + TEXT for lanes in drawn.lanes]
     rows = sum(len(block.rows) for block in drawn.blocks)
     width, height = sum(widths) + 20, ROW * (rows + 2)
-    style = "".join(f".{kind}{{--c:{light}}}" for kind, (light, _) in COLORS.items())
-    dark = "".join(f".{kind}{{--c:{dark}}}" for kind, (_, dark) in COLORS.items())
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(diff.summary())}">',
-        "<style>svg{--b:#fff;--t:#1c2128;background:var(--b);font:12px system-ui,sans-serif}text{fill:var(--t)}"
-        "path{fill:none;stroke:#8b949e}rect{fill:var(--c);opacity:.13}circle{fill:var(--c)}.kept rect{opacity:0}"
-        f".o{{opacity:.65}}{style}@media(prefers-color-scheme:dark){{svg{{--b:#14181d;--t:#e6e9ee}}{dark}}}</style>",
-        f'<text x="6" y="16" font-weight="600">{escape(diff.before.name)}</text>',
-        f'<text x="{widths[0] + 26}" y="16" font-weight="600">{escape(diff.after.name)}</text>',
+        f"<style>{_STYLE}</style>",
+        f'<rect class="paper" width="{width}" height="{height}"/>',
+        f'<text x="6" y="16" style="font-weight:600">{escape(diff.before.name)}</text>',
+        f'<text x="{widths[0] + 26}" y="16" style="font-weight:600">{escape(diff.after.name)}</text>',
     ]
     y = 1.5 * ROW
     for block in drawn.blocks:
