@@ -1,7 +1,7 @@
 """elc_fx makes trained convolutional networks shallower and faster, without pruning."""
 
 from elc_fx.activations import register_activation
-from elc_fx.api import compile, report_of
+from elc_fx.api import compile, draw, report_of
 from elc_fx.capture import CaptureError, Refusal
 from elc_fx.comparison import Comparison, Measurement, compare, measure
 from elc_fx.decoupling.collapse import merge
@@ -18,6 +18,8 @@ from elc_fx.errors import (
     TrainingModeError,
     VerificationError,
 )
+from elc_fx.explanation import Explanation, explain
+from elc_fx.exporting import ExportError
 from elc_fx.fusion import MergedRegion
 from elc_fx.planning.budget import Budget, Costs
 from elc_fx.planning.candidates import Candidate, Candidates, candidates
@@ -25,6 +27,7 @@ from elc_fx.planning.latency import LatencyError
 from elc_fx.planning.plan import Plan, Prediction
 from elc_fx.planning.planner import Planner, pareto, plan
 from elc_fx.report import Report
+from elc_fx.report.diff import Change, Diff, diff
 from elc_fx.training import FinetuneConfig, History, TrainingError, finetune
 
 __version__ = "0.1.0"
@@ -34,10 +37,14 @@ __all__ = [
     "Candidate",
     "Candidates",
     "CaptureError",
+    "Change",
     "Comparison",
     "Costs",
     "DecoupledModule",
+    "Diff",
     "ElcError",
+    "Explanation",
+    "ExportError",
     "FinetuneConfig",
     "GateNotClosedError",
     "GateSchedule",
@@ -61,6 +68,9 @@ __all__ = [
     "compare",
     "compile",
     "decouple",
+    "diff",
+    "draw",
+    "explain",
     "finetune",
     "gates",
     "measure",

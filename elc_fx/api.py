@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -10,11 +11,17 @@ from torch import Tensor, nn
 from elc_fx.compiled import REPORT
 from elc_fx.compression import compress
 from elc_fx.errors import InvalidInputError, TrainingModeError
+from elc_fx.exporting import write
 from elc_fx.inputs import ExampleInputs
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
+from elc_fx.report.diff import Diff
+from elc_fx.report.drawing import to_dot, to_svg
+from elc_fx.report.page import diff_page
 from elc_fx.training import FinetuneConfig
+
+DRAWINGS: dict[str, Callable[[Diff], str]] = {".html": diff_page, ".svg": to_svg, ".dot": to_dot}
 
 
 def compile(  # as torch.compile
@@ -78,3 +85,16 @@ def report_of(module: nn.Module) -> Report:
     if not isinstance(report, Report):
         raise InvalidInputError(f"this {type(module).__name__} was not returned by elc_fx.compile: it has no report")
     return report
+
+
+def draw(diff: Diff, file: str | Path) -> None:
+    """Writes a diff as a page that works offline (.html), as a picture (.svg) or for graphviz (.dot).
+
+    Raises `InvalidInputError` for another suffix, and `ExportError` where the file cannot be written.
+    """
+    file = Path(file)
+    if not isinstance(diff, Diff):
+        raise InvalidInputError(f"diff is a {type(diff).__name__}, expected what elc_fx.diff returns")
+    if file.suffix not in DRAWINGS:
+        raise InvalidInputError(f"{file} ends in {file.suffix or 'nothing'}, expected {', '.join(DRAWINGS)}")
+    write(file, DRAWINGS[file.suffix](diff).encode())

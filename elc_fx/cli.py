@@ -1,4 +1,4 @@
-"""The command line: `elc-fx compile`, `plan`, `compress` and `demo`. The result goes to stdout, all else to stderr."""
+"""The command line: `elc-fx compile` and its like. The result goes to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -16,18 +16,28 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor, nn
 from typer.core import TyperGroup
 
 import elc_fx
 from elc_fx import data as pictures
 from elc_fx import demo, exporting, job
+from elc_fx.api import DRAWINGS
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.loading import Spec, load_weights
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.planner import SAMPLES
 from elc_fx.training import FinetuneConfig
 
+LINE_STYLES = {
+    "kept": "dim",
+    "merged": "blue",
+    "split": "magenta",
+    "changed": "yellow",
+    "inserted": "green",
+    "removed": "red",
+}
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's; newer releases of typer bring a click of their own
 
@@ -57,6 +67,40 @@ Examples:
   elc-fx demo
   elc-fx demo --epochs 2 --out /tmp/demo --json
 """
+EXPLAIN_HELP = """Show what of a model would merge exactly, what could after decoupling, what not, and why.
+
+Nothing is compiled or written: look here first. Without --input nothing is said of FLOPs, and of decoupling.
+
+\b
+Examples:
+  elc-fx explain torchvision:resnet18 --input 1x3x224x224
+  elc-fx explain mynets:net --weights net.safetensors --input 1x3x32x32 --json
+"""
+DIFF_HELP = """Show what became of the layers of one network in another.
+
+A and B are each a model (SPEC, as for compile) or a .pt2 file. Without B, it is A after its exact merges; with --plan,
+A after a plan has been carried out. Layers that elc_fx made know what they stand for; others are told by their names,
+their weights, and what surrounds them.
+
+\b
+What the text shows:
+    kept      the same layer (other weights are told)
+  »  merged    several layers became one, after the arrow
+  «  split     one became several
+  ~  changed   another operation in the same place
+  +  inserted
+  -  removed
+
+\b
+Examples:
+  elc-fx diff torchvision:resnet18 --input 1x3x224x224
+  elc-fx diff torchvision:resnet18 small/model.pt2 --draw diff.html
+  elc-fx diff mynets:net --plan plan.json --input 1x3x32x32 --draw diff.svg --draw diff.html
+  elc-fx diff before.pt2 after.pt2 --all
+
+The page (.html) needs nothing but itself: zoom, search, filter, click a layer; press ? for its keys. --draw also takes
+.svg, and .dot for graphviz. Exit codes: 0 shown, 1 failed, 2 wrong usage.
+"""
 PLAN_HELP = """Choose which regions of a model become one convolution each, under a budget, and show the plan.
 
 Losses are measured on images of the training set. The model itself is not changed; --save keeps the plan, for
@@ -72,13 +116,16 @@ COMPRESS_HELP = """Compress a trained classifier to a budget: plan, merge, fine-
 DATA holds images as train/CLASS/IMAGE (and test/CLASS/IMAGE), as CLASS/IMAGE, or CIFAR-10's own files; in a folder, or
 a tar or zip archive. A share of the training images is held out to choose the best epoch; test images only give the
 last figure. OUT gets the network (model.pt2, model.safetensors, with --onnx model.onnx), plan.json, report.html,
-report.json and metrics.csv. A run that was killed goes on with the same command.
+report.json and metrics.csv. report.html is what to look at: accuracy and costs before and after, the plan, every layer
+before and after, training, and what stayed apart and why. A run that was killed goes on with the same command.
 
 \b
 Examples:
   elc-fx compress --model mynets:net --weights net.safetensors --data images/ --budget flops=0.5 --out small/
   elc-fx compress --model torchvision:resnet18 --weights r18.pt --data photos.tar --size 3x224x224 \\
       --budget "latency=0.6" --epochs 20 --batch 64 --out small/
+  elc-fx compress --model mynets:net --weights net.safetensors --data images/ --budget flops=0.3 --out third/ \\
+      --beside half/ --beside small/
 """
 
 
@@ -114,6 +161,12 @@ Debug = Annotated[
     bool, typer.Option("--debug", envvar="ELC_FX_DEBUG", help="Show the traceback of an error.", show_envvar=True)
 ]
 
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="SHAPE", help="Shape of an input, as 1x3x224x224; once for each input."),
+]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="State dict: .safetensors, or of torch.save.")]
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -137,13 +190,8 @@ def elc_fx_command(
 @app.command("compile", help=COMPILE_HELP, short_help="Merge what merges exactly, and show what that saves.")
 def compile_command(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="The model.", show_default=False)],
-    shapes: Annotated[
-        list[str] | None,
-        typer.Option("--input", metavar="SHAPE", help="Shape of an input, as 1x3x224x224; once for each input."),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="State dict: .safetensors, or a file of torch.save.")
-    ] = None,
+    shapes: Shapes = None,
+    weights: Weights = None,
     save: Annotated[
         Path | None, typer.Option(metavar="OUT.pt2", help="Export the compiled model to this file; needs --input.")
     ] = None,
@@ -171,8 +219,96 @@ def compile_command(
             typer.echo("\n\n".join(str(part) for part in (report, comparison) if part is not None))
 
 
+@app.command("explain", help=EXPLAIN_HELP, short_help="Show what would merge, what could, what not, and why.")
+def explain_command(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="The model, as for compile.", show_default=False)],
+    shapes: Shapes = None,
+    weights: Weights = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    with _one_line_errors(debug):
+        source = _parsed_spec(spec)
+        sizes = [_parsed_shape(text) for text in shapes or ()]
+        with _working(f"looking at {spec}"):
+            model = _model(source, weights, None)
+            explanation = elc_fx.explain(model, _random_inputs(sizes, model) or None)
+        typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
+
+
+@app.command("diff", help=DIFF_HELP, short_help="Show what became of each layer: text, picture, page.")
+def diff_command(
+    a: Annotated[str, typer.Argument(metavar="A", help="A model, or a .pt2 file.", show_default=False)],
+    b: Annotated[str | None, typer.Argument(metavar="B", help="Another; by default A after its merges.")] = None,
+    shapes: Shapes = None,
+    weights: Weights = None,
+    weights_b: Annotated[Path | None, typer.Option(metavar="FILE", help="State dict of B.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="PLAN.json", help="In the place of B: A after this plan.")
+    ] = None,
+    draw: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Write .html, .svg or .dot; may be given several times.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show the kept layers too.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    with _one_line_errors(debug):
+        if b is not None and plan is not None:
+            raise typer.BadParameter("it stands in the place of B; give one of the two", param_hint="--plan")
+        for file in draw or ():
+            if file.suffix not in DRAWINGS:
+                raise typer.BadParameter(f"{file} does not end in {', '.join(DRAWINGS)}", param_hint="--draw")
+            _require_writable(file)
+        sizes = [_parsed_shape(text) for text in shapes or ()]
+        with _working(f"comparing {a} and {b or 'what becomes of it'}"):
+            before = _network(a, weights)
+            inputs = None if not sizes else _random_inputs(sizes, before if isinstance(before, nn.Module) else None)
+            if b is not None:
+                after, name = _network(b, weights_b), b
+            else:
+                after, name = _merged(before, plan, inputs), f"{a}, merged"
+            found = elc_fx.diff(before, after, inputs, names=(a, name))
+            for file in draw or ():
+                elc_fx.draw(found, file)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=2))
+        else:
+            _show(found, everything=everything)
+
+
+def _network(text: str, weights: Path | None) -> nn.Module | exporting.Exported:
+    if text.endswith(".pt2"):
+        if weights is not None:
+            raise InvalidInputError(f"{text} has its weights already; {weights} is for a model by name")
+        return exporting.load(Path(text))
+    return _model(_parsed_spec(text), weights, None)
+
+
+def _merged(model: nn.Module | exporting.Exported, plan: Path | None, inputs: tuple[Tensor, ...] | None) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError("a .pt2 file is not merged any more; give B, or the model that it was made from")
+    if plan is None:
+        return elc_fx.compile(model, inputs, verify=False)
+    try:
+        text = plan.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{plan} cannot be read: {error}") from error
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.from_json(text))
+    elc_fx.set_gate(decoupled, 0)
+    return elc_fx.merge(decoupled, verify=False)
+
+
+def _show(found: elc_fx.Diff, *, everything: bool) -> None:
+    """In colour on a terminal, where long lines end in …; whole lines elsewhere."""
+    console = Console(highlight=False)
+    console.print(Text(found.summary()), style="bold", soft_wrap=not console.is_terminal)
+    for line in found.lines(everything=everything):
+        text = Text(line.text, style=LINE_STYLES[line.kind], no_wrap=True, overflow="ellipsis")
+        console.print(text, soft_wrap=not console.is_terminal)
+
+
 Model = Annotated[str, typer.Option("--model", metavar="SPEC", help="The model, as for compile.", show_default=False)]
-Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="State dict: .safetensors, or of torch.save.")]
 Data = Annotated[Path, typer.Option(metavar="DIR", help="Images: a folder or an archive.", show_default=False)]
 BudgetText = Annotated[
     str,
@@ -232,6 +368,10 @@ def compress_command(
     held_out: Annotated[float, typer.Option(help="Share of the training images that is held out.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the order of the images and their augmentation.")] = 0,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too.")] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="An earlier --out: report.html shows both on one curve; several times."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -250,6 +390,7 @@ def compress_command(
                 held_out=held_out,
                 batch=batch,
                 onnx=onnx,
+                beside=beside or (),
                 say=lambda message: typer.echo(f"elc-fx: {message}", err=True),
                 **options,
             )
@@ -359,8 +500,9 @@ def _model(spec: Spec, weights: Path | None, dtype: Dtype | None) -> nn.Module:
     return model.to(getattr(torch, dtype.value)) if dtype else model
 
 
-def _random_inputs(sizes: list[tuple[int, ...]], model: nn.Module) -> tuple[Tensor, ...]:
-    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point]
+def _random_inputs(sizes: list[tuple[int, ...]], model: nn.Module | None) -> tuple[Tensor, ...]:
+    parameters = () if model is None else model.parameters()
+    dtypes = [parameter.dtype for parameter in parameters if parameter.dtype.is_floating_point]
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(size, generator=generator).to(dtypes[0] if dtypes else torch.float32) for size in sizes)
 

@@ -22,6 +22,7 @@ from elc_fx.comparison import Comparison, compare
 from elc_fx.files import write_whole
 from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
+from elc_fx.report.diff import Diff, diff
 from elc_fx.report.page import page
 from elc_fx.training import FinetuneConfig
 
@@ -202,6 +203,7 @@ class Compressed:
     after: Side
     report: Report
     comparison: Comparison
+    diff: Diff
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -248,7 +250,9 @@ class DemoResult:
         parts = [f"A multi-branch network, merged exactly\n\n{self.exact}"]
         for one in self.compressed:
             table = tabulate(one.summary(), ("", "before", "after", "change"), disable_numparse=True)
-            parts.append(f"{one.name}, compressed to half of its FLOPs and 90 % of its depth, and fine-tuned\n\n{one.report.plan}\n\n{table}")
+            parts.append(
+                f"{one.name}, compressed to half of its FLOPs and 90 % of its depth, and fine-tuned\n\n{one.report.plan}\n\n{table}"
+            )
         return "\n\n\n".join([*parts, "\n".join(f"report: {page}" for page in self.pages)])
 
 
@@ -269,7 +273,8 @@ def run(epochs: int = EPOCHS, seed: int = 0, folder: Path | None = None) -> Demo
         assert folder is not None
         folder.mkdir(parents=True, exist_ok=True)
         pages.append(folder / f"{one.name.split()[1]}.html")
-        write_whole({pages[-1]: page(one.summary(), one.report).encode()})
+        title = f"{one.name} at half of its FLOPs"
+        write_whole({pages[-1]: page(one.summary(), one.report, one.diff, title=title).encode()})
     return DemoResult(exact, compressed, tuple(pages))
 
 
@@ -296,7 +301,8 @@ def at_half_the_flops(name: str, original: nn.Module, digits: Digits, seed: int)
     with Console(stderr=True).status(f"{name}: measuring losses, planning, fine-tuning"):
         small = compile(original, x, mode="decouple", budget=BUDGET, calibration=_calibration(digits), finetune=tuning)
     before, after = _sides([compile(original, x), small], digits)
-    return Compressed(name, before, after, report_of(small), compare(original, small, x))
+    difference = diff(original, small, x, names=(name, "at half of its FLOPs"))
+    return Compressed(name, before, after, report_of(small), compare(original, small, x), difference)
 
 
 def _calibration(digits: Digits) -> list[Tensor]:

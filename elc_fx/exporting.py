@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,19 +17,23 @@ from torch.export import Dim, ExportedProgram
 
 from elc_fx.errors import ElcError
 from elc_fx.files import write_whole
+from elc_fx.origins import all_origins
 from elc_fx.packages import required
+
+ORIGINS = "elc_fx_origins.json"  # beside the program, in the same file
 
 
 class ExportError(ElcError):
-    """torch.export refuses the model, or its file cannot be written."""
+    """torch.export refuses the model, or its file cannot be written or read."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A program, and why its batch size is fixed (None: it takes any)."""
+    """A program, and why its batch size is fixed (None: it takes any). origins: of its layers, see `elc_fx.origins`."""
 
     program: ExportedProgram
     fixed_batch: str | None
+    origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def export(model: nn.Module, inputs: Sequence[Tensor]) -> Exported:
@@ -34,13 +41,13 @@ def export(model: nn.Module, inputs: Sequence[Tensor]) -> Exported:
 
     inputs: the positional arguments, each [N, ...] with one N. Raises ExportError.
     """
-    inputs = tuple(inputs)
+    inputs, origins = tuple(inputs), all_origins(model)
     try:
-        return Exported(_with_any_batch(model, inputs), None)
+        return Exported(_with_any_batch(model, inputs), None, origins)
     except Exception as error:  # torch.export raises whatever the model's code runs into
         reason = _first_line(error)
     try:
-        return Exported(torch.export.export(model, inputs), reason)
+        return Exported(torch.export.export(model, inputs), reason, origins)
     except Exception as error:
         raise ExportError(f"torch.export refuses the model: {_first_line(error)}") from error
 
@@ -53,8 +60,29 @@ def save(exported: Exported, file: Path) -> None:
 def to_bytes(exported: Exported) -> bytes:
     """What a .pt2 file holds. (On a full disk, torch's writer would abort the process.)"""
     stream = io.BytesIO()
-    torch.export.save(exported.program, stream)
+    torch.export.save(exported.program, stream, extra_files={ORIGINS: json.dumps(exported.origins)})
     return stream.getvalue()
+
+
+def load(file: Path) -> Exported:
+    """The inverse of `save`, and any other .pt2 file. Raises ExportError."""
+    if not file.is_file():
+        raise ExportError(f"there is no file {file}")
+    if not zipfile.is_zipfile(file):
+        raise ExportError(f"{file} is no program of torch.export, or it is damaged")
+    extra, log = {ORIGINS: ""}, logging.getLogger("torch.export")
+    level = log.level
+    try:
+        log.setLevel(logging.CRITICAL)  # it tells of files that it cannot read with a traceback
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files without the extra one
+            program = torch.export.load(file, extra_files=extra)
+        origins = json.loads(extra[ORIGINS] or "{}")
+    except Exception as error:  # whatever torch's reader runs into in a file that is damaged, or is something else
+        raise ExportError(f"{file} is no program of torch.export, or it is damaged") from error
+    finally:
+        log.setLevel(level)
+    return Exported(program, None, origins)
 
 
 def save_onnx(model: nn.Module, inputs: Sequence[Tensor], file: Path) -> None:

@@ -18,6 +18,7 @@ from elc_fx.capture import Refusal
 from elc_fx.errors import NotAffineError, VerificationError
 from elc_fx.graph import label, module_of
 from elc_fx.interpret import Operation
+from elc_fx.origins import origins_of, remember
 from elc_fx.regions import Merge, Regroup, Step, is_same_padding, needs_explicit_padding
 
 CONV_MODULES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -164,6 +165,7 @@ class Fusion:
                 # The constants of a padding are the caller's numbers: close to what would merge is not enough.
                 self.refusals.append(Refusal(merge.name, str(error)))
                 return None
+        remember(layer, origins_of(self.captured, nodes))
         first = next(node for node in nodes if source in node.all_input_nodes)
         with self.graph.inserting_before(first):
             if (rank := merge.rank) is not None:

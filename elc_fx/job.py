@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from elc_fx.api import compile, report_of
 from elc_fx.comparison import Comparison, compare
 from elc_fx.errors import InvalidInputError
 from elc_fx.files import write_whole
+from elc_fx.planning import latency
 from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
+from elc_fx.report.charts import Point
+from elc_fx.report.diff import Diff, diff
 from elc_fx.report.page import page
 from elc_fx.training import METRICS, FinetuneConfig, TrainingError, fingerprint, metrics
 
@@ -38,15 +41,26 @@ class Accuracy:
     held_out: tuple[float, float]
     test: tuple[float, float] | None
 
+    @property
+    def best_known(self) -> tuple[float, float]:
+        """On test images where there are some."""
+        return self.held_out if self.test is None else self.test
+
 
 @dataclass(frozen=True)
 class JobResult:
-    """What came of it; `str()` is a summary."""
+    """What came of it; `str()` is a summary.
+
+    latency: seconds for one image, of the original with its batch norms folded, and of the result, eagerly. diff: of
+    the two networks, layer by layer.
+    """
 
     folder: Path
     accuracy: Accuracy
     report: Report
     comparison: Comparison
+    latency: tuple[float, float]
+    diff: Diff
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -54,6 +68,7 @@ class JobResult:
             "accuracy": asdict(self.accuracy),
             "report": self.report.to_dict(),
             "comparison": self.comparison.to_dict(),
+            "latency": self.latency,
         }
 
     def summary(self) -> list[tuple[str, str, str, str]]:
@@ -64,7 +79,15 @@ class JobResult:
         for name in ("flops", "parameters", "convolutions", "depth"):
             a, b = (getattr(side, name) for side in (self.comparison.before, self.comparison.after))
             lines.append(("FLOPs" if name == "flops" else name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}" if a else ""))
+        a, b = (1000 * seconds for seconds in self.latency)
+        lines.append(("ms for one image, batch norms folded", f"{a:.3g}", f"{b:.3g}", f"{b / a - 1:+.1%}"))
         return lines
+
+    def points(self, beside: Sequence[Point]) -> list[Point]:
+        """The accuracy–cost curve: the original, this result, and those of other runs."""
+        (before, after), flops = self.accuracy.best_known, self.comparison
+        own = [Point("original", flops.before.flops, before), Point(self.folder.name, flops.after.flops, after)]
+        return [*own, *beside]
 
     def __str__(self) -> str:
         table = tabulate(
@@ -86,6 +109,7 @@ def run(
     held_out: float = 0.1,
     batch: int = 128,
     onnx: bool = False,
+    beside: Sequence[Path] = (),
     say: Callable[[str], None] = lambda message: None,
     **options: Any,
 ) -> JobResult:
@@ -102,6 +126,7 @@ def run(
             what remains.
         batch: images in a training step.
         onnx: write an ONNX file too.
+        beside: folders of other runs with the same model and data, that the report shows on one curve with this one.
         say: is told what is being done.
 
     Raises:
@@ -114,6 +139,7 @@ def run(
     if not 0 < held_out < 1:
         raise InvalidInputError(f"held_out is {held_out!r}, expected a share between 0 and 1")
     _check_apart(folder, data)
+    others = [_point(other) for other in beside if other.resolve() != folder.resolve()]
     if onnx:
         exporting.require_onnx()
     say(f"reading {data}")
@@ -145,8 +171,11 @@ def run(
         (pictures.accuracy(model, kept), pictures.accuracy(small, kept)),
         None if test is None else (pictures.accuracy(model, test), pictures.accuracy(small, test)),
     )
-    result = JobResult(folder, accuracy, report_of(small), compare(model, small, x))
-    _write(result, small, x, onnx=onnx, say=say)
+    folded = compile(model, x, verify=False)
+    before, after = latency.seconds([latency.runner(network, (x,), "eager") for network in (folded, small)])
+    difference = diff(model, small, x, names=(type(model).__name__, folder.name))
+    result = JobResult(folder, accuracy, report_of(small), compare(model, small, x), (before, after), difference)
+    _write(result, others, small, x, onnx=onnx, say=say)
     return result
 
 
@@ -206,7 +235,28 @@ def _fingerprint(*parts: pictures.Images) -> str:
     return digest.hexdigest()
 
 
-def _write(result: JobResult, small: nn.Module, x: torch.Tensor, *, onnx: bool, say: Callable[[str], None]) -> None:
+def _point(folder: Path) -> Point:
+    """What an earlier run came to."""
+    file = folder / "report.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        accuracy, flops = found["accuracy"], found["comparison"]["after"]["flops"]
+        return Point(folder.name, int(flops), float((accuracy["test"] or accuracy["held_out"])[1]))
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise InvalidInputError(
+            f"{folder} holds no report of an earlier run: {type(error).__name__}: {error}"
+        ) from None
+
+
+def _write(
+    result: JobResult,
+    beside: Sequence[Point],
+    small: nn.Module,
+    x: torch.Tensor,
+    *,
+    onnx: bool,
+    say: Callable[[str], None],
+) -> None:
     """All files or none; an ONNX file of an earlier run does not stay beside them."""
     exported = exporting.export(small, (x,))
     if exported.fixed_batch:
@@ -219,7 +269,7 @@ def _write(result: JobResult, small: nn.Module, x: torch.Tensor, *, onnx: bool, 
         "model.safetensors": safetensors.torch.save(state),
         "plan.json": result.report.plan.to_json().encode(),
         "report.json": json.dumps(result.to_dict(), indent=1).encode(),
-        "report.html": page(result.summary(), result.report).encode(),
+        "report.html": page(result.summary(), result.report, result.diff, result.points(beside)).encode(),
         METRICS: metrics(result.report.epochs),
     }
     if onnx:

@@ -183,7 +183,7 @@ def test_a_model_of_one_sample_is_saved_for_one_sample_with_a_note(workplace: Pa
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(program: Any, stream: Any) -> None:
+    def half(program: Any, stream: Any, **options: Any) -> None:
         stream.write(b"half")
         raise OSError("disk full")
 

@@ -36,6 +36,7 @@ from elc_fx.graph import function_name, label, module_of
 from elc_fx.inputs import batch_values, batches_of
 from elc_fx.interpret import Operation
 from elc_fx.islands import clone
+from elc_fx.origins import origins_of, remember
 from elc_fx.planning.candidates import Candidate, check_model
 from elc_fx.planning.plan import Plan
 from elc_fx.regions import Join, Part, operations_of
@@ -222,6 +223,7 @@ class _Rewriter:
                 )
                 value = self._call(padding, f"{label(node)}_padding", value)
         if pads(op) and splits:  # what stands before it now pads
+            remember(padding, origins_of(self.graph_module, [node]))
             node.replace_all_uses_with(value)
             self.graph.erase_node(node)
             return value, step.ring_out
@@ -325,6 +327,7 @@ class _Rewriter:
 
     def _put(self, node: fx.Node, module: nn.Module) -> None:
         """Makes a node call a module of its own, in the place of the one that it called if nobody else calls that."""
+        remember(module, origins_of(self.graph_module, [node]))
         value = node.args[0]
         path = str(node.target) if node.op == "call_module" else node.name
         if node.op != "call_module" or self.calls[path] > 1:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
+from elc_fx.origins import origins_of, remember
 from elc_fx.planning.cost import Choice
 
 
@@ -19,6 +20,9 @@ def substituted(graph_module: fx.GraphModule, choices: Sequence[Choice], by: Map
     nodes, now = {node.name: node for node in result.graph.nodes}, dict[str, fx.Node]()
     for choice in choices:
         path = f"{choice.output}_collapsed"
+        origins = origins_of(result, (nodes[name] for name in choice.candidate.nodes))
+        for layer in by[choice.output].modules():
+            remember(layer, origins)
         result.add_submodule(path, by[choice.output])
         with result.graph.inserting_after(nodes[choice.output]):
             source = now.get(choice.source, nodes[choice.source])

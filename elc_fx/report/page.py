@@ -1,109 +1,153 @@
-"""The report of a compression as one self-contained HTML page."""
+"""Pages of HTML that need nothing but themselves: a diff, and the report of a compression."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from elc_fx.planning.candidates import kernel_text
+from elc_fx.report import charts
+from elc_fx.report.diff import SIGNS, Change, Diff
+from elc_fx.report.drawing import COLORS, curves, gutter
+from elc_fx.report.network import Layer
+from elc_fx.report.rows import layout
 from elc_fx.report.table import Report
 
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>elc_fx: compression report</title>
-<style>
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent); }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; } .wide { overflow-x: auto; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-td { font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
-.bar { background: var(--line); width: 12rem; height: .8rem; position: relative; display: inline-block; }
-.bar i { background: #2a78b8; position: absolute; inset: 0 auto 0 0; }
-figure { margin: 1rem 0; background: white; padding: .5rem; border-radius: .4rem; max-width: 46rem; }
-figure svg { width: 100%; height: auto; }
-</style>
-</head>
-<body>
-<h1>Compression report</h1>
-<table>
-<thead><tr><th></th><th>before</th><th>after</th><th>change</th></tr></thead>
-<tbody>
-{% for row in summary %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-</table>
-{% if curve %}<h2>Training</h2><figure>{{ curve | safe }}</figure>{% endif %}
-<h2>What became one convolution</h2>
-<div class="wide"><table>
-<thead><tr><th>region</th><th>layers</th><th>becomes</th><th>FLOPs before</th><th>after</th><th>left</th><th>loss</th>
-</tr></thead>
-<tbody>
-{% for c in regions %}<tr><td>{{ c.name }}</td><td>{{ c.layers }}</td><td>{{ c.result }}</td><td>{{ c.before }}</td>
-<td>{{ c.after }}</td><td><span class="bar"><i style="width: {{ c.left }}%"></i></span></td><td>{{ c.loss }}</td></tr>
-{% endfor %}</tbody>
-</table></div>
-<h2>What stayed apart</h2>
-{% if refused %}<ul>{% for reason in refused %}<li>{{ reason }}</li>{% endfor %}</ul>
-{% else %}<p>Nothing more.</p>{% endif %}
-</body>
-</html>
-"""
 MOST_REFUSALS = 60
+TITLE = "Compression report"
 
 
-def page(summary: Sequence[Sequence[str]], report: Report) -> str:
-    """summary: rows (what, before, after, change)."""
+def diff_page(diff: Diff) -> str:
+    """The diff alone."""
+    return _environment().get_template("diff_page.html").render(**_of_diff(diff), style=_style("base.css", "diff.css"))
+
+
+def page(
+    summary: Sequence[Sequence[str]],
+    report: Report,
+    diff: Diff | None = None,
+    points: Sequence[charts.Point] = (),
+    title: str = TITLE,
+) -> str:
+    """The report of a compression.
+
+    summary: rows (what, before, after, change). diff: of the original and the result. points: of the accuracy–cost
+    curve, which is drawn where there are several besides the original.
+    """
+    refused = [*report.refused, *report.opaque]
+    parts = {
+        "plan": "Plan" if report.plan is not None and report.plan.candidates else "",
+        "layers": "Layer by layer" if diff is not None else "",
+        "costs": "Costs" if diff is not None else "",
+        "training": "Training" if report.epochs else "",
+        "apart": "What stayed apart",
+    }
+    prediction = None if report.plan is None else report.plan.prediction
+    values: dict[str, Any] = {"diff": None} if diff is None else {**_of_diff(diff), "costs": _costs(diff)}
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            **values,
+            title=title,
+            parts=[(id_, name) for id_, name in parts.items() if name],
+            summary=summary,
+            regions=_regions(report),
+            expected=[] if prediction is None else ["What the planner expected:", *str(prediction).splitlines()],
+            refused=refused[:MOST_REFUSALS],
+            more=max(len(refused) - MOST_REFUSALS, 0),
+            curve=charts.accuracy_cost(points) if len(points) > 2 else "",
+            training=charts.training(report.epochs) if report.epochs else "",
+            style=_style("base.css", "diff.css", "report.css"),
+        )
+    )
+
+
+def _environment() -> Environment:
+    # The templates lie beside this file; what they are given is escaped.
+    return Environment(
+        loader=PackageLoader("elc_fx.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=False
+    )
+
+
+def _style(*files: str) -> str:
+    environment = Environment(loader=PackageLoader("elc_fx.report"), undefined=StrictUndefined)
+    return "\n".join(environment.get_template(file).render(colors=COLORS) for file in files)
+
+
+def _of_diff(diff: Diff) -> dict[str, Any]:
+    """What the template of a diff shows."""
+    environment = _environment()
+    drawn = layout(diff)
+    assert environment.loader is not None
+    return {
+        "diff": diff,
+        "layout": drawn,
+        "gutters": [gutter(lanes) for lanes in drawn.lanes],
+        "curves": curves,
+        "rounded": _rounded,
+        "signs": SIGNS,
+        "changes": [_plain(change) for change in diff.changes],
+        "script": environment.loader.get_source(environment, "diff.js")[0],
+    }
+
+
+def _rounded(count: int) -> str:
+    """Three digits, and the letter that goes before a unit."""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {prefix}"
+    return f"{count} "
+
+
+def _plain(change: Change) -> dict[str, Any]:
+    return {
+        "kind": change.kind,
+        "name": change.name,
+        "loss": change.loss,
+        "retrained": change.retrained,
+        "flops": change.flops,
+        "parameters": change.parameters,
+        "before": [_plain_layer(layer) for layer in change.before],
+        "after": [_plain_layer(layer) for layer in change.after],
+    }
+
+
+def _plain_layer(layer: Layer) -> dict[str, Any]:
+    shown = ("place", "kind", "operation", "settings", "kernel", "shape", "flops", "parameters")
+    return {name: getattr(layer, name) for name in shown}
+
+
+def _regions(report: Report) -> list[dict[str, Any]]:
     plan = report.plan
     candidates = () if plan is None else plan.candidates
     losses = plan.prediction.losses if plan is not None and plan.prediction is not None else ("",) * len(candidates)
-    regions = [
+    return [
         {
             "name": c.name,
             "layers": len(c.layers),
-            "result": f"{kernel_text(c.kernel_size)}: {c.result}",
+            "result": c.result,
             "before": f"{c.flops[0]:,}",
             "after": f"{c.flops[1]:,}",
-            "left": round(100 * c.flops[1] / max(c.flops[0], 1), 1),
+            "change": f"{c.flops[1] / c.flops[0] - 1:+.1%}" if c.flops[0] else "",
             "loss": f"{loss:.3g}" if isinstance(loss, float) else "",
         }
         for c, loss in zip(candidates, losses, strict=True)
     ]
-    refused = [str(r) for r in (*report.refused, *report.opaque)][:MOST_REFUSALS]
-    template = Environment(autoescape=True).from_string(TEMPLATE)
-    return template.render(summary=summary, regions=regions, refused=refused, curve=_curve(report))
 
 
-def _curve(report: Report) -> str:
-    """Loss, validation and gate over the epochs, as SVG; "" without training."""
-    if not report.epochs:
-        return ""
-    from matplotlib.figure import Figure  # a second to import
-
-    figure = Figure(figsize=(8, 3))
-    left: Any = figure.subplots()
-    numbers = [epoch.number for epoch in report.epochs]
-    left.plot(numbers, [epoch.loss for epoch in report.epochs], "o-", color="#2a78b8")
-    left.set_xlabel("epoch")
-    left.set_ylabel("training loss", color="#2a78b8")
-    scored = [(epoch.number, epoch.score) for epoch in report.epochs if epoch.score is not None]
-    right = left.twinx()
-    right.set_ylabel("validation score, gate")
-    if scored:
-        right.plot(*zip(*scored, strict=True), "s-", color="#c05020", label="validation")
-    if any(epoch.gate for epoch in report.epochs):
-        right.plot(numbers, [epoch.gate for epoch in report.epochs], ":", color="gray", label="gate")
-    if right.lines:
-        right.legend(loc="center right")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    figure.tight_layout()
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg")
-    text = drawn.getvalue()
-    return text[text.index("<svg") :]
+def _costs(diff: Diff) -> list[dict[str, Any]]:
+    """The changes that have FLOPs before or after, with the lengths of their bars."""
+    found = [(change, change.flops[0] or 0, change.flops[1] or 0) for change in diff.changes if any(change.flops)]
+    largest = max((max(before, after) for _, before, after in found), default=1)
+    return [
+        {
+            "name": change.name if len(change.before) < 2 else f"{change.name} ({len(change.before)} layers)",
+            "kind": change.kind,
+            "before": f"{before:,}",
+            "after": f"{after:,}",
+            "widths": [round(100 * n / largest, 2) for n in (before, after)],
+        }
+        for change, before, after in found
+    ]

@@ -1,0 +1,113 @@
+"""The explanation: what would merge, what could, what not, and why, without anything being changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import torchvision
+from networks import randomize_
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import elc_fx
+from elc_fx.cli import app
+
+X = torch.randn(1, 3, 16, 16)
+
+
+def chain() -> nn.Module:
+    """Two convolutions that merge exactly, an activation, one more, a pooling, and one that stands alone."""
+    layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(2)]
+    return randomize_(nn.Sequential(*layers, nn.Conv2d(4, 2, 1))).eval()
+
+
+def test_it_says_of_every_layer_what_can_become_of_it() -> None:
+    explanation = elc_fx.explain(chain(), X)
+    assert explanation.layers == ("0", "1", "3", "5")
+    assert [region.nodes for region in explanation.report.merged] == [("0", "1")]
+    assert {layer for c in explanation.candidates for layer in c.layers} == {"0", "1", "3"}
+    assert [str(r) for r in explanation.alone] == ["5: it reads `4`, and it gives the output"]
+
+
+def test_the_smallest_candidates_save_and_have_nothing_in_common() -> None:
+    explanation = elc_fx.explain(torchvision.models.resnet18(weights=None).eval(), torch.randn(1, 3, 64, 64))
+    names = [candidate.full_name for candidate in explanation.smallest]
+    assert "layer1.0:3x3" in names and len(names) == 8
+    nodes = [node for candidate in explanation.smallest for node in candidate.nodes]
+    assert len(nodes) == len(set(nodes)) and all(candidate.saves for candidate in explanation.smallest)
+
+
+def test_it_prints_itself_and_holds_plain_numbers() -> None:
+    explanation = elc_fx.explain(chain(), X)
+    text = str(explanation)
+    assert text.startswith("Sequential: 4 convolutions and linear layers, depth 4, ")
+    for part in ("Merges exactly (elc_fx.compile): 1 region", "Could merge after decoupling", "Merges with nothing:"):
+        assert part in text
+    assert json.loads(json.dumps(explanation.to_dict()))["layers"] == ["0", "1", "3", "5"]
+
+
+def test_reasons_are_told_once_with_their_places() -> None:
+    class Forks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.convs[0](x)
+            return torch.relu(y) + torch.sigmoid(self.convs[1](y))
+
+    explanation = elc_fx.explain(randomize_(Forks()).eval(), X)
+    ((reason, where),) = explanation.reasons.items()
+    assert "feeds" in reason and where == ("convs.0",)
+    assert "Does not merge exactly, because\n  `convs.0`: not merged with `convs.1`" in str(explanation)
+
+
+def test_without_inputs_nothing_is_said_of_what_shapes_decide() -> None:
+    explanation = elc_fx.explain(chain())
+    assert explanation.report.merged and not explanation.candidates
+    assert "After decoupling: give example inputs" in str(explanation)
+
+
+def test_a_model_that_cannot_be_traced_is_explained_too() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x) if x.sum() > 0 else x
+
+    explanation = elc_fx.explain(randomize_(Branches()).eval(), X)
+    assert len(explanation.report.merged) == 1 and explanation.report.opaque
+    assert "cannot be traced" in str(explanation)
+
+
+def test_what_merges_exactly_needs_no_decoupling() -> None:
+    explanation = elc_fx.explain(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval(), torch.randn(2, 3))
+    assert len(explanation.report.merged) == 1 and not explanation.candidates and not explanation.alone
+
+
+def test_nothing_is_changed() -> None:
+    model = chain()
+    before = copy.deepcopy(model.state_dict())
+    elc_fx.explain(model, X)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bad_input_gets_a_clear_error() -> None:
+    with pytest.raises(elc_fx.TrainingModeError):
+        elc_fx.explain(chain().train(), X)
+    with pytest.raises(elc_fx.InvalidInputError, match="model is a str"):
+        elc_fx.explain("resnet18")  # type: ignore[arg-type]
+    with pytest.raises(elc_fx.InvalidInputError, match="does not run"):
+        elc_fx.explain(chain(), torch.randn(1, 5, 16, 16))
+
+
+def test_the_command_prints_it() -> None:
+    result = CliRunner().invoke(app, ["explain", "torchvision:resnet18", "--input", "1x3x64x64"])
+    assert result.exit_code == 0 and "Could merge after decoupling" in result.stdout
+    result = CliRunner().invoke(app, ["explain", "torchvision:resnet18", "--json"])
+    assert json.loads(result.stdout)["report"]["merged"]
