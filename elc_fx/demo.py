@@ -1,4 +1,4 @@
-"""The demo, on real handwritten digits: a multi-branch network merged exactly, and two shallower ones at half of their FLOPs."""
+"""The demo, on real handwritten digits: one network merged exactly, and two compressed to half of their FLOPs."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ class DemoResult:
         for one in self.compressed:
             table = tabulate(one.summary(), ("", "before", "after", "change"), disable_numparse=True)
             parts.append(
-                f"{one.name}, compressed to half of its FLOPs and 90 % of its depth, and fine-tuned\n\n{one.report.plan}\n\n{table}"
+                f"{one.name}, at half of its FLOPs and 90 % of its depth, fine-tuned\n\n{one.report.plan}\n\n{table}"
             )
         return "\n\n\n".join([*parts, "\n".join(f"report: {page}" for page in self.pages)])
 

@@ -23,9 +23,10 @@ from elc_fx.capture import Attributes, CaptureError, capture
 from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.exporting import Exported
 from elc_fx.graph import IN_PLACE_OPERATORS, function_name, module_of
-from elc_fx.inputs import ExampleInputs, batch_values, fresh, reproducibly
+from elc_fx.inputs import ExampleInputs, batch_values, fresh
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.origins import ORIGIN, place_of, recorded_origin
+from elc_fx.randomness import reproducibly
 
 Size = tuple[int | str, ...]  # an axis of a saved program that takes any size has a name
 
