@@ -1,8 +1,8 @@
 """torchvision's ResNet-18: each residual block becomes one 3×3 convolution, with gates that close during fine-tuning.
 
 The weights are random and the images are noise, and few: this shows the calls and the costs, not what accuracy is kept.
-With trained weights and images of your own, put your loader in the place of `noise`, let `elc_fx.plan` measure what each
-region is worth, and train for some epochs.
+With trained weights and images of your own, put your loader in the place of `noise`, let `elc_fx.plan` measure what
+each region is worth, and train for some epochs.
 """
 
 import torch
