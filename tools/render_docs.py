@@ -158,11 +158,11 @@ def draw_figures(folder: Path) -> None:
 
 
 def run_example(script: Path) -> str:
-    """What a script prints, and which commit and versions printed it."""
+    """What a script prints, headed by the versions that printed it."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         runpy.run_path(str(script), run_name="__main__")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision"))
-    return f"{printed.getvalue().rstrip()}\n\n({versions})\n"
+    return f"({versions})\n\n{printed.getvalue().rstrip()}\n"
 
 
 def main(figures: Annotated[bool, typer.Option("--figures", help="Only the figures.")] = False) -> None:
