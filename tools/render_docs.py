@@ -121,7 +121,7 @@ def kernels(file: Path) -> None:
         for axes, (title, (first, second)) in zip(all_axes, pairs.items(), strict=True):
             model = nn.Sequential(first, second).eval()
             (region,) = elc_fx.report_of(elc_fx.compile(model, torch.randn(1, 8, 12, 12))).merged
-            axes.imshow(_impulse_response(model), cmap="Blues", vmin=0)
+            axes.imshow(_impulse_response(model).numpy(), cmap="Blues", vmin=0)
             axes.set_title(f"{title}:\n{region.result}", fontsize=9)
             axes.set(xticks=[], yticks=[])
 

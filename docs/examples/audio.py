@@ -61,13 +61,13 @@ def main(length: int = 2000, steps: int = 150) -> None:
 
     x, calibration = torch.randn(1, 1, length), sounds(128, length)
     plan = elc_fx.plan(model, x, elc_fx.Budget(flops=0.5), [calibration], progress=False)
-    print(plan)
+    print(plan, end="\n\n")
     decoupled = elc_fx.decouple(model, plan, [calibration])
     train(decoupled, 2 * steps, length, elc_fx.GateSchedule(decoupled, total_steps=steps))
     small = elc_fx.compile(elc_fx.merge(decoupled), x)
 
     test = sounds(500, length)
-    print(f"accuracy before {accuracy(model, *test):.1%}, after {accuracy(small, *test):.1%}")
+    print(f"accuracy before {accuracy(model, *test):.1%}, after {accuracy(small, *test):.1%}\n")
     print(elc_fx.compare(model, small, x))
 
 

@@ -48,7 +48,7 @@ def main(width: int = 64, size: int = 128) -> None:
 
     x = torch.randn(1, 3, size, size)
     fast = elc_fx.compile(model, x)
-    print(elc_fx.report_of(fast))
+    print(elc_fx.report_of(fast), end="\n\n")
     print(elc_fx.compare(model, fast, x))
 
 

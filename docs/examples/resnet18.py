@@ -26,7 +26,7 @@ def main(size: int = 224, samples: int = 16) -> None:
 
     blocks = [f"layer{stage}.{block}:3x3" for stage in (1, 2, 3, 4) for block in (0, 1)]
     plan = elc_fx.Plan.of(model, x, collapse=blocks)
-    print(plan)
+    print(plan, end="\n\n")
     decoupled = elc_fx.decouple(model, plan, loader)
     elc_fx.finetune(decoupled, loader, teacher=model, epochs=2, gates=0.5, progress=False)
     small = elc_fx.compile(elc_fx.merge(decoupled), x)  # and folds the batch norms that are left
