@@ -113,7 +113,7 @@ def _grown(task: Task) -> nn.Module:
 
 
 def _merges(task: Task) -> nn.Module:
-    return task.fitted({c.full_name: loss for c, loss in task.losses.items() if len(c.layers) > 1})
+    return task.fitted({c.full_name: loss for c, loss in task.losses.items() if c.merges})
 
 
 METHODS = {
