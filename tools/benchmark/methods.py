@@ -89,6 +89,11 @@ def _planned(task: Task) -> nn.Module:
     return task.planned.collapse(task.plan)
 
 
+def _planned_for_time(task: Task) -> nn.Module:
+    planner = task.planner(backend="onnxruntime")
+    return planner.collapse(planner.plan(elc_fx.Budget(latency=task.budget)))
+
+
 def _decoupled(task: Task) -> nn.Module:
     return elc_fx.decouple(task.model, task.plan, task.calibration)
 
@@ -118,6 +123,7 @@ def _merges(task: Task) -> nn.Module:
 
 METHODS = {
     "elc": Method("planned, fitted, trained", _planned),
+    "elc-time": Method("the same; the budget is a share of the time under ONNX Runtime, one image", _planned_for_time),
     "torch-pruning": Method("channels pruned by Torch-Pruning", _pruned),
     "scratch": Method("the same layers as elc, random weights", _random, FROM_SCRATCH),
     "scratch-3x": Method("the same, three times as many epochs", _random, FROM_SCRATCH, 3),
