@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import elc_fx
-from benchmark import pruning
+from benchmark import HELD_OUT, pruning
 from cifar_models import load
 from elc_fx import data as pictures
 
 CALIBRATION, CALIBRATION_BATCH = 1024, 128
-HELD_OUT = 0.1
 FROM_SCRATCH = {"learning_rate": 0.1}  # random weights need more than trained ones
 
 
