@@ -101,7 +101,7 @@ Examples:
 The page (.html) needs nothing but itself: zoom, search, filter, click a layer; press ? for its keys. --draw also takes
 .svg, and .dot for graphviz. Exit codes: 0 shown, 1 failed, 2 wrong usage.
 """
-PLAN_HELP = """Choose which regions of a model become one convolution each, under a budget, and show the plan.
+PLAN_HELP = """Choose which regions of a model become one convolution each, and which kernels shrink, under a budget.
 
 Losses are measured on images of the training set. The model itself is not changed; --save keeps the plan, for
 elc_fx.Plan.from_json.

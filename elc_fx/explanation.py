@@ -48,13 +48,13 @@ class Explanation:
 
     @property
     def smallest(self) -> tuple[Candidate, ...]:
-        """The candidates that change least: of few layers, that save FLOPs, and have no layer in common.
+        """The merges that change least: of few layers, that save FLOPs, and have no layer in common.
 
         Of each region the one with the largest kernel that saves and is no larger than those of its own layers.
         """
         best: dict[tuple[str, ...], Candidate] = {}
         for candidate in self.candidates:  # those of one region stand together, small kernels first
-            if candidate.saves and max(candidate.kernel_size, default=1) <= _own_kernel(candidate):
+            if candidate.merges and candidate.saves and max(candidate.kernel_size, default=1) <= _own_kernel(candidate):
                 best[candidate.nodes] = candidate
         order = {candidate: position for position, candidate in enumerate(self.candidates)}
         chosen: list[Candidate] = []
@@ -110,13 +110,16 @@ class Explanation:
             return f"After decoupling: {self.no_candidates}"
         if not self.candidates:
             return "After decoupling (elc_fx.plan, elc_fx.decouple): nothing more."
+        merges = [c for c in self.candidates if c.merges]
         activations, paddings = (
-            len({place for c in self.candidates for place in getattr(c, name)}) for name in ("activations", "paddings")
+            len({place for c in merges for place in getattr(c, name)}) for name in ("activations", "paddings")
         )
+        shrinking = {c.layers for c in self.candidates if not c.merges}
         head = (
             "Could merge after decoupling, at a loss that elc_fx.plan measures: "
-            f"{_number({c.nodes for c in self.candidates}, 'region')}, {_number(self.candidates, 'candidate')}; "
-            f"{activations} activations and {paddings} paddings are in the way."
+            f"{_number({c.nodes for c in merges}, 'region')}, {_number(merges, 'candidate')}; "
+            f"{activations} activations and {paddings} paddings are in the way. "
+            f"Could have a smaller kernel, and stay: {_number(shrinking, 'layer')}."
         )
         best = self.smallest
         if not best:

@@ -111,7 +111,7 @@ class Region:
 
     @property
     def windows(self) -> Iterator[Windows]:
-        """The windows that are worth a candidate, small kernels first.
+        """The windows that are worth a candidate, small kernels first, by their longest axis.
 
         A layer by itself keeps all of its kernel, three taps or one, along each axis, but not all along every axis.
         """
@@ -120,7 +120,7 @@ class Region:
             return
         (layer,) = (op for op in operations_of(self.parts) if op.convolves)
         kernels = itertools.product(*(sorted({1, min(3, k), k}) for k in layer.geometry.kernel_size))
-        yield from ({layer.node: kept} for kept in sorted(kernels, key=math.prod)[:-1])
+        yield from ({layer.node: kept} for kept in sorted(kernels, key=lambda k: (max(k), math.prod(k)))[:-1])
 
     def nodes(self) -> set[fx.Node]:
         return set(nodes_of(self.parts))

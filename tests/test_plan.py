@@ -69,8 +69,17 @@ def test_a_layer_by_itself_can_have_a_smaller_kernel(resnet: nn.Module) -> None:
         "layer1.0.conv1",
         "layer1.0.conv2",
     )
-    with pytest.raises(elc_fx.PlanError, match=r"one layer; say what is left of its kernel: `layer1\.0\.conv1:1x1`"):
-        elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0.conv1"])
+    for name in ("layer1.0.conv1", "layer1.0.conv1*"):
+        with pytest.raises(elc_fx.PlanError, match=r"`layer1\.0\.conv1` is one layer; say .*: `layer1\.0\.conv1:1x1`"):
+            elc_fx.Plan.of(resnet, IMAGE, collapse=[name])
+
+
+@pytest.mark.parametrize("size", [6, 7, 8, 9])
+def test_a_kernel_beyond_the_largest_can_shrink_below_it(size: int) -> None:
+    """1×7 has fewer taps than 3×3, and is too long."""
+    model = nn.Sequential(nn.Conv2d(3, 4, size)).eval()
+    found = elc_fx.candidates(model, IMAGE, largest_kernel=5)
+    assert [c.kernel_size for c in found] == [(1, 1), (1, 3), (3, 1), (3, 3)]
 
 
 def test_the_number_of_layers_in_a_row_is_capped(resnet: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import elc_fx
 from elc_fx.affine import AffineMap
 from elc_fx.planning import sensitivity, stored
-from elc_fx.planning.planner import Planner
+from elc_fx.planning.planner import LAYER_LOSS, Planner
 
 HUGE = 10**400  # that no float can be
 
@@ -364,9 +364,12 @@ def test_latencies_leave_the_callers_random_numbers_as_they_were() -> None:
 
 
 def test_an_impossible_budget_names_the_layers_as_people_do() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
-    with pytest.raises(elc_fx.PlanError, match=r"at most 0\.5 layers wanted, 1 layers is the least.*covers `0`"):
-        elc_fx.plan(model, torch.randn(1, 3, 8, 8), elc_fx.Budget(depth=0.5), loss="uniform")
+    """A smaller kernel leaves the depth as it is: where that is limited, such candidates do not help."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1)).eval(), torch.randn(1, 3, 8, 8)
+    with pytest.raises(elc_fx.PlanError, match=r"1 layers wanted, 2 layers is .*; no candidate merges `0`, `2`;"):
+        elc_fx.plan(model, x, elc_fx.Budget(depth=0.5), loss="uniform")
+    with pytest.raises(elc_fx.PlanError, match=r"at most 33 FLOPs wanted.*; no candidate covers `2`;"):
+        elc_fx.plan(model, x, elc_fx.Budget(flops="33.7 FLOPs"), loss="uniform")
 
 
 # Found by a fresh view.
@@ -523,6 +526,38 @@ def test_normalising_outputs_of_several_sizes() -> None:
     torch.testing.assert_close(layer.norm.running_mean, everything.mean(0))
     torch.testing.assert_close(layer.norm.running_var, everything.var(0, correction=0))
     torch.testing.assert_close(layer.norm(outputs[0]), outputs[0], rtol=1e-5, atol=1e-5)
+
+
+def test_samples_without_a_batch_axis() -> None:
+    """Which no batch norm takes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    x = torch.randn(3, 8, 8)
+    planner = Planner(model, x, [torch.randn(3, 8, 8) for _ in range(8)], progress=False)
+    plan = planner.plan(elc_fx.Budget(flops=0.5))
+    assert plan.candidates and planner.collapse(plan)(x).shape == model(x).shape
+
+
+class Repeated(nn.Module):
+    """One convolution, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x).relu())
+
+
+def test_each_call_of_a_layer_counts() -> None:
+    """Merging both calls of a convolution takes one layer out of two, though both are of one module."""
+    model, x = Repeated().eval(), torch.randn(2, 3, 8, 8)
+    planner = Planner(model, x, loss="uniform")
+    losses = {choice.candidate.full_name: loss for choice, loss in zip(planner.choices, planner.losses, strict=True)}
+    assert losses["conv:3x3"] == 2 and losses["conv@conv_1:1x3"] == 1
+    measured = Planner(model, x, [x], progress=False)
+    both = next(i for i, choice in enumerate(measured.choices) if choice.candidate.full_name == "conv:3x3")
+    assert measured.losses[both] > LAYER_LOSS
 
 
 ONE_CLOCK = """

@@ -144,4 +144,4 @@ def cost_text(name: str, value: float) -> str:
         return f"{1000 * value:,.3g} ms"
     if name == "depth":
         return f"{value:,.4g} layers"
-    return f"{value:,.0f} {'parameters' if name == 'params' else 'FLOPs'}"
+    return f"{math.floor(value):,} {'parameters' if name == 'params' else 'FLOPs'}"  # a limit of 192.6 is one of 192

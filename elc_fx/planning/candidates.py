@@ -56,6 +56,11 @@ class Candidate:
         """Whether the merge costs less FLOPs than what it replaces."""
         return self.flops[1] < self.flops[0]
 
+    @property
+    def merges(self) -> bool:
+        """Whether something merges; else it is a layer by itself, whose kernel shrinks."""
+        return len(self.layers) > 1 or not self.kernels
+
     def windows(self, region: Region) -> dict[fx.Node, Ints]:
         """What is left of the kernels that shrink, by the nodes of its region in a graph."""
         kept = dict(self.kernels)

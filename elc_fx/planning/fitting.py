@@ -49,8 +49,9 @@ class Substitute(nn.Module):
         """Puts a batch norm behind the convolution, with the moments of its outputs, that changes nothing in eval."""
         if not self.geometry.dims or not self.geometry.bias:  # what has no bias shall not get one
             return
-        batches = [y if y.dim() == 2 + self.geometry.dims else y.unsqueeze(0) for y in outputs]
-        values = torch.cat([y.transpose(0, 1).flatten(1) for y in batches], dim=1).float()  # sizes may differ
+        if any(y.dim() != 2 + self.geometry.dims for y in outputs):  # nor does a batch norm take a sample without batch
+            return
+        values = torch.cat([y.transpose(0, 1).flatten(1) for y in outputs], dim=1).float()  # sizes may differ
         variance, mean = torch.var_mean(values, 1, correction=0)
         norm: Any = BATCH_NORMS[self.geometry.dims](self.geometry.out_channels, device=values.device)
         norm.running_mean.copy_(mean)

@@ -278,15 +278,14 @@ class _Chooser:
         """The candidate of this name, or the largest ones whose layers all match."""
         name, _, kernel = pattern.partition(":")
         named = [region for region in self.regions if self._name(region) == name]
-        merging = (region for region in self.regions if kernel or not region.is_one_layer)
-        fitting = named or [r for r in merging if all(_matches(label(n), name) for n in r.layers)]
+        fitting = named or [r for r in self.regions if all(_matches(label(n), name) for n in r.layers)]
         chosen: list[tuple[Region, Candidate]] = []
         used: set[fx.Node] = set()
         reasons = []
         for region in sorted(fitting, key=lambda region: -len(region.nodes())):
             if used & region.nodes():
                 continue
-            candidate = self._candidate(region, kernel)
+            candidate = self._candidate(region, kernel, named=bool(named))
             if isinstance(candidate, str):
                 reasons.append(candidate)
                 continue
@@ -304,10 +303,10 @@ class _Chooser:
     def _name(self, region: Region) -> str:
         return self.finder.names[region.start, region.end, id(region.chain)]
 
-    def _candidate(self, region: Region, kernel: str) -> Candidate | str:
-        """The candidate with the kernel size that is asked for, or why there is none."""
+    def _candidate(self, region: Region, kernel: str, *, named: bool) -> Candidate | str:
+        """The candidate with the kernel size that is asked for, or why there is none. named: not by a pattern."""
         own = {node: size for node in region.layers if (size := self._kept(region, node)) is not None}
-        if own:
+        if own and (kernel or named or not region.is_one_layer):
             windows = {**windows_keeping(region.parts, capacity(region.parts)), **own}
             candidate = self.finder.candidate(region, {n: w for n, w in windows.items() if w != _size(region, n)})
             if candidate is None:
@@ -317,7 +316,7 @@ class _Chooser:
         options = list(self.finder.of_region(region, 1 << 30 if kernel else LARGEST_KERNEL))
         if region.is_one_layer and not kernel:
             ways = ", ".join(f"`{candidate.full_name}`" for candidate in options)
-            return f"it is one layer; say what is left of its kernel: {ways}"
+            return f"`{self._name(region)}` is one layer; say what is left of its kernel: {ways}"
         if kernel:
             same = [c for c in options if kernel_text(c.kernel_size) == kernel]
             sizes = ", ".join(kernel_text(c.kernel_size) for c in options)

@@ -75,7 +75,7 @@ class Planner:
         self.refinements = refinements
         self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
         if loss == "uniform":
-            self.losses = [float(len(choice.candidate.layers)) for choice in self.choices]
+            self.losses = [float(len(choice.region.layers)) for choice in self.choices]
         elif isinstance(loss, Mapping):
             self.losses = _from_table(loss, self.choices)
         elif calibration is None:
@@ -192,7 +192,7 @@ class Planner:
 
     def _worth(self, measured: float, choices: Sequence[Choice]) -> float:
         """What the divergence of a network in which these choices are collapsed counts."""
-        gone = sum(len(choice.candidate.layers) - 1 for choice in choices)
+        gone = sum(len(choice.region.layers) - 1 for choice in choices)
         return trained_loss(measured, gone) if self.fine_tuned else measured
 
     def _in_order(self, chosen: Sequence[int]) -> list[int]:

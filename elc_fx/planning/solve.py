@@ -95,27 +95,28 @@ def _closer(problem: Problem, limits: Mapping[str, float], solution: Solution) -
 
 
 def _why_infeasible(problem: Problem) -> str:
-    original, texts = problem.model.original, []
-    alone = True
+    original, texts, short = problem.model.original, [], []
     for name, limit in problem.limits.items():
         bound, found = _Programme(problem, {}).least(name)
-        alone &= found <= limit
+        short += [name] if found > limit else []
         values = dict.fromkeys(cost_text(name, value) for value in (bound, found))  # one where they agree
         wanted, least, whole = cost_text(name, limit), " to ".join(values), cost_text(name, getattr(original, name))
         texts.append(f"{name}: at most {wanted} wanted, {least} is the least (of {whole})")
-    reason = "each limit can be kept alone, but not all together" if alone else "; ".join(texts)
-    left = _untouchable(problem)
-    more = f"; no candidate covers {', '.join(left)}" if left else ""
+    reason = "; ".join(texts) if short else "each limit can be kept alone, but not all together"
+    covers = "merges" if "depth" in short else "covers"  # a kernel that shrinks leaves the depth as it is
+    left = _untouchable(problem, merging=covers == "merges")
+    more = f"; no candidate {covers} {', '.join(left)}" if left else ""
     if never := sum(not math.isfinite(loss) for loss in problem.losses):
         more += f"; {never} of {len(problem.losses)} candidates are never chosen: their loss is infinite, or missing"
     return f"the budget cannot be met: {reason}{more}; allow longer or larger candidates, or raise the budget"
 
 
-def _untouchable(problem: Problem, most: int = 6) -> list[str]:
-    """Layers that no candidate covers."""
-    covered = {name for choice in problem.choices for name in choice.candidate.nodes}
+def _untouchable(problem: Problem, *, merging: bool, most: int = 6) -> list[str]:
+    """Layers that no candidate covers. merging: none that covers others too."""
     labels = problem.model.labels
     layers = [name for name, read in problem.model.reads.items() if any(read.values())]
+    touched = [set(layers).intersection(choice.candidate.nodes) for choice in problem.choices]
+    covered = {name for names in touched if len(names) > merging for name in names}
     left = [f"`{labels.get(name, name)}`" for name in layers if name not in covered]
     return [*left[:most], *([f"{len(left) - most} more"] if len(left) > most else [])]
 

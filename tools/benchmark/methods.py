@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import elc_fx
-from benchmark import pruning
+from benchmark import HELD_OUT, pruning
 from cifar_models import load
 from elc_fx import data as pictures
 
 CALIBRATION, CALIBRATION_BATCH = 1024, 128
-HELD_OUT = 0.1
 FROM_SCRATCH = {"learning_rate": 0.1}  # random weights need more than trained ones
 
 
@@ -89,6 +88,11 @@ def _planned(task: Task) -> nn.Module:
     return task.planned.collapse(task.plan)
 
 
+def _planned_for_time(task: Task) -> nn.Module:
+    planner = task.planner(backend="onnxruntime")
+    return planner.collapse(planner.plan(elc_fx.Budget(latency=task.budget)))
+
+
 def _decoupled(task: Task) -> nn.Module:
     return elc_fx.decouple(task.model, task.plan, task.calibration)
 
@@ -113,11 +117,12 @@ def _grown(task: Task) -> nn.Module:
 
 
 def _merges(task: Task) -> nn.Module:
-    return task.fitted({c.full_name: loss for c, loss in task.losses.items() if len(c.layers) > 1})
+    return task.fitted({c.full_name: loss for c, loss in task.losses.items() if c.merges})
 
 
 METHODS = {
     "elc": Method("planned, fitted, trained", _planned),
+    "elc-time": Method("the same; the budget is a share of the time under ONNX Runtime, one image", _planned_for_time),
     "torch-pruning": Method("channels pruned by Torch-Pruning", _pruned),
     "scratch": Method("the same layers as elc, random weights", _random, FROM_SCRATCH),
     "scratch-3x": Method("the same, three times as many epochs", _random, FROM_SCRATCH, 3),

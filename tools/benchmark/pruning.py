@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import elc_fx
 import provenance
 import terminal
+from benchmark import HELD_OUT
 from cifar_models import load
 from elc_fx import data as pictures
 
@@ -82,8 +83,6 @@ def choose(
 
     Stores docs/results/benchmark_importance.json.
     """
-    from benchmark.methods import HELD_OUT
-
     run = provenance.collect()
     model, known = load(weights), pictures.load(data)
     assert known is not None

@@ -48,14 +48,15 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
-    """Test accuracy and costs of each method; at the first budget, those that have not been run are there, too."""
+    """Test accuracy and costs of each method; at a network's largest budget, those that were not run are there, too."""
     lines = []
     groups = _grouped(rows)
+    headline = {row["network"]: row["budget"] for row in reversed(rows)}
     for network, budget, epochs in dict.fromkeys((r["network"], r["budget"], r["epochs"]) for r in rows):
         for name, method in METHODS.items():
             own = groups.get((network, name, budget, epochs), [])
-            head = [network, f"{budget:.0%}", name, epochs * method.epochs]
-            if not own and budget != rows[0]["budget"]:
+            head = [network, _share(budget), name, epochs * method.epochs]
+            if not own and budget != headline[network]:
                 continue
             if not own:
                 lines.append([*head, "not run", "", "", "", "", ""])
@@ -107,7 +108,11 @@ def latency_table(rows: Sequence[Row], style: str = "simple") -> str:
 def _method(row: Row) -> str:
     """Of "network-method-budget-epochs-seed"."""
     own = row["row"].removeprefix(f"{row['network']}-")
-    return own if own == row["row"] else f"{own.rsplit('-', 3)[0]}, {float(own.rsplit('-', 3)[1]):.0%}"
+    return own if own == row["row"] else f"{own.rsplit('-', 3)[0]}, {_share(float(own.rsplit('-', 3)[1]))}"
+
+
+def _share(budget: float) -> str:
+    return f"{100 * budget:g}%"
 
 
 def plot(network: str, rows: Sequence[Row], file: Path) -> None:
