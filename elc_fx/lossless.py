@@ -27,6 +27,16 @@ from elc_fx.verification import verify_merge, verify_outputs
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
+def merge_all(interpreter: Interpreter, *, verify: bool) -> tuple[Fusion, list[Refusal]]:
+    """Carries out the merges of the graph that was read, in place; with what was not merged, and why."""
+    chains, joins, refusals = find_chains(interpreter)
+    planner = Planner(interpreter)
+    fusion = Fusion(interpreter.captured, verify_merge if verify else None)
+    for step in planner.plan(chains, joins):
+        fusion.apply(step)
+    return fusion, [*refusals, *planner.refusals, *fusion.refusals]
+
+
 class LosslessCompilation:
     """One run over one model. memo: what of the model was copied or compiled already, by identity."""
 
@@ -101,16 +111,9 @@ class LosslessCompilation:
         interpreter = Interpreter(graph_module, shapes)
         interpreter.erase_settled_assertions()
         before = depth_of(graph_module, interpreter)
-        chains, joins, refusals = find_chains(interpreter)
-        planner = Planner(interpreter)
-        steps = planner.plan(chains, joins)
-        fusion = Fusion(graph_module, verify_merge if self.verify else None)
-        for step in steps:
-            fusion.apply(step)
+        fusion, refusals = merge_all(interpreter, verify=self.verify)
         self.merged.extend(replace(m, name=_join(path, m.name)) for m in fusion.merged)
-        self.refused.extend(
-            replace(r, where=_join(path, r.where)) for r in (*refusals, *planner.refusals, *fusion.refusals)
-        )
+        self.refused.extend(replace(r, where=_join(path, r.where)) for r in refusals)
         for made in fusion.made:
             self.memo[id(made)] = made
         self._take_copies(graph_module, path)
