@@ -28,6 +28,7 @@ from elc_fx.planning.plan import Plan, Prediction
 from elc_fx.planning.planner import Planner, pareto, plan
 from elc_fx.report import Report
 from elc_fx.report.diff import Change, Diff, diff
+from elc_fx.runtimes import RuntimeFailedError
 from elc_fx.training import FinetuneConfig, History, TrainingError, finetune
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ __all__ = [
     "Prediction",
     "Refusal",
     "Report",
+    "RuntimeFailedError",
     "TrainingError",
     "TrainingModeError",
     "VerificationError",
