@@ -29,6 +29,7 @@ from elc_fx.planning.planner import Planner, pareto, plan
 from elc_fx.report import Report
 from elc_fx.report.diff import Change, Diff, diff
 from elc_fx.runtimes import RuntimeFailedError
+from elc_fx.storing import StorageError, load, save
 from elc_fx.training import FinetuneConfig, History, TrainingError, finetune
 
 __version__ = "0.1.0"
@@ -63,6 +64,7 @@ __all__ = [
     "Refusal",
     "Report",
     "RuntimeFailedError",
+    "StorageError",
     "TrainingError",
     "TrainingModeError",
     "VerificationError",
@@ -75,11 +77,13 @@ __all__ = [
     "explain",
     "finetune",
     "gates",
+    "load",
     "measure",
     "merge",
     "pareto",
     "plan",
     "register_activation",
     "report_of",
+    "save",
     "set_gate",
 ]
