@@ -83,9 +83,9 @@ Examples:
 """
 DIFF_HELP = """Show what became of the layers of one network in another.
 
-A and B are each a model (SPEC, as for compile) or a .pt2 or .elc file. Without B, it is A after its exact merges; with --plan,
-A after a plan has been carried out. Layers that elc_fx made know what they stand for; others are told by their names,
-their weights, and what surrounds them.
+A and B are each a model (SPEC, as for compile) or a .pt2 or .elc file. Without B, it is A after its exact merges; with
+--plan, A after a plan has been carried out. Layers that elc_fx made know what they stand for; others are told by their
+names, their weights, and what surrounds them.
 
 \b
 What the text shows:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
+import elc_fx
 from elc_fx.cli import app
 
 FACTORIES = """
