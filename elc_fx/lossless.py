@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
@@ -71,6 +72,7 @@ class LosslessCompilation:
             totals = replace(totals, flops=(before.flops, after.flops), depth=(before.depth, after.depth))
             if self.verify:
                 totals = replace(totals, error=self._verify_outputs(self.expected, actual))
+                self.refused.extend(_not_compared(self.expected))
         report = Report(tuple(self.merged), tuple(self.refused), tuple(self.opaque), totals)
         setattr(compiled, REPORT, report)
         return compiled
@@ -147,6 +149,17 @@ class LosslessCompilation:
                 self.memo[id(child)] = compiled
         copied = clone(module, self.memo)
         return copied, (_layers(module), _layers(copied))
+
+
+def _not_compared(output: Any) -> list[Refusal]:
+    """What of an output has no numbers that could have been compared."""
+    tensors = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor) and not value.is_meta]
+    lost = sum(int((~value.isfinite()).sum()) for value in tensors)
+    if not lost:
+        return []
+    total = sum(value.numel() for value in tensors)
+    counted = f"{lost:,} of {total:,} numbers are NaN or infinite"
+    return [Refusal("the output", f"{counted} on the example_inputs, and only their places were compared")]
 
 
 def _join(path: str, name: str) -> str:
