@@ -192,7 +192,10 @@ class _Writer:
         described = json.loads(json.dumps(described))  # tuples as lists, as the digest will find them
         described["digest"] = _digest(described, stored)
         try:
+            _Reader(described, stored).network()  # what could not be read is not written
             return to_safetensors(stored, {KEY: json.dumps(described)})
+        except _UnknownError as error:
+            raise StorageError(f"it cannot be stored: {error}, which could not be read again") from error
         except (SafetensorError, KeyError, ValueError) as error:
             raise StorageError(f"its weights cannot be stored: {error}") from error
 
@@ -420,8 +423,8 @@ def _identifier(name: Any) -> str:
 
 
 def _path_part(name: str) -> str:
-    """A name, or the number of a layer in a list."""
-    return name if isinstance(name, str) and name.isascii() and name.isdecimal() else _identifier(name)
+    """A name, or one that begins with a digit, as those of layers in a list do."""
+    return name if isinstance(name, str) and f"_{name}".isidentifier() and name else _identifier(name)
 
 
 def _put(root: nn.Module, path: str, value: Any) -> None:

@@ -151,6 +151,19 @@ def test_code_of_the_user_is_told_before_anything_is_written(model: nn.Module, m
     assert not list(tmp_path.iterdir())
 
 
+def test_names_that_are_no_names_are_told_and_others_are_kept(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("my layer", nn.Conv2d(3, 3, 1))
+    with pytest.raises(elc_fx.StorageError, match="it has a name 'my layer'"):
+        elc_fx.save(elc_fx.compile(model.eval()), tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    shared = nn.Conv2d(4, 4, 3, padding=1)  # merged with the layer before it, and called by its own name elsewhere
+    compiled = elc_fx.compile(ready(nn.Sequential(shared, nn.BatchNorm2d(4), nn.ReLU(), shared)))
+    assert any(name == "0_merged" for name, _ in compiled.named_modules())
+    elc_fx.save(compiled, tmp_path / "saved")
+    assert same(elc_fx.load(tmp_path / "saved"), compiled, image(1, 4, 5, 5))
+
+
 def test_other_modules_are_told(tmp_path: Path) -> None:
     with pytest.raises(elc_fx.InvalidInputError, match="this Linear was not returned by"):
         elc_fx.save(nn.Linear(1, 1), tmp_path / "saved")
