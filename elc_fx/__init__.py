@@ -28,6 +28,8 @@ from elc_fx.planning.plan import Plan, Prediction
 from elc_fx.planning.planner import Planner, pareto, plan
 from elc_fx.report import Report
 from elc_fx.report.diff import Change, Diff, diff
+from elc_fx.runtimes import RuntimeFailedError
+from elc_fx.storing import StorageError, load, save
 from elc_fx.training import FinetuneConfig, History, TrainingError, finetune
 
 __version__ = "0.1.0"
@@ -61,6 +63,8 @@ __all__ = [
     "Prediction",
     "Refusal",
     "Report",
+    "RuntimeFailedError",
+    "StorageError",
     "TrainingError",
     "TrainingModeError",
     "VerificationError",
@@ -73,11 +77,13 @@ __all__ = [
     "explain",
     "finetune",
     "gates",
+    "load",
     "measure",
     "merge",
     "pareto",
     "plan",
     "register_activation",
     "report_of",
+    "save",
     "set_gate",
 ]

@@ -19,6 +19,7 @@ from elc_fx.report import Report
 from elc_fx.report.diff import Diff
 from elc_fx.report.drawing import to_dot, to_svg
 from elc_fx.report.page import diff_page
+from elc_fx.runtimes import Runtime, check_runtime, deployed
 from elc_fx.training import FinetuneConfig
 
 DRAWINGS: dict[str, Callable[[Diff], str]] = {".html": diff_page, ".svg": to_svg, ".dot": to_dot}
@@ -33,6 +34,7 @@ def compile(  # as torch.compile
     budget: Budget | None = None,
     calibration: Iterable[Any] | None = None,
     finetune: FinetuneConfig | None = None,
+    backend: Runtime | None = None,
 ) -> nn.Module:
     """A copy of `model` in which everything that merges exactly is merged; the model itself is not changed.
 
@@ -52,15 +54,19 @@ def compile(  # as torch.compile
             of `finetune`.
         finetune: how to train; without it, the fitted convolutions stay as they are. With a folder in it, a run that
             was killed goes on from there.
+        backend: what runs the result: None (torch itself), "inductor" (`torch.compile`), or "onnxruntime" or
+            "openvino", which need `example_inputs`, and take their sizes with any batch size.
 
     Returns:
-        A `torch.fx.GraphModule`; where the root cannot be traced, a copy of it whose children are compiled.
+        A `torch.fx.GraphModule`; where the root cannot be traced, a copy of it whose children are compiled. With a
+        backend, a module that runs it there.
 
     Raises:
         TrainingModeError: the model is in training mode.
         InvalidInputError: an argument is of the wrong type, or the model does not run on `example_inputs`.
         VerificationError: a merge does not compute what its layers compute.
         PlanError, CaptureError, TrainingError: as `plan` and `finetune`; mode "decouple" only.
+        MissingPackageError, ExportError, RuntimeFailedError: the backend is not installed, or does not take the result.
     """
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -70,13 +76,20 @@ def compile(  # as torch.compile
         raise TrainingModeError(
             "the model is in training mode, in which batch norm and dropout cannot be merged; call model.eval() first"
         )
+    inputs = None if example_inputs is None else ExampleInputs.of(model, example_inputs)
+    check_runtime(backend, None if inputs is None else inputs.by_position())
     if mode == "decouple":
-        return compress(model, example_inputs, budget=budget, calibration=calibration, finetune=finetune, verify=verify)
-    for name, value in {"budget": budget, "calibration": calibration, "finetune": finetune}.items():
-        if value is not None:
-            raise InvalidInputError(f"{name} is for mode 'decouple'; the mode is 'lossless'")
-    examples = None if example_inputs is None else ExampleInputs.of(model, example_inputs)
-    return LosslessCompilation(examples, verify=verify).run(model)
+        network = compress(
+            model, example_inputs, budget=budget, calibration=calibration, finetune=finetune, verify=verify
+        )
+    else:
+        for name, value in {"budget": budget, "calibration": calibration, "finetune": finetune}.items():
+            if value is not None:
+                raise InvalidInputError(f"{name} is for mode 'decouple'; the mode is 'lossless'")
+        network = LosslessCompilation(inputs, verify=verify).run(model)
+    result = deployed(network, None if inputs is None else inputs.by_position(), backend)
+    setattr(result, REPORT, report_of(network))
+    return result
 
 
 def report_of(module: nn.Module) -> Report:

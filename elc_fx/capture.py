@@ -141,9 +141,7 @@ def capture(
     if trainable:
         _make_dropouts_modules(captured)
         follow = _make_batch_norms_modules(captured, root)
-    _drop_identities(captured, kept=DROPOUT_MODULES if trainable else ())
-    _read_overwritten_values_from_their_writer(captured)
-    captured.graph.lint()
+    tidy(captured, kept=DROPOUT_MODULES if trainable else ())
     opaque = tuple(refusal for module, refusal in refused.items() if tracer.used(module))
     entered = [(name, m) for name, m in root.named_modules() if m is root or tracer.entered(m)] if trainable else []
     eval_only = tuple(
@@ -152,6 +150,13 @@ def capture(
         if module not in follow and (method := branches_on_training(module))
     )
     return Capture(captured, opaque, None if given is None else tuple(tracer.examples), eval_only)
+
+
+def tidy(captured: fx.GraphModule, kept: tuple[type[nn.Module], ...] = ()) -> None:
+    """Makes a graph that runs in eval mode readable: without identities, and every value read from its last writer."""
+    _drop_identities(captured, kept)
+    _read_overwritten_values_from_their_writer(captured)
+    captured.graph.lint()
 
 
 def has_hooks(module: nn.Module) -> bool:

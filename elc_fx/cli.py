@@ -39,6 +39,7 @@ LINE_STYLES = {
     "removed": "red",
 }
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes
+STORED = ".elc"  # the suffix of what elc_fx.save writes
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's; newer releases of typer bring a click of their own
 
 COMPILE_HELP = """Merge every layer of a model that merges exactly, and show what that saves.
@@ -52,7 +53,11 @@ Examples:
   elc-fx compile torchvision:resnet50 --input 1x3x224x224
   elc-fx compile timm:repvgg_a0 --input 8x3x224x224 --json > repvgg.json
   elc-fx compile mynets:make_net --input 1x3x32x32 --weights net.safetensors --save net.pt2
+  elc-fx compile mynets:make_net --weights net.safetensors --save net.elc
   elc-fx compile mynets:two_views --input 1x3x64x64 --input 1x1x64x64
+
+--save writes net.pt2 for torch.export.load, torch's compilers and runtimes; net.elc for elc_fx.load, with its report,
+which runs nothing that is in the file. For ONNX Runtime or OpenVINO, see docs/deploy.md.
 
 Exit codes: 0 fine, 1 failed, 2 wrong usage.
 """
@@ -78,9 +83,9 @@ Examples:
 """
 DIFF_HELP = """Show what became of the layers of one network in another.
 
-A and B are each a model (SPEC, as for compile) or a .pt2 file. Without B, it is A after its exact merges; with --plan,
-A after a plan has been carried out. Layers that elc_fx made know what they stand for; others are told by their names,
-their weights, and what surrounds them.
+A and B are each a model (SPEC, as for compile) or a .pt2 or .elc file. Without B, it is A after its exact merges; with
+--plan, A after a plan has been carried out. Layers that elc_fx made know what they stand for; others are told by their
+names, their weights, and what surrounds them.
 
 \b
 What the text shows:
@@ -193,7 +198,8 @@ def compile_command(
     shapes: Shapes = None,
     weights: Weights = None,
     save: Annotated[
-        Path | None, typer.Option(metavar="OUT.pt2", help="Export the compiled model to this file; needs --input.")
+        Path | None,
+        typer.Option(metavar="OUT", help="Write the compiled model: .elc for elc_fx.load; else .pt2, needs --input."),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Convert the model to this format.", show_default=False)] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check that each merge is exact.")] = True,
@@ -238,7 +244,7 @@ def explain_command(
 
 @app.command("diff", help=DIFF_HELP, short_help="Show what became of each layer: text, picture, page.")
 def diff_command(
-    a: Annotated[str, typer.Argument(metavar="A", help="A model, or a .pt2 file.", show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help="A model, or a .pt2 or .elc file.", show_default=False)],
     b: Annotated[str | None, typer.Argument(metavar="B", help="Another; by default A after its merges.")] = None,
     shapes: Shapes = None,
     weights: Weights = None,
@@ -278,10 +284,10 @@ def diff_command(
 
 
 def _network(text: str, weights: Path | None) -> nn.Module | exporting.Exported:
-    if text.endswith(".pt2"):
+    if text.endswith((".pt2", STORED)):
         if weights is not None:
             raise InvalidInputError(f"{text} has its weights already; {weights} is for a model by name")
-        return exporting.load(Path(text))
+        return elc_fx.load(text) if text.endswith(STORED) else exporting.load(Path(text))
     return _model(_parsed_spec(text), weights, None)
 
 
@@ -478,7 +484,7 @@ def _require_saveable(file: Path | None, sizes: list[tuple[int, ...]]) -> None:
     """Before the work is done, not after."""
     if file is None:
         return
-    if not sizes:
+    if not sizes and file.suffix != STORED:
         raise typer.BadParameter("the export needs --input as well", param_hint="--save")
     _require_writable(file)
 
@@ -508,6 +514,9 @@ def _random_inputs(sizes: list[tuple[int, ...]], model: nn.Module | None) -> tup
 
 
 def _save(compiled: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> None:
+    if file.suffix == STORED:
+        elc_fx.save(compiled, file)
+        return
     exported = exporting.export(compiled, inputs)
     exporting.save(exported, file)
     if exported.fixed_batch:

@@ -56,6 +56,10 @@ class ExampleInputs:
             return {**{str(i): value for i, value in enumerate(self.args)}, **self.kwargs}
         return dict(signature.bind(*self.args, **self.kwargs).arguments)
 
+    def by_position(self) -> tuple[Any, ...] | None:
+        """The arguments, where all are given by position."""
+        return None if self.kwargs else self.args
+
 
 def batches_of(calibration: Any) -> Iterable[Any]:
     """The batches; a tensor or a mapping is one. Raises `InvalidInputError` for what has none."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
@@ -25,6 +26,16 @@ from elc_fx.shapes import run_recording_shapes
 from elc_fx.verification import verify_merge, verify_outputs
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def merge_all(interpreter: Interpreter, *, verify: bool) -> tuple[Fusion, list[Refusal]]:
+    """Carries out the merges of the graph that was read, in place; with what was not merged, and why."""
+    chains, joins, refusals = find_chains(interpreter)
+    planner = Planner(interpreter)
+    fusion = Fusion(interpreter.captured, verify_merge if verify else None)
+    for step in planner.plan(chains, joins):
+        fusion.apply(step)
+    return fusion, [*refusals, *planner.refusals, *fusion.refusals]
 
 
 class LosslessCompilation:
@@ -61,6 +72,7 @@ class LosslessCompilation:
             totals = replace(totals, flops=(before.flops, after.flops), depth=(before.depth, after.depth))
             if self.verify:
                 totals = replace(totals, error=self._verify_outputs(self.expected, actual))
+                self.refused.extend(_not_compared(self.expected))
         report = Report(tuple(self.merged), tuple(self.refused), tuple(self.opaque), totals)
         setattr(compiled, REPORT, report)
         return compiled
@@ -101,16 +113,9 @@ class LosslessCompilation:
         interpreter = Interpreter(graph_module, shapes)
         interpreter.erase_settled_assertions()
         before = depth_of(graph_module, interpreter)
-        chains, joins, refusals = find_chains(interpreter)
-        planner = Planner(interpreter)
-        steps = planner.plan(chains, joins)
-        fusion = Fusion(graph_module, verify_merge if self.verify else None)
-        for step in steps:
-            fusion.apply(step)
+        fusion, refusals = merge_all(interpreter, verify=self.verify)
         self.merged.extend(replace(m, name=_join(path, m.name)) for m in fusion.merged)
-        self.refused.extend(
-            replace(r, where=_join(path, r.where)) for r in (*refusals, *planner.refusals, *fusion.refusals)
-        )
+        self.refused.extend(replace(r, where=_join(path, r.where)) for r in refusals)
         for made in fusion.made:
             self.memo[id(made)] = made
         self._take_copies(graph_module, path)
@@ -144,6 +149,17 @@ class LosslessCompilation:
                 self.memo[id(child)] = compiled
         copied = clone(module, self.memo)
         return copied, (_layers(module), _layers(copied))
+
+
+def _not_compared(output: Any) -> list[Refusal]:
+    """What of an output has no numbers that could have been compared."""
+    tensors = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor) and not value.is_meta]
+    lost = sum(int((~value.isfinite()).sum()) for value in tensors)
+    if not lost:
+        return []
+    total = sum(value.numel() for value in tensors)
+    counted = f"{lost:,} of {total:,} numbers are NaN or infinite"
+    return [Refusal("the output", f"{counted} on the example_inputs, and only their places were compared")]
 
 
 def _join(path: str, name: str) -> str:

@@ -430,6 +430,8 @@ class _Aliases:
     def may_overwrite(self, node: fx.Node) -> bool:
         if overwritten_argument(self.captured, node) is not None:
             return True
+        if node in self.interpreter.operations:  # rings of a decoupled network are modules of elc_fx
+            return False
         if node.op == "call_module":
             return not is_leaf(module_of(self.captured, node))
         home = getattr(node.target, "__module__", None) or ""

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
+import elc_fx
 from elc_fx.cli import app
 
 FACTORIES = """
@@ -194,6 +195,14 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(workplace: Path, monkeyp
     assert "disk full" in error_of(result, 1)
     assert (workplace / "net.pt2").read_bytes() == b"old"
     assert {path for path in workplace.iterdir() if path.name != "__pycache__"} == before
+
+
+def test_a_model_is_saved_for_elc_fx_and_compared(workplace: Path) -> None:
+    run("compile", "mynets:net", "--save", "net.elc")
+    assert elc_fx.report_of(elc_fx.load(workplace / "net.elc")).merged
+    assert "mynets:net" in run("diff", "mynets:net", "net.elc").stdout
+    (workplace / "net.elc").write_bytes((workplace / "net.elc").read_bytes()[:-9])
+    assert "net.elc is no network" in error_of(run("diff", "mynets:net", "net.elc"), 1)
 
 
 def test_an_impossible_save_is_refused_before_the_model_is_even_built(workplace: Path) -> None:

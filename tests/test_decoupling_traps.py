@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
 import elc_fx
+from fuzz import check
 
 
 def stack(*between: nn.Module) -> nn.Sequential:
@@ -346,3 +347,24 @@ def test_calibration_without_a_sample_is_refused() -> None:
     model, x = serial(), torch.randn(1, 3, 6, 6)
     with pytest.raises(elc_fx.InvalidInputError, match="no samples"):
         elc_fx.decouple(model, elc_fx.Plan.of(model, x), calibration=[x[:0]])
+
+
+@pytest.mark.parametrize(
+    ("body", "seed"),
+    [
+        # A layer that a module calls, which cannot be traced, and that the graph calls too, was changed in both places.
+        (
+            [
+                ("opaque", [("conv", 4, 1, 1, True)]),
+                ("cat", [[("again", 0), ("conv", 4, 3, 4, False)], [("conv", 4, 1, 1, True), ("again", 3)]]),
+            ],
+            101,
+        ),
+        # One value that is concatenated twice shared a ring, and the region was not found again.
+        ([("cat", [[("conv", 4, 3, 1, False)], [], []])], 43),
+        ([("cat", [[], [("conv", 4, 3, 4, False)], []])], 1049),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_found_by_fuzz(body: list[Any], seed: int) -> None:
+    check([[]], body, seed=seed)

@@ -7,6 +7,7 @@ names, so that parameters keep theirs.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -105,6 +106,14 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
         return decoupled
 
 
+def _calls(graph_module: fx.GraphModule) -> Counter[str]:
+    """How often each module is called: by the graph, and maybe inside of others that the graph calls as a whole."""
+    calls = Counter(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module")
+    modules = {path: graph_module.get_submodule(path) for path in calls}
+    inside = Counter(part for module in modules.values() for part in module.modules() if part is not module)
+    return Counter({path: count + inside[modules[path]] for path, count in calls.items()})
+
+
 def _warn_of_eval_in_training(captured: Capture) -> None:
     """Warns where the graph will do in training mode what the model does in eval mode only."""
     for refusal in captured.eval_only:
@@ -147,7 +156,7 @@ class _Rewriter:
         self.graph = self.graph_module.graph
         self.activations = serial.activations
         self.position = {node: index for index, node in enumerate(self.graph.nodes)}
-        self.calls = Counter(str(node.target) for node in self.graph.nodes if node.op == "call_module")
+        self.calls = _calls(self.graph_module)
         self.ends: dict[fx.Node, fx.Node] = {}  # of regions that are done: the node that gives the last one's value now
         # Of the region at hand:
         self.windows: Windows = {}
@@ -194,9 +203,24 @@ class _Rewriter:
             self._make_functional(node)
             for value, end in dict(ends).items():
                 if value in node.all_input_nodes and end != wanted:
-                    with self.graph.inserting_before(node):
-                        node.replace_input_with(value, self._ring_pad(value, end, wanted, node))
+
+                    def ringed(
+                        read: fx.Node, value: fx.Node = value, end: Padding = end, to: fx.Node = node
+                    ) -> fx.Node:
+                        return self._ring_pad(value, end, wanted, to) if read is value else read
+
+                    with self.graph.inserting_before(node):  # each operand its own, as each is a branch of its own
+                        node.args, node.kwargs = fx.map_arg(node.args, ringed), fx.map_arg(node.kwargs, ringed)
         return join.node, wanted
+
+    def _ring_operands(self, node: fx.Node, value: fx.Node, ring: Padding, wanted: Padding) -> None:
+        """Each operand that is this value gets a ring of its own, as each is a branch of its own."""
+
+        def ringed(operand: fx.Node) -> fx.Node:
+            return self._ring_pad(value, ring, wanted, node) if operand is value else operand
+
+        with self.graph.inserting_before(node):
+            node.args, node.kwargs = fx.map_arg(node.args, ringed), fx.map_arg(node.kwargs, ringed)
 
     def _make_functional(self, node: fx.Node) -> None:
         """x += y as x + y: what a decoupling node gives may be needed for its gradient."""
@@ -339,7 +363,9 @@ class _Rewriter:
         self.calls[path] = 1
 
     def _free(self, path: str) -> str:
-        """The path, or one like it that nobody has."""
+        """The path, or one like it that nobody has, and that is not inside of a module that is called as a whole."""
+        if any(outer in self.calls for outer in itertools.accumulate(path.split(".")[:-1], "{}.{}".format)):
+            path = path.replace(".", "_")
         owner, _, name = path.rpartition(".")
         holder = self.graph_module.get_submodule(owner)
         taken = name

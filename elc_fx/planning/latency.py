@@ -35,12 +35,12 @@ from elc_fx.exporting import require_onnx
 from elc_fx.fusion import layer_of, padded
 from elc_fx.graph import function_name, module_of
 from elc_fx.lossless import LosslessCompilation
-from elc_fx.packages import required
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice, LatencyModel
 from elc_fx.planning.stored import StoredTable, described
 from elc_fx.planning.substitution import substituted
+from elc_fx.runtimes import RUNS
 from elc_fx.serial import SerialGraph
 from elc_fx.shapes import run_recording
 
@@ -99,25 +99,9 @@ def _compiled(module: nn.Module, inputs: tuple[Any, ...]) -> Call:
     return call
 
 
-def _onnxruntime(module: nn.Module, inputs: tuple[Any, ...]) -> Call:
-    onnxruntime = required("onnxruntime", "elc_fx[onnx]")
-    stored = _onnx(module, inputs)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(stored, options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-    feed = dict(zip(names, _arrays(inputs), strict=True))
-    return lambda: session.run(None, feed)
-
-
-def _openvino(module: nn.Module, inputs: tuple[Any, ...]) -> Call:
-    openvino = required("openvino", "elc_fx[openvino]")
-    core = openvino.Core()
-    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(core.read_model(_onnx(module, inputs)), "CPU", options).create_infer_request()
-    arrays = _arrays(inputs)
-    return lambda: request.infer(arrays)
+def _exported(runtime: str, module: nn.Module, inputs: tuple[Any, ...]) -> Call:
+    run, arrays = RUNS[runtime](_onnx(module, inputs)), _arrays(inputs)
+    return lambda: run(arrays)
 
 
 def _arrays(inputs: tuple[Any, ...]) -> list[Any]:
@@ -137,8 +121,7 @@ def _onnx(module: nn.Module, inputs: tuple[Any, ...]) -> bytes:
 _RUNNERS: dict[str, Callable[[nn.Module, tuple[Any, ...]], Call]] = {
     "eager": _eager,
     "compile": _compiled,
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
+    **{runtime: partial(_exported, runtime) for runtime in RUNS},
 }
 # Whether elementwise operations after a layer become part of it.
 FUSES: dict[str, bool] = {"eager": False, "compile": True, "onnxruntime": True, "openvino": True}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tabulate import tabulate
 
 from elc_fx.capture import Refusal
+from elc_fx.errors import InvalidInputError
 from elc_fx.fusion import MergedRegion
-from elc_fx.planning.plan import Plan
+from elc_fx.planning.plan import FORMAT, Plan
 from elc_fx.training import Epoch
 
 MOST_ROWS = 40  # of refusals that the table prints; `Report.refused` has all
@@ -49,6 +51,25 @@ class Report:
         """The report as plain data, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of `to_dict`, also after JSON. Raises `InvalidInputError` for anything else."""
+        try:
+            plan = data["plan"]
+            if plan is not None:
+                known = {name: value for name, value in plan.items() if value is not None}
+                plan = Plan.from_json(json.dumps({"format": FORMAT, **known}))
+            return cls(
+                tuple(MergedRegion(**_tuples(region)) for region in data["merged"]),
+                tuple(Refusal(**refusal) for refusal in data["refused"]),
+                tuple(Refusal(**refusal) for refusal in data["opaque"]),
+                Totals(**_tuples(data["totals"])),
+                plan,
+                tuple(Epoch(**epoch) for epoch in data["epochs"]),
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InvalidInputError(f"this is no report: {error}") from None
+
     def __str__(self) -> str:
         planned = [] if self.plan is None else [f"Collapsed:\n{self.plan}"]
         trained = [_epochs_table(self.epochs)] if self.epochs else []
@@ -80,6 +101,11 @@ class Report:
         if t.error is not None:
             text += f"\n\nOutputs on the example inputs agree to {t.error:.1e} of the largest value."
         return text
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
 
 
 def _epochs_table(epochs: Sequence[Epoch]) -> str:

@@ -1,0 +1,232 @@
+"""`torch.compile(model, backend="elc_fx")`: the graph that dynamo captured, merged, and handed on to Inductor.
+
+Dynamo hands over a graph of functions whose parameters and buffers are inputs like any other, and calls what it gets
+with whatever tensors the model has then. So numbers that were merged once may be out of date: they are remembered with
+the parameters that they were made of, and made again when those have changed. The graph that was handed on stays as it
+is, since the merged weights are inputs of it, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from elc_fx.affine import Ints
+from elc_fx.capture import tidy
+from elc_fx.errors import ElcError, InvalidInputError, NotAffineError
+from elc_fx.graph import function_name, module_of, signature_of
+from elc_fx.interpret import Interpreter
+from elc_fx.lossless import merge_all
+
+LOG = logging.getLogger("elc_fx")
+Compiled: TypeAlias = Callable[..., Any]
+Compiler: TypeAlias = Callable[[fx.GraphModule, list[Any]], Compiled]
+
+MOST_WASTED = 3  # merges in a row of which each served one call
+PROBES = 16  # numbers of each parameter, and of each buffer all, that are looked at with every call
+SWITCHES = ("_enter_", "_exit_", "_set_", "_saved_tensors_hooks", "_vmap_")  # functions that change what others do
+
+
+def backend(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """What `torch.compile(model, backend="elc_fx")` calls with each graph.
+
+    Merges what is exact in inference, and hands the graph on; with gradients or in training mode, unchanged.
+
+    Args:
+        graph_module, example_inputs: as dynamo gives them.
+        mode: for Inductor.
+        options: {"backend": name} hands on to another backend than Inductor; what else is there is for that backend.
+    """
+    compiler = _next_compiler(mode, dict(options or {}))
+    inputs = list(example_inputs)
+    reason = _why_not(graph_module, inputs)
+    if reason is None:
+        try:
+            return MergedGraph(graph_module, inputs, compiler)
+        except ElcError as error:
+            reason = str(error)
+    LOG.warning("elc_fx hands a graph on unchanged: %s", reason)
+    return compiler(graph_module, inputs)
+
+
+class MergedGraph:
+    """A compiled merged graph and the merged weights, kept up to date. Raises ElcError where nothing can be merged."""
+
+    def __init__(self, original: fx.GraphModule, inputs: list[Any], compiler: Compiler) -> None:
+        self.original, self.compiler = original, compiler
+        self.static = [i for i, node in enumerate(_placeholders(original)) if _is_static(node, inputs[i])]
+        self.merged, self.weights = self._merge(inputs)
+        self.state = State([inputs[i] for i in self.static])
+        fake = torch._guards.detect_fake_mode(inputs)
+        extra = self.weights if fake is None else [fake.from_tensor(w, static_shapes=True) for w in self.weights]
+        self.call = compiler(self.merged, [*inputs, *extra])
+        self.served = self.wasted = 0
+
+    def __call__(self, *inputs: Any) -> Any:
+        parameters = [inputs[i] for i in self.static]
+        if self.wasted < MOST_WASTED and self.state.differs(parameters):
+            self._update(inputs, parameters)
+        if self.wasted >= MOST_WASTED:
+            return self.call(*inputs)
+        self.served += 1
+        return self.call(*inputs, *self.weights)
+
+    def _update(self, inputs: Sequence[Any], parameters: list[Tensor]) -> None:
+        self.wasted = self.wasted + 1 if self.served < 2 else 0
+        reason = "its parameters change with every call"
+        if self.wasted < MOST_WASTED:
+            try:
+                merged, weights = self._merge(inputs)
+                if merged.code == self.merged.code and [w.shape for w in weights] == [w.shape for w in self.weights]:
+                    self.weights, self.state, self.served = weights, State(parameters), 0
+                    return
+                reason = "its new parameters merge in another way"
+            except ElcError as error:
+                reason = str(error)
+        LOG.warning("elc_fx runs a graph unmerged from now on: %s", reason)
+        self.wasted = MOST_WASTED
+        # Dynamo captures it once more, since only dynamo knows which sizes are not to be taken for constants.
+        self.call = torch.compile(self.original, backend=self.compiler)
+
+    def _merge(self, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Tensor]]:
+        """The merged graph, with further inputs, and what these are now."""
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+            bound = _with_attributes(self.original, {i: inputs[i] for i in self.static})
+            tidy(bound)
+            shapes = {node: shape for node in bound.graph.nodes if (shape := _shape(node)) is not None}
+            fusion, _ = merge_all(Interpreter(bound, shapes), verify=True)
+            if not fusion.merged:
+                raise NotAffineError("nothing in it merges exactly")
+            weights = _with_inputs(bound, fusion.made)
+        return fx.GraphModule(bound, bound.graph), weights
+
+
+class State:
+    """What parameters and buffers are at a moment, as far as can be told without reading all of them.
+
+    Writes of autograd's and identities are seen all, and so are those that autograd does not count (batch norm's, and
+    through `.data`) as long as they change one of the numbers that are looked at.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.marks = [_mark(tensor) for tensor in tensors]
+        self.tensors = list(tensors)  # so that no other gets their identity
+        self.views: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            numbers = tensor.detach().flatten() if tensor.is_contiguous() else tensor.detach()[..., 0].reshape(-1)[:1]
+            step = 1 if not isinstance(tensor, nn.Parameter) else max(1, -(-len(numbers) // PROBES))
+            self.views.setdefault((tensor.dtype, tensor.device), []).append(numbers[::step])
+        self.numbers = self._numbers()
+
+    def differs(self, tensors: Sequence[Tensor]) -> bool:
+        if any(_mark(tensor) != mark for tensor, mark in zip(tensors, self.marks, strict=True)):
+            return True
+        return not all(torch.equal(a, b) for a, b in zip(self._numbers(), self.numbers, strict=True))
+
+    def _numbers(self) -> list[Tensor]:
+        return [torch.cat(views) for views in self.views.values()]
+
+
+def _mark(tensor: Tensor) -> tuple[int, int, int]:
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _why_not(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> str | None:
+    """Why a graph is not for inference, or not to be changed."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return "gradients are enabled; call the model under torch.no_grad()"
+    for node in graph_module.graph.nodes:
+        arguments = signature_of(node)
+        if arguments.get("training", arguments.get("train")) is True:
+            return f"`{node.name}` is in training mode; call model.eval()"
+        if function_name(node).startswith(SWITCHES):
+            return f"`{node.name}` changes what the nodes after it do"
+    return None
+
+
+def _placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return list(graph_module.graph.find_nodes(op="placeholder"))
+
+
+def _is_static(node: fx.Node, value: Any) -> bool:
+    """Whether an input is a parameter or a buffer of a module."""
+    kind = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+    return kind is not None and type(value) in (Tensor, nn.Parameter) and not value.is_meta
+
+
+def _shape(node: fx.Node) -> Ints | None:
+    """The shape that dynamo saw; of sizes that may change, the one that it happened to see."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, Tensor):
+        return None
+    sizes = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+    return None if None in sizes else tuple(sizes)
+
+
+def _with_attributes(original: fx.GraphModule, values: Mapping[int, Tensor]) -> fx.GraphModule:
+    """A copy in which inputs that are parameters are attributes; the inputs stay, unused. values: by position."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(original.graph, {}))
+    bound = fx.GraphModule(original, graph)
+    for i, node in enumerate(_placeholders(bound)):
+        if i in values:
+            name = next(n for k in itertools.count() if not hasattr(bound, n := f"{node.name}_{k}"))
+            if isinstance(values[i], nn.Parameter):
+                bound.register_parameter(name, values[i])  # type: ignore[arg-type]
+            else:
+                bound.register_buffer(name, values[i])
+            with graph.inserting_after(node):
+                attribute = graph.get_attr(name)
+            attribute.meta = {**node.meta, "elc_fx_input": node}
+            node.replace_all_uses_with(attribute)
+    return bound
+
+
+def _with_inputs(bound: fx.GraphModule, made: set[nn.Module]) -> list[Tensor]:
+    """Attributes that were inputs are inputs again, and so are the weights of the layers that were made; in place."""
+    graph, weights = bound.graph, list[Tensor]()
+    last = _placeholders(bound)[-1]
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and "elc_fx_input" in node.meta:
+            node.replace_all_uses_with(node.meta["elc_fx_input"])
+            graph.erase_node(node)
+        elif node.op == "call_module" and (layer := module_of(bound, node)) in made:
+            own = fx.symbolic_trace(layer).graph
+            values: dict[fx.Node, Any] = {next(iter(own.nodes)): node.args[0]}
+            for read in own.find_nodes(op="get_attr"):
+                with graph.inserting_after(last):
+                    last = values[read] = graph.placeholder(f"elc_fx_weight_{len(weights)}")
+                weights.append(layer.get_parameter(str(read.target)).detach())
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph_copy(own, values))  # type: ignore[arg-type]
+            graph.erase_node(node)
+    graph.lint()
+    return weights
+
+
+def _next_compiler(mode: str | None, options: dict[str, Any]) -> Compiler:
+    """The backend that a graph is handed on to. Raises `InvalidInputError` where it is elc_fx itself."""
+    name = options.pop("backend", "inductor")
+    if name == "elc_fx":
+        raise InvalidInputError("options['backend'] is 'elc_fx', expected the backend that elc_fx hands on to")
+    if name == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(list_mode_options(mode) if mode else {}), **options}
+        inductor: Callable[..., Any] = compile_fx
+        return lambda graph_module, inputs: inductor(graph_module, inputs, config_patches=patches)
+    found = torch._dynamo.lookup_backend(name)
+    further = {**({"mode": mode} if mode else {}), **({"options": options} if options else {})}
+    return lambda graph_module, inputs: found(graph_module, inputs, **further)

@@ -1,0 +1,108 @@
+"""Runtimes that a network is deployed to: `compile` returns networks that run in them, planning measures with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.exporting import onnx_bytes
+from elc_fx.packages import required
+
+Runtime = Literal["inductor", "onnxruntime", "openvino"]
+Run: TypeAlias = Callable[[Sequence[Any]], Sequence[Any]]  # numpy arrays, in the order of the network's inputs
+
+
+class RuntimeFailedError(ElcError, RuntimeError):
+    """A runtime does not take a network, or not these inputs; the message has the runtime's own reason."""
+
+
+def onnxruntime_run(stored: bytes) -> Run:
+    """ONNX Runtime on the CPU, with as many threads as torch. Raises `MissingPackageError`."""
+    onnxruntime = required("onnxruntime", "elc_fx[onnx]")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # errors are raised, too
+    session = onnxruntime.InferenceSession(stored, options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))  # type: ignore[no-any-return]
+
+
+def openvino_run(stored: bytes) -> Run:
+    """OpenVINO on the CPU, with as many threads as torch, in float32. Raises `MissingPackageError`."""
+    openvino = required("openvino", "elc_fx[openvino]")
+    core = openvino.Core()
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(core.read_model(stored), "CPU", options).create_infer_request()
+    return lambda arrays: list(request.infer(list(arrays)).values())
+
+
+RUNS: dict[str, Callable[[bytes], Run]] = {"onnxruntime": onnxruntime_run, "openvino": openvino_run}
+PACKAGES = {"onnxruntime": "elc_fx[onnx]", "openvino": "elc_fx[openvino]"}
+
+
+class Deployed(nn.Module):
+    """A network in a runtime outside of torch: takes and returns tensors on the CPU, and no gradients.
+
+    It takes any batch size, and the other sizes that it was made for.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Sequence[Tensor], runtime: str) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self.expected = [(tuple(x.shape[1:]), x.dtype) for x in inputs]
+        with torch.no_grad():
+            outputs, self.structure = pytree.tree_flatten(network(*inputs))
+        if not all(isinstance(value, Tensor) for value in outputs):
+            raise InvalidInputError(f"the network returns more than tensors, which {runtime} does not")
+        self.dtypes = [value.dtype for value in outputs]
+        try:
+            self.run = RUNS[runtime](onnx_bytes(network, inputs))
+        except ElcError:
+            raise
+        except Exception as error:  # whatever the runtime runs into
+            raise RuntimeFailedError(f"{runtime} does not take this network: {error}") from error
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        given = [(tuple(x.shape[1:]), x.dtype) for x in inputs]
+        if given != self.expected:  # some runtimes would compute something
+            raise InvalidInputError(
+                f"this network was made for inputs {_listed(self.expected)} of any batch size N, and is given "
+                f"{_listed(given)}; compile it with such example_inputs"
+            )
+        try:
+            outputs = self.run([x.detach().cpu().numpy() for x in inputs])
+        except Exception as error:
+            raise RuntimeFailedError(f"{self.runtime} does not run {_listed(given)}: {error}") from error
+        tensors = [torch.from_numpy(a.copy()).to(d) for a, d in zip(outputs, self.dtypes, strict=True)]
+        return pytree.tree_unflatten(tensors, self.structure)
+
+
+def _listed(inputs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"[{', '.join(map(str, ('N', *shape)))}] {dtype}" for shape, dtype in inputs) or "none"
+
+
+def check_runtime(runtime: Any, inputs: Sequence[Any] | None) -> None:
+    """Before long work. inputs: the positional arguments. Raises `InvalidInputError`, `MissingPackageError`."""
+    if runtime is None or runtime == "inductor":
+        return
+    if runtime not in get_args(Runtime):
+        raise InvalidInputError(f"backend is {runtime!r}, expected None, {', '.join(map(repr, get_args(Runtime)))}")
+    if inputs is None or not all(isinstance(value, Tensor) for value in inputs):
+        raise InvalidInputError(f"backend {runtime!r} needs example_inputs that are tensors, by position")
+    required(runtime, PACKAGES[runtime])
+
+
+def deployed(network: nn.Module, inputs: Sequence[Any] | None, runtime: Runtime | None) -> nn.Module:
+    """The network in a runtime; itself for None. Raises as `check_runtime`, `ExportError`, `RuntimeFailedError`."""
+    if runtime is None:
+        return network
+    if runtime == "inductor":
+        compiled: nn.Module = torch.compile(network)  # type: ignore[assignment]
+        return compiled
+    return Deployed(network, inputs or (), runtime)

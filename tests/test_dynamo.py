@@ -1,0 +1,223 @@
+"""torch.compile(model, backend="elc_fx"): merged in inference, unchanged in training, right whatever the weights do."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import assert_same, image, ready
+from torch import Tensor, fx, nn
+
+from elc_fx.dynamo import backend
+
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+
+
+class Block(nn.Module):
+    """Branches that are one convolution in eval, a residual, dropout, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.point = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.wide(x) + self.point(x)))
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+class Seen:
+    """A backend that runs the graphs that it is handed, and keeps them."""
+
+    def __init__(self) -> None:
+        self.graphs: list[fx.GraphModule] = []
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any], **_: Any) -> Any:
+        self.graphs.append(graph_module)
+        return torch._dynamo.lookup_backend("aot_eager")(graph_module, inputs)
+
+    def layers(self) -> int:
+        return sum("conv" in str(node.target) for node in self.graphs[-1].graph.nodes)
+
+    def norms(self) -> int:
+        return sum("batch_norm" in str(node.target) for node in self.graphs[-1].graph.nodes)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+def compiled(model: nn.Module, seen: Seen) -> Any:
+    return torch.compile(model, backend=backend, options={"backend": seen})
+
+
+@torch.no_grad()
+def test_inference_is_merged_and_handed_on(seen: Seen) -> None:
+    model, x = ready(Block()), image(2, 3, 9, 9)
+    fast = compiled(model, seen)
+    assert_same(fast(x), model(x))
+    assert (seen.layers(), seen.norms()) == (1, 0)
+
+
+@torch.no_grad()
+def test_inductor_is_what_it_is_handed_on_to() -> None:
+    model, x = ready(Block()).float(), image(2, 3, 9, 9, dtype=torch.float32)
+    fast = torch.compile(model, backend=backend)
+    for batch in (x, image(5, 3, 9, 9, dtype=torch.float32), image(3, 3, 9, 9, dtype=torch.float32)):
+        assert_same(fast(batch), model(batch), 1e-4)
+
+
+@torch.no_grad()
+def test_sizes_may_change(seen: Seen) -> None:
+    model = ready(Block())
+    fast = compiled(model, seen)
+    for shape in ((2, 3, 9, 9), (4, 3, 9, 9), (5, 3, 9, 9), (5, 3, 12, 7), (1, 3, 6, 6)):
+        assert_same(fast(image(*shape)), model(image(*shape)))
+    assert seen.norms() == 0
+
+
+def test_with_gradients_the_graph_is_handed_on_unchanged(seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = ready(Block()), image(2, 3, 9, 9)
+    with caplog.at_level(logging.WARNING, "elc_fx"):
+        compiled(model, seen)(x).sum().backward()
+    assert seen.norms() == 3 and model.head.weight.grad is not None
+    assert len(caplog.records) == 1 and "gradients are enabled" in caplog.text
+
+
+@torch.no_grad()
+def test_training_mode_is_handed_on_unchanged(seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
+    model, twin, x = ready(Block()), ready(Block()), image(2, 3, 9, 9)
+    model.drop.p = twin.drop.p = 0.0
+    with caplog.at_level(logging.WARNING, "elc_fx"):
+        assert_same(compiled(model.train(), seen)(x), twin.train()(x))
+    assert seen.norms() == 3 and len(caplog.records) == 1 and "training mode" in caplog.text
+    assert_same(dict(model.named_buffers()), dict(twin.named_buffers()))
+
+
+def another(model: nn.Module) -> dict[str, Tensor]:
+    return ready(type(model)(), seed=1).state_dict()
+
+
+def step(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.enable_grad():
+        model(image(2, 3, 9, 9)).square().mean().backward()
+    optimizer.step()
+
+
+def statistics(model: nn.Module) -> None:
+    model.train()
+    model(image(4, 3, 9, 9, seed=3))
+    model.eval()
+
+
+CHANGES = {
+    "load_state_dict": lambda model: model.load_state_dict(another(model)),
+    "assigned": lambda model: model.load_state_dict(another(model), assign=True),
+    "optimizer": step,
+    "statistics": statistics,  # batch norm writes them without a new version
+    "data": lambda model: [p.data.mul_(1.5) for p in model.parameters()],
+    "storage": lambda model: [setattr(p, "data", p.data * 1.5) for p in model.parameters()],
+    "inference_mode": lambda model: torch.inference_mode()(lambda: model.wide[0].weight.mul_(2))(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_weights_that_change_are_merged_again_without_compiling(change: str, seen: Seen) -> None:
+    model, x = ready(Block()), image(2, 3, 9, 9)
+    fast = compiled(model, seen)
+    fast(x), fast(x)
+    before = model(x)
+    CHANGES[change](model)
+    assert not torch.allclose(model(x), before)
+    assert_same(fast(x), model(x))
+    assert len([g for g in seen.graphs if "batch_norm" not in g.code]) == 1
+
+
+@torch.no_grad()
+def test_weights_that_change_with_every_call_are_not_merged_for_ever(
+    seen: Seen, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = ready(Block()), image(2, 3, 9, 9)
+    fast = compiled(model, seen)
+    for _ in range(8):
+        assert_same(fast(x), model(x))
+        model.wide[0].weight.mul_(1.1)
+    assert seen.norms() == 3 and caplog.text.count("change with every call") == 1
+    assert_same(fast(image(5, 3, 7, 7)), model(image(5, 3, 7, 7)))
+
+
+@torch.no_grad()
+def test_a_graph_break_makes_two_graphs_that_are_both_merged(seen: Seen) -> None:
+    first, second, x = ready(Block()), ready(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 1), image(2, 3, 9, 9)
+
+    def run(x: Tensor) -> Tensor:
+        y = first(x)
+        torch._dynamo.graph_break()
+        return second(y)
+
+    fast = torch.compile(run, backend=backend, options={"backend": seen})
+    assert_same(fast(x), run(x))
+    assert len(seen.graphs) == 2 and seen.graphs[1].code.count("_nn.linear(") == 1
+
+
+@torch.no_grad()
+def test_a_shared_module_is_merged_at_each_call(seen: Seen) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.relu(self.layer(x)))
+
+    model, x = ready(Twice()), image(2, 4, 6, 6)
+    assert_same(compiled(model, seen)(x), model(x))
+    assert (seen.layers(), seen.norms()) == (2, 0)
+
+
+@torch.no_grad()
+def test_autocast_inside_of_a_model_stays_as_it_is(seen: Seen) -> None:
+    model, x = ready(Block()).float(), image(2, 3, 9, 9, dtype=torch.float32)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    assert_same(torch.compile(run, backend=backend, options={"backend": seen})(x), run(x), 1e-2)
+
+
+@torch.inference_mode()
+def test_inference_mode(seen: Seen) -> None:
+    model, x = ready(Block()), image(2, 3, 9, 9)
+    fast = compiled(model, seen)
+    assert_same(fast(x), model(x))
+    assert_same(fast(x), model(x))
+    assert seen.norms() == 0
+
+
+@torch.no_grad()
+def test_numbers_that_are_not_finite_run_unmerged(seen: Seen) -> None:
+    model, x = ready(Block()), image(2, 3, 9, 9)
+    model.wide[0].weight[0, 0, 0, 0] = float("nan")
+    torch.testing.assert_close(compiled(model, seen)(x), model(x), equal_nan=True)
+
+
+def test_the_entry_point_is_the_backend() -> None:
+    _, _, declared = PROJECT.read_text(encoding="utf-8").partition("[project.entry-points.torch_dynamo_backends]\n")
+    name, _, value = declared.partition("\n")[0].partition(" = ")
+    assert name == "elc_fx" and EntryPoint(name, value.strip('"'), "torch_dynamo_backends").load() is backend

@@ -1,0 +1,69 @@
+"""compile(backend=…): the merged network in the runtime that serves it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from networks import assert_same, image, randomize_
+from torch import Tensor, nn
+
+import elc_fx
+
+
+class Two(nn.Module):
+    """Two inputs, and outputs in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"sum": self.layer(x) + y, "mean": y.mean((2, 3))}
+
+
+def network() -> nn.Module:
+    return randomize_(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())).eval()
+
+
+def picture(*shape: int) -> Tensor:
+    return image(*shape, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@torch.no_grad()
+def test_a_runtime_computes_the_same_for_any_batch(backend: Any) -> None:
+    model = network()
+    fast = elc_fx.compile(model, picture(1, 3, 8, 8), backend=backend)
+    for batch in (1, 3):
+        assert_same(fast(picture(batch, 3, 8, 8)), model(picture(batch, 3, 8, 8)), 1e-5)
+    assert len(elc_fx.report_of(fast).merged) == 1
+    with pytest.raises(elc_fx.InvalidInputError, match=r"made for inputs \[N, 3, 8, 8\].*given \[N, 5, 8, 8\]"):
+        fast(picture(1, 5, 8, 8))
+
+
+@torch.no_grad()
+def test_inputs_and_outputs_keep_their_structure() -> None:
+    model, x, y = randomize_(Two()).eval(), picture(2, 3, 8, 8), picture(2, 4, 8, 8)
+    assert_same(elc_fx.compile(model, (x, y), backend="onnxruntime")(x, y), model(x, y), 1e-5)
+
+
+@torch.no_grad()
+def test_inductor_is_torch_compile() -> None:
+    torch._dynamo.reset()
+    model, x = network(), picture(1, 3, 8, 8)
+    fast = elc_fx.compile(model, backend="inductor")
+    assert isinstance(fast, torch._dynamo.eval_frame.OptimizedModule) and elc_fx.report_of(fast).merged
+    assert_same(fast(x), model(x), 1e-5)
+
+
+def test_what_a_runtime_needs_is_said_before_anything_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(elc_fx.InvalidInputError, match="backend is 'tvm', expected None, 'inductor'"):
+        elc_fx.compile(network(), backend="tvm")  # type: ignore[arg-type]
+    with pytest.raises(elc_fx.InvalidInputError, match="needs example_inputs"):
+        elc_fx.compile(network(), backend="openvino")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(elc_fx.MissingPackageError, match=r"pip install 'elc_fx\[openvino\]'"):
+        elc_fx.compile(network(), picture(1, 3, 8, 8), backend="openvino")

@@ -1,0 +1,274 @@
+"""save and load: what comes back computes the same to the bit, and a file that asks for anything else is an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from networks import image, ready
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_properties import models, output_of, randomise
+from torch import Tensor, fx, nn
+
+import elc_fx
+from elc_fx import storing
+
+
+def network() -> nn.Module:
+    block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+    return ready(nn.Sequential(block, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 5)))
+
+
+X = image(2, 3, 8, 8)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    file = tmp_path / "small.elc"
+    elc_fx.save(elc_fx.compile(network(), X), file)
+    return file
+
+
+def same(one: fx.GraphModule, other: fx.GraphModule, *inputs: Any) -> bool:
+    with torch.no_grad():
+        return torch.equal(one(*inputs), other(*inputs))
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+@given(drawn=models(), seed=st.integers(0, 9), size=st.integers(1, 9), given_examples=st.booleans())
+def test_what_is_loaded_computes_the_same_to_the_bit(
+    drawn: tuple[nn.Module, int, int], seed: int, size: int, given_examples: bool, tmp_path_factory: Any
+) -> None:
+    model, dims, channels = drawn
+    randomise(model, seed)
+    x = torch.randn(2, channels, *[size + axis for axis in range(dims)], dtype=torch.float64)
+    assume(output_of(model, x) is not None)
+    compiled = elc_fx.compile(model, x if given_examples else None)
+    file = tmp_path_factory.mktemp("saved") / "network"
+    elc_fx.save(compiled, file)
+    loaded = elc_fx.load(file)
+    assert same(compiled, loaded, x.clone()) and loaded.code == compiled.code
+    assert elc_fx.report_of(loaded) == elc_fx.report_of(compiled)
+    assert list(loaded.state_dict()) == list(compiled.state_dict())
+
+
+def test_a_merged_network_keeps_its_report_and_origins(tmp_path: Path) -> None:
+    model, x = ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))), X
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x))
+    elc_fx.set_gate(decoupled, 0)
+    merged = elc_fx.merge(decoupled.eval())
+    elc_fx.save(merged, tmp_path / "merged")
+    loaded = elc_fx.load(tmp_path / "merged")
+    assert same(merged, loaded, x) and elc_fx.report_of(loaded) == elc_fx.report_of(merged)
+    assert storing.Report.from_dict(elc_fx.report_of(merged).to_dict()) == elc_fx.report_of(merged)
+    origins = [storing_origin(m) for m in merged.modules()]
+    assert any(origins) and origins == [storing_origin(m) for m in loaded.modules()]
+
+
+def storing_origin(module: nn.Module) -> Any:
+    return getattr(module, "elc_fx_origin", None)
+
+
+def test_a_plan_and_its_prediction_come_back(tmp_path: Path) -> None:
+    model = ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+    small = elc_fx.compile(model, X, mode="decouple", budget=elc_fx.Budget(depth=2), calibration=[X])
+    elc_fx.save(small, tmp_path / "small")
+    report = elc_fx.report_of(elc_fx.load(tmp_path / "small"))
+    assert report.plan is not None and report.plan.candidates and report == elc_fx.report_of(small)
+
+
+def test_what_a_loaded_network_can_still_do(file: Path, tmp_path: Path) -> None:
+    loaded = elc_fx.load(file)
+    elc_fx.save(loaded, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+    assert same(elc_fx.compile(loaded, X), loaded, X)
+    assert not loaded.training and not any(module.training for module in loaded.modules())
+    torch.export.export(loaded, (X,))
+
+
+def test_formats_ties_and_shared_layers_are_kept(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(4, 4, 3, padding=1)
+            self.act = nn.PReLU()
+            self.first, self.second = nn.Embedding(9, 4), nn.Embedding(9, 4)
+            self.second.weight = self.first.weight
+            self.scale = nn.Parameter(torch.rand(4, 1, 1), requires_grad=False)
+
+        def forward(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.relu(self.act(self.act(self.a(x))) * torch.sigmoid(x * self.scale))
+            return y, self.first(index) + self.second(index + 1)
+
+    model = ready(Model()).to(memory_format=torch.channels_last)
+    compiled = elc_fx.compile(model)
+    elc_fx.save(compiled, tmp_path / "saved")
+    loaded = elc_fx.load(tmp_path / "saved")
+    assert loaded.a.weight.stride() == compiled.a.weight.stride() == model.a.weight.stride()
+    assert loaded.first.weight is loaded.second.weight and not loaded.scale.requires_grad
+    inputs = image(1, 4, 5, 5), torch.tensor([3])
+    for one, other in zip(compiled(*inputs), loaded(*inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+# What cannot be saved.
+
+
+class Own(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) if float(x.sum()) > 0 else x
+
+
+@fx.wrap
+def own_function(x: Tensor) -> Tensor:
+    return x * float(x.sum())
+
+
+class Wrapped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return own_function(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 3, 1), Own()), r"`1` is a test_storing.Own, whose code cannot be stored"),
+        (Wrapped(), r"`own_function` calls test_storing.own_function, which is no operator of torch"),
+        (Own(), "more than a graph of layers"),
+    ],
+)
+def test_code_of_the_user_is_told_before_anything_is_written(model: nn.Module, message: str, tmp_path: Path) -> None:
+    compiled = elc_fx.compile(model.eval())
+    with pytest.raises(elc_fx.StorageError, match=message):
+        elc_fx.save(compiled, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_no_names_are_told_and_others_are_kept(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("my layer", nn.Conv2d(3, 3, 1))
+    with pytest.raises(elc_fx.StorageError, match="it has a name 'my layer'"):
+        elc_fx.save(elc_fx.compile(model.eval()), tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    shared = nn.Conv2d(4, 4, 3, padding=1)  # merged with the layer before it, and called by its own name elsewhere
+    compiled = elc_fx.compile(ready(nn.Sequential(shared, nn.BatchNorm2d(4), nn.ReLU(), shared)))
+    assert any(name == "0_merged" for name, _ in compiled.named_modules())
+    elc_fx.save(compiled, tmp_path / "saved")
+    assert same(elc_fx.load(tmp_path / "saved"), compiled, image(1, 4, 5, 5))
+
+
+def test_other_modules_are_told(tmp_path: Path) -> None:
+    with pytest.raises(elc_fx.InvalidInputError, match="this Linear was not returned by"):
+        elc_fx.save(nn.Linear(1, 1), tmp_path / "saved")
+
+
+# Files that are damaged, or made by somebody else.
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(elc_fx.StorageError, match="there is no file"):
+        elc_fx.load(tmp_path / "nothing")
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_damaged_or_truncated_file_is_told(data: st.DataObject, file: Path) -> None:
+    content, damaged = bytearray(file.read_bytes()), file.with_name("damaged")
+    at = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del content[at:]
+    damaged.write_bytes(content)
+    with pytest.raises(elc_fx.StorageError):
+        elc_fx.load(damaged)
+
+
+@pytest.mark.parametrize("kind", ["state dict", "pickle", "text"])
+def test_another_file_is_told(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "other"
+    if kind == "state dict":
+        save_file({"weight": torch.zeros(1)}, file)
+    elif kind == "pickle":
+        torch.save(nn.Linear(1, 1), file)
+    else:
+        file.write_text("no network")
+    with pytest.raises(elc_fx.StorageError, match="no network that elc_fx saved"):
+        elc_fx.load(file)
+
+
+def forged(file: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """The file with another description, and a digest that fits."""
+    with safe_open(file, "pt") as stored:
+        described = json.loads(stored.metadata()[storing.KEY])
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    described.pop("digest")
+    change(described)
+    described["digest"] = storing._digest(described, tensors)
+    save_file(tensors, file, {storing.KEY: json.dumps(described)})
+    return file
+
+
+def node(described: dict[str, Any], op: str) -> dict[str, Any]:
+    return next(n for n in described["nodes"] if n["op"] == op)
+
+
+def call(target: str, *args: Any) -> dict[str, Any]:
+    return {"op": "call_function", "name": "evil", "target": target, "args": {"tuple": list(args)}, "kwargs": {}}
+
+
+def layer(described: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(described["modules"].values()))
+
+
+EVIL = "x');__import__('os').system('touch EVIL');('"
+ATTACKS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "function": lambda d: d["nodes"].insert(1, call("os.system", "touch EVIL")),
+    "torch.load": lambda d: d["nodes"].insert(1, call("torch.load", "EVIL")),
+    "torch.ops": lambda d: d["nodes"].insert(1, call("torch.ops.load_library", "EVIL")),
+    "eval": lambda d: d["nodes"].insert(1, call("builtins.eval", "1")),
+    "getattr": lambda d: d["nodes"].insert(1, call("builtins.getattr", {"node": d["nodes"][0]["name"]}, "__class__")),
+    "computed getattr": lambda d: d["nodes"].insert(1, call("builtins.getattr", "x", {"node": d["nodes"][0]["name"]})),
+    "method": lambda d: d["nodes"].insert(1, {**call("apply_", {"node": d["nodes"][0]["name"]}), "op": "call_method"}),
+    "dunder": lambda d: d["nodes"].insert(1, {**call("__reduce_ex__", "", 2), "op": "call_method"}),
+    "input name": lambda d: node(d, "placeholder").update(target=EVIL),
+    "node name": lambda d: node(d, "placeholder").update(name=EVIL),
+    "module path": lambda d: node(d, "call_module").update(target=EVIL),
+    "keyword": lambda d: node(d, "call_module").update(kwargs={"x=__import__('os')": 1}),
+    "class name": lambda d: d.update(name="X:\n import os\nclass Y"),
+    "class": lambda d: layer(d).update({"class": "GraphModule"}),
+    "hooks": lambda d: layer(d)["plain"].update(_forward_hooks={"dict": []}),
+    "forward": lambda d: layer(d)["plain"].update(forward="x"),
+    "dtype": lambda d: d["nodes"].insert(1, call("torch.relu", {"dtype": "load"})),
+    "order": lambda d: next(iter(d["tensors"].values())).update(order=[0, 0]),
+    "deep": lambda d: d["nodes"].insert(1, call("torch.relu", json.loads('{"list":[' * 400 + "1" + "]}" * 400))),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_malicious_file_runs_nothing(
+    attack: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(elc_fx.StorageError):
+        elc_fx.load(forged(file, ATTACKS[attack]))(X)
+    assert not (tmp_path / "EVIL").exists()
+
+
+def test_what_a_file_may_call_takes_tensors_and_no_code() -> None:
+    for word in ("load", "save", "compile", "hub", "jit", "from_file", "exec", "eval", "import", "hook", "callable"):
+        assert not [name for name in storing.functions() if word in name.rpartition(".")[2].split("_")], word
+    assert not {"apply_", "map_", "register_hook"} & storing.methods()
+    assert not [name for name in storing.methods() if name.startswith("_")]
+
+
+def test_a_file_of_a_later_format_is_told(file: Path) -> None:
+    with pytest.raises(elc_fx.StorageError, match=r"format 99, this elc_fx reads 1: .*torch"):
+        elc_fx.load(forged(file, lambda d: d.update(format=99)))
