@@ -34,9 +34,9 @@ class Explanation:
     """What elc_fx finds in a model; `str()` is a summary.
 
     report: what `compile` would do, so what merges exactly, what does not, and why. layers: all convolutions and
-    linear layers, in the order in which they run. candidates: every region of several layers that could become one
-    convolution after decoupling. alone: the layers that neither merge exactly nor are in a candidate, and what they
-    stand between. no_candidates: why there are none, where they were not looked for.
+    linear layers, in the order in which they run. candidates: every region that could become one convolution after
+    decoupling. alone: the layers that neither merge exactly nor are in a candidate, and what they stand between.
+    no_candidates: why there are none, where they were not looked for.
     """
 
     model: str
@@ -178,7 +178,7 @@ def explain(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[s
     except CaptureError as error:
         why = f"the forward of {name} cannot be traced: {error}; decouple the part of it that can"
         return Explanation(name, report, _layers_of(model), (), (), why)
-    regions = ((r, c) for r, c in CandidateFinder(graph, LONGEST).all(LARGEST_KERNEL) if not r.is_one_layer)
+    regions = CandidateFinder(graph, LONGEST).all(LARGEST_KERNEL)
     found = [c for _, c in regions if c.activations or c.kernels or c.paddings]  # the others merge exactly
     layers = tuple(label(op.node) for op in graph.interpreter.operations.values() if op.convolves)
     merged = {place for region in report.merged for place in region.nodes}

@@ -29,7 +29,8 @@ def test_it_says_of_every_layer_what_can_become_of_it() -> None:
     assert explanation.layers == ("0", "1", "3", "5")
     assert [region.nodes for region in explanation.report.merged] == [("0", "1")]
     assert {layer for c in explanation.candidates for layer in c.layers} == {"0", "1", "3"}
-    assert not any(c.layers in (("0",), ("3",)) for c in explanation.candidates)  # a smaller kernel merges nothing
+    assert not any(c.layers in (("0",), ("3",)) for c in explanation.smallest)  # a smaller kernel merges nothing
+    assert "Could have a smaller kernel, and stay: 2 layers." in str(explanation)
     assert [str(r) for r in explanation.alone] == ["5: it reads `4`, and it gives the output"]
 
 
