@@ -64,7 +64,7 @@ OWN: dict[str, Callable[[], Any]] = {
 }
 PREPARED: dict[str, list[tuple[int, str]]] = {
     "README.md": [(1, "train_loader"), (2, "model"), (2, "x")],  # the last block trains: not on ImageNet's sizes
-    "docs/deploy.md": [(0, "small"), (0, "x")],
+    "docs/deploy.md": [(0, "model"), (0, "small"), (0, "x")],
     "docs/own-network.md": [(0, "model"), (0, "x"), (0, "batches"), (0, "held_out"), (0, "train_loader")],
     "docs/planning.md": [(0, "model"), (0, "x"), (0, "batches")],
     "docs/report.md": [(0, "model"), (0, "x"), (1, "small")],
@@ -74,6 +74,8 @@ NOT_RUN = {
     "pip install -e .": "installs",
     "pip install -e . && python -m elc_fx demo": "installs; tests/test_demo.py runs the demo",
     "pip install -e '.[test]' && pytest": "installs, and runs this test; .ci/run runs it",
+    "pip install -e '.[test]' && pytest tests/test_properties.py": "installs, and runs tests",
+    "ruff check . && ruff format --check . && mypy": ".ci/run runs them",
     "python -m elc_fx demo": "trains for a minute; tests/test_demo.py runs it",
 }
 EXAMPLES: dict[str, dict[str, int]] = {  # by which they take a few seconds
