@@ -58,6 +58,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "finetune": ("finetune", lambda result: bench_finetune.table(result["rows"], STYLE)),
     "compress": ("compress", lambda result: bench_compress.table(result["rows"], STYLE)),
     "benchmark_accuracy": ("benchmark", lambda result: benchmark.accuracy_table(result["rows"], STYLE)),
+    "benchmark_done": ("benchmark", lambda result: benchmark.done_table(result["rows"], STYLE)),
     "benchmark_latency": ("benchmark_latency", lambda result: benchmark.latency_table(result["rows"], STYLE)),
     "compile_end_to_end": ("compile_end_to_end", lambda result: bench_compile.end_to_end_table(result, STYLE)),
 }

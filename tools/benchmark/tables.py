@@ -14,6 +14,19 @@ import terminal
 from benchmark.methods import METHODS
 
 Row = Mapping[str, Any]
+NOT_RUN = "not run"
+ACCURACY = (
+    "network",
+    "budget",
+    "method",
+    "epochs",
+    "test accuracy",
+    "points",
+    "untrained",
+    "FLOPs",
+    "depth",
+    "seeds",
+)
 
 
 def show() -> None:
@@ -49,6 +62,15 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
     """Test accuracy and costs of each method; at a network's largest budget, those that were not run are there, too."""
+    return terminal.table(_accuracies(rows), ACCURACY, style)
+
+
+def done_table(rows: Sequence[Row], style: str = "simple") -> str:
+    """The same, of what was run."""
+    return terminal.table([line for line in _accuracies(rows) if NOT_RUN not in line], ACCURACY, style)
+
+
+def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
     lines = []
     groups = _grouped(rows)
     headline = {row["network"]: row["budget"] for row in reversed(rows)}
@@ -59,24 +81,12 @@ def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
             if not own and budget != headline[network]:
                 continue
             if not own:
-                lines.append([*head, "not run", "", "", "", "", ""])
+                lines.append([*head, NOT_RUN, "", "", "", "", ""])
             elif "unreachable" in own[0]:
                 lines.append([*head, "cannot reach the budget", "", "", "", "", ""])
             else:
                 lines.append([*head, *_cells(own)])
-    headers = (
-        "network",
-        "budget",
-        "method",
-        "epochs",
-        "test accuracy",
-        "points",
-        "untrained",
-        "FLOPs",
-        "depth",
-        "seeds",
-    )
-    return terminal.table(lines, headers, style)
+    return lines
 
 
 def _cells(rows: Sequence[Row]) -> list[str]:
