@@ -248,6 +248,7 @@ ATTACKS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "forward": lambda d: layer(d)["plain"].update(forward="x"),
     "dtype": lambda d: d["nodes"].insert(1, call("torch.relu", {"dtype": "load"})),
     "order": lambda d: next(iter(d["tensors"].values())).update(order=[0, 0]),
+    "nested": lambda d: d["nodes"].insert(1, call("torch.relu", json.loads('{"list":[' * 210 + "1" + "]}" * 210))),
     "deep": lambda d: d["nodes"].insert(1, call("torch.relu", json.loads('{"list":[' * 400 + "1" + "]}" * 400))),
 }
 
