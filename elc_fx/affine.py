@@ -63,9 +63,8 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.padding_mode != "zeros" and not self.padded:
             object.__setattr__(self, "padding_mode", "zeros")  # what reads no padding has no mode
-        if any(k == 1 < d for k, d in zip(self.kernel_size, self.dilation, strict=True)):
-            steps = (1 if k == 1 else d for k, d in zip(self.kernel_size, self.dilation, strict=True))
-            object.__setattr__(self, "dilation", tuple(steps))  # one tap has no distance to another
+        dilation = tuple(1 if k == 1 else d for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        object.__setattr__(self, "dilation", dilation)  # one tap has no distance to another
 
     @classmethod
     def pointwise(

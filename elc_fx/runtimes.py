@@ -14,6 +14,7 @@ from elc_fx.exporting import onnx_bytes
 from elc_fx.packages import required
 
 Runtime = Literal["inductor", "onnxruntime", "openvino"]
+PACKAGES = {"onnxruntime": "elc_fx[onnx]", "openvino": "elc_fx[openvino]"}
 Run: TypeAlias = Callable[[Sequence[Any]], Sequence[Any]]  # numpy arrays, in the order of the network's inputs
 
 
@@ -23,7 +24,7 @@ class RuntimeFailedError(ElcError, RuntimeError):
 
 def onnxruntime_run(stored: bytes) -> Run:
     """ONNX Runtime on the CPU, with as many threads as torch. Raises `MissingPackageError`."""
-    onnxruntime = required("onnxruntime", "elc_fx[onnx]")
+    onnxruntime = required("onnxruntime", PACKAGES["onnxruntime"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # errors are raised, too
@@ -34,7 +35,7 @@ def onnxruntime_run(stored: bytes) -> Run:
 
 def openvino_run(stored: bytes) -> Run:
     """OpenVINO on the CPU, with as many threads as torch, in float32. Raises `MissingPackageError`."""
-    openvino = required("openvino", "elc_fx[openvino]")
+    openvino = required("openvino", PACKAGES["openvino"])
     core = openvino.Core()
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     request = core.compile_model(core.read_model(stored), "CPU", options).create_infer_request()
@@ -42,7 +43,6 @@ def openvino_run(stored: bytes) -> Run:
 
 
 RUNS: dict[str, Callable[[bytes], Run]] = {"onnxruntime": onnxruntime_run, "openvino": openvino_run}
-PACKAGES = {"onnxruntime": "elc_fx[onnx]", "openvino": "elc_fx[openvino]"}
 
 
 class Deployed(nn.Module):
