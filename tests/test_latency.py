@@ -17,8 +17,8 @@ from elc_fx.planning import latency, stored
 from elc_fx.planning.planner import Planner
 
 
-def planner(**options: Any) -> Planner:
-    return Planner(network(), torch.randn(1, 3, 8, 8), loss="uniform", progress=False, **options)
+def planner(batch: int = 1, size: int = 8, **options: Any) -> Planner:
+    return Planner(network(), torch.randn(batch, 3, size, size), loss="uniform", progress=False, **options)
 
 
 @pytest.fixture
@@ -29,6 +29,7 @@ def by_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         return float(sum(p.numel() for p in unit.make().parameters() if p.dim() > 1))
 
     monkeypatch.setattr(latency.LatencyMeter, "_measured", measured)
+    monkeypatch.setattr(latency.LatencyMeter, "_call", lambda self: 0.0)
     weights = 3 * 6 * 9 + 8 * 36 * 9 + 24  # of `network`
     monkeypatch.setattr(latency, "seconds", lambda calls, blocks=1: [float(weights)] * len(calls))
 
@@ -57,7 +58,8 @@ def test_an_impossible_latency_is_told_with_the_least() -> None:
 def test_a_plan_keeps_a_latency_that_was_measured(
     backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = planner(backend=backend, cache=tmp_path)
+    large = {"batch": 8, "size": 32}  # so that layers take longer than a call does
+    made = planner(**large, backend=backend, cache=tmp_path)
     plan = made.plan(elc_fx.Budget(latency=0.7))
     assert plan.prediction is not None and plan.prediction.before.latency is not None
     assert 0 < (plan.prediction.after.latency or 0) <= 0.7 * plan.prediction.before.latency
@@ -67,7 +69,7 @@ def test_a_plan_keeps_a_latency_that_was_measured(
         raise AssertionError(unit.key)
 
     monkeypatch.setattr(latency.LatencyMeter, "_measured", never)
-    planner(backend=backend, cache=tmp_path).plan(elc_fx.Budget(latency=0.7))
+    planner(**large, backend=backend, cache=tmp_path).plan(elc_fx.Budget(latency=0.7))
 
 
 def test_layers_of_every_kind_are_measured() -> None:

@@ -38,7 +38,7 @@ def measured(weights: Path, backend: Any, batch: int) -> list[dict[str, Any]]:
                 "batch": batch,
                 "budget": budget,
                 "flops": prediction.after.flops / prediction.before.flops,
-                "predicted": prediction.after.latency,
+                "predicted": prediction.after.latency / prediction.before.latency * prediction.latency[0],
                 "original": prediction.latency[0],
                 "measured": prediction.latency[1],
             }

@@ -1,10 +1,10 @@
 """Latency: every distinct layer that a choice could leave behind, measured on the machine at hand.
 
 A layer is run several times over in one small network, with weights of its own each time, and the time of a network
-that does nothing is taken off: so its time is that inside of a network, not that of a call. Where its output has the
+with half as many is taken off: so its time is that inside of a network, not that of a call. Where its output has the
 shape of its input, the copies follow each other, since runtimes keep data in layouts of their own between layers. The
-sum over the layers, scaled so that it is right for the original as a whole, predicts the network that a choice leaves
-behind.
+time of a call, and the sum over the layers, scaled so that both are right for the original as a whole, predict the
+network that a choice leaves behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from elc_fx.shapes import run_recording
 Backend = Literal["eager", "compile", "onnxruntime", "openvino"]
 Call = Callable[[], object]
 
-COPIES = 8  # of a layer in the network that is timed
+COPIES = 8  # of a layer by which two networks differ
 BLOCKS = 7  # of which the fastest counts: what else runs on a machine only adds
 WHOLE_BLOCKS = 21  # for whole networks
 BLOCK_SECONDS = 0.03
@@ -123,7 +123,7 @@ _RUNNERS: dict[str, Callable[[nn.Module, tuple[Any, ...]], Call]] = {
     "compile": _compiled,
     **{runtime: partial(_exported, runtime) for runtime in RUNS},
 }
-# Whether elementwise operations after a layer become part of it.
+# Whether elementwise operations after a layer become part of it, or cost next to nothing.
 FUSES: dict[str, bool] = {"eager": False, "compile": True, "onnxruntime": True, "openvino": True}
 
 
@@ -175,7 +175,7 @@ class LatencyMeter:
         check_computes(self.graph.graph_module)
         self.values = run_recording(self.graph.captured, lambda value: (tuple(value.shape), value.dtype))[1]
         known = StoredTable(self.cache, f"latencies-{self._key()}")
-        nodes = {node.name: self._unit(node) for node in self.graph.graph_module.graph.nodes}
+        nodes = {node.name: self._unit(node) if node is leader else None for node, leader in self._leaders().items()}
         merged = {choice.key: self._layer(choice.geometry, choice.region.source) for choice in choices}
         units = {unit.key: unit for unit in (*nodes.values(), *merged.values()) if unit is not None}
         times: dict[str, float] = of_the_first(lambda: {key: known[key] for key in units if key in known})
@@ -187,8 +187,9 @@ class LatencyMeter:
             if unit.shared:
                 known[unit.key] = times[unit.key]
         whole = min(whole, of_the_first(self._original))
+        call = min(whole, of_the_first(self._call))
         spent = {name: 0.0 if unit is None else times[unit.key] for name, unit in nodes.items()}
-        scale = whole / max(sum(spent.values()), 1e-12)
+        scale = (whole - call) / max(sum(spent.values()), 1e-12)
         return LatencyModel(
             whole,
             {name: scale * value for name, value in spent.items()},
@@ -197,6 +198,9 @@ class LatencyMeter:
 
     def _original(self) -> float:
         return seconds([self._deployed(self.graph.graph_module)], blocks=WHOLE_BLOCKS)[0]
+
+    def _call(self) -> float:
+        return seconds([runner(_Least(), self.inputs, self.backend)])[0]
 
     def whole(self, choices: Sequence[Choice]) -> tuple[float, float]:
         """Seconds of the original and of what the choices leave behind, side by side. choices: as in the graph."""
@@ -220,23 +224,24 @@ class LatencyMeter:
         return hashlib.sha256(repr((*parts, version)).encode()).hexdigest()[:20]
 
     def _measured(self, unit: _Unit) -> float:
-        inputs = [self._random(shape, dtype) for _ in range(COPIES) for shape, dtype in unit.inputs]
-        arity, keep = len(unit.inputs), FUSES[self.backend]
-        copies = [unit.make().eval().to(self.device) for _ in range(COPIES)]
+        calls = [runner(*self._copies(unit, count), self.backend) for count in (COPIES, 2 * COPIES)]
+        fewer, more = seconds(calls)
+        return max(more - fewer, 0.0) / COPIES
+
+    def _copies(self, unit: _Unit, count: int) -> tuple[nn.Module, list[Tensor]]:
+        """A network of copies of a unit, and its inputs."""
+        copies = [unit.make().eval().to(self.device) for _ in range(count)]
+        inputs = [self._random(shape, dtype) for _ in range(count) for shape, dtype in unit.inputs]
+        arity = len(unit.inputs)
         try:
             with torch.no_grad():
                 output = copies[0](*inputs[:arity])
         except Exception as error:  # whatever the module runs into on random numbers
             raise LatencyError(f"{unit.key:.200} does not run alone: {type(error).__name__}: {error}") from error
-        if arity == 1 and isinstance(output, Tensor) and output.shape == inputs[0].shape:
-            network: nn.Module = nn.Sequential(*copies)
-            nothing: nn.Module = _First()
-            inputs = inputs[:1]
-        else:
-            network = _Copies(copies, arity, keep=keep)
-            nothing = _Copies([_First() for _ in range(COPIES)], arity, keep=keep)
-        both = seconds([runner(part, inputs, self.backend) for part in (network, nothing)])
-        return max(both[0] - both[1], 0.0) / COPIES
+        chains = unit.layer or not FUSES[self.backend]  # else all of them would become one
+        if chains and arity == 1 and isinstance(output, Tensor) and output.shape == inputs[0].shape:
+            return nn.Sequential(*copies), inputs[:1]
+        return _Copies(copies, arity, keep=self.backend != "eager"), inputs
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if dtype.is_floating_point:
@@ -244,18 +249,17 @@ class LatencyMeter:
         return torch.zeros(tuple(shape), dtype=dtype, device=self.device)
 
     def _unit(self, node: fx.Node) -> _Unit | None:
-        """What is timed for a node; None where it costs nothing, or is part of the layer before it."""
+        """What is timed for a node; None where it costs nothing."""
         operations = self.graph.interpreter.operations
         sources = node.all_input_nodes
         if node.op not in ("call_module", "call_function", "call_method") or node not in self.values:
             return None
-        if not sources or any(source not in self.values for source in sources) or self._follows_a_layer(node):
+        if not sources or any(source not in self.values for source in sources):
             return None
         if node.op == "call_module" and self._vanishes(node):
             return None
-        operation = operations.get(node)
-        if operation is not None and operation.convolves:
-            return self._layer(operation.geometry, operation.source)
+        if self._convolves(node):
+            return self._layer(operations[node].geometry, operations[node].source)
         inputs = tuple(self.values[source] for source in sources)
         network = self.graph.graph_module
         shared, what = not runs_foreign_code(network, node), node.name
@@ -267,28 +271,36 @@ class LatencyMeter:
     def _layer(self, geometry: Geometry, source: fx.Node) -> _Unit:
         inputs = (self.values[source],)
         geometry = replace(geometry, bias=True, fill=False)
-        return _Unit(f"{geometry} {inputs}", inputs, lambda: _Layer(geometry, self.dtype))
+        return _Unit(f"{geometry} {inputs}", inputs, lambda: _Layer(geometry, self.dtype), layer=True)
 
     def _vanishes(self, node: fx.Node) -> bool:
         """Whether a deployed network has no such module."""
         network = self.graph.graph_module
         return is_identity(network, node) or is_drop_path(module_of(network, node))
 
-    def _follows_a_layer(self, node: fx.Node) -> bool:
-        """Whether a deployed network computes it together with the layer before it."""
-        operations = self.graph.interpreter.operations
+    def _leaders(self) -> dict[fx.Node, fx.Node]:
+        """For every node the one together with which a deployed network computes it: itself, or one before it."""
+        leaders: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.graph_module.graph.nodes:
+            leaders[node] = next((leaders[source] for source in self._joinable(node, leaders)), node)
+        return leaders
+
+    def _joinable(self, node: fx.Node, leaders: Mapping[fx.Node, fx.Node]) -> Iterator[fx.Node]:
+        """What a node reads and is computed together with."""
+        if self._convolves(node):
+            return
+        fuses = FUSES[self.backend]
+        scales = node in self.graph.interpreter.operations and node not in self.graph.activations
         for source in node.all_input_nodes:
             if len(source.users) > 1 or not {source, node} <= self.values.keys():  # no tensors, such as sizes
                 continue
-            if self.values[source][0] != self.values[node][0]:
-                continue
-            layer = source in operations and operations[source].convolves
-            if not layer and not self._follows_a_layer(source):
-                continue
-            scales = node in operations and not operations[node].convolves and node not in self.graph.activations
-            if scales or FUSES[self.backend]:
-                return not (node in operations and operations[node].convolves)
-        return False
+            same = self.values[source][0] == self.values[node][0]
+            if same and self._convolves(leaders[source]) and (fuses or scales):
+                yield source
+
+    def _convolves(self, node: fx.Node) -> bool:
+        operation = self.graph.interpreter.operations.get(node)
+        return operation is not None and operation.convolves
 
 
 @dataclass(frozen=True)
@@ -296,13 +308,15 @@ class _Unit:
     """What is timed.
 
     inputs: shape and data type of each. make: a new one, with weights of its own. shared: whether any other of its key
-    takes as long, in any network: not so where code is not torch's, of which nobody knows what it depends on.
+    takes as long, in any network: not so where code is not torch's, of which nobody knows what it depends on. layer: a
+    convolution or linear layer.
     """
 
     key: str
     inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     make: Callable[[], nn.Module]
     shared: bool = True
+    layer: bool = False
 
 
 class _Layer(nn.Module):
@@ -320,9 +334,11 @@ class _Layer(nn.Module):
         return y
 
 
-class _First(nn.Module):
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        return x
+class _Least(nn.Module):
+    """As little as a network computes."""
+
+    def forward(self, *inputs: Any) -> list[Tensor]:
+        return [x + 1 for x in inputs if isinstance(x, Tensor)]
 
 
 class _Copies(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -167,7 +168,7 @@ class Planner:
         `PlanError` for a candidate that is not one of `choices`, and `InvalidInputError` without calibration.
         """
         if self.sensitivity is None:
-            raise InvalidInputError("there are no calibration batches to fit convolutions to")
+            raise InvalidInputError("the losses were given: there are no calibration batches to fit convolutions to")
         numbers = {choice.candidate: i for i, choice in enumerate(self.choices)}
         for candidate in plan.candidates:
             if candidate not in numbers:
@@ -244,7 +245,8 @@ def _from_table(table: Mapping[str, float], choices: Sequence[Choice]) -> list[f
 
 
 def _key(calibration: Calibration) -> str:
-    return hashlib.sha256(f"{torch.__version__} {calibration.fingerprint()}".encode()).hexdigest()[:20]
+    versions = f"{importlib.metadata.version('elc_fx')} {torch.__version__}"  # another may fit otherwise
+    return hashlib.sha256(f"{versions} {calibration.fingerprint()}".encode()).hexdigest()[:20]
 
 
 def plan(
