@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -444,8 +445,24 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _working(on: str) -> Iterator[None]:
     """A spinner where stderr is a terminal; what the model's code prints goes to stderr as well."""
-    with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status(on):
+    with _native_output_to_stderr(), contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status(on):
         yield
+
+
+@contextlib.contextmanager
+def _native_output_to_stderr() -> Iterator[None]:
+    """Of compiled libraries: HiGHS prints a line now and then, whatever it is told, which would spoil --json."""
+    if os.name != "posix":
+        yield
+        return
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # C's buffers
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _complain(message: str) -> None:

@@ -300,3 +300,16 @@ def test_in_a_shell_the_working_directory_can_be_imported(workplace: Path) -> No
 
 def test_in_a_shell_the_version_is_printed(workplace: Path) -> None:
     assert shell("--version", directory=workplace).stdout.startswith("elc-fx 0.")
+
+
+def test_what_compiled_libraries_print_is_no_part_of_the_result() -> None:
+    script = """
+import ctypes, os
+from elc_fx.cli import _working
+with _working("something"):
+    os.write(1, b"noise")
+    ctypes.CDLL(None).puts(b"noise in C's buffer")
+print("{}")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "{}\n" and done.stderr.count("noise") == 2

@@ -220,8 +220,9 @@ class LatencyMeter:
         """Of all that times depend on, besides the layers."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor()
         version = importlib.metadata.version(self.backend) if self.backend in ("onnxruntime", "openvino") else ""
-        parts = (self.backend, self.device.type, name, os.cpu_count(), torch.get_num_threads(), torch.__version__)
-        return hashlib.sha256(repr((*parts, version)).encode()).hexdigest()[:20]
+        versions = (importlib.metadata.version("elc_fx"), torch.__version__, version)
+        parts = (self.backend, self.device.type, name, os.cpu_count(), torch.get_num_threads(), *versions)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
     def _measured(self, unit: _Unit) -> float:
         calls = [runner(*self._copies(unit, count), self.backend) for count in (COPIES, 2 * COPIES)]
