@@ -21,6 +21,7 @@ from elc_fx.errors import (
 from elc_fx.explanation import Explanation, explain
 from elc_fx.exporting import ExportError
 from elc_fx.fusion import MergedRegion
+from elc_fx.memory import OutOfMemoryError
 from elc_fx.planning.budget import Budget, Costs
 from elc_fx.planning.candidates import Candidate, Candidates, candidates
 from elc_fx.planning.latency import LatencyError
@@ -57,6 +58,7 @@ __all__ = [
     "MergedRegion",
     "MissingPackageError",
     "NotAffineError",
+    "OutOfMemoryError",
     "Plan",
     "PlanError",
     "Planner",

@@ -14,6 +14,7 @@ from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.exporting import write
 from elc_fx.inputs import ExampleInputs
 from elc_fx.lossless import LosslessCompilation
+from elc_fx.memory import within_memory
 from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
 from elc_fx.report.diff import Diff
@@ -66,6 +67,7 @@ def compile(  # as torch.compile
         InvalidInputError: an argument is of the wrong type, or the model does not run on `example_inputs`.
         VerificationError: a merge does not compute what its layers compute.
         PlanError, CaptureError, TrainingError: as `plan` and `finetune`; mode "decouple" only.
+        OutOfMemoryError: the result, which takes about as much memory as the model, does not fit beside it.
         MissingPackageError, ExportError, RuntimeFailedError: the backend is not installed, or does not take the result.
     """
     if not isinstance(model, nn.Module):
@@ -78,16 +80,17 @@ def compile(  # as torch.compile
         )
     inputs = None if example_inputs is None else ExampleInputs.of(model, example_inputs)
     check_runtime(backend, None if inputs is None else inputs.by_position())
-    if mode == "decouple":
-        network = compress(
-            model, example_inputs, budget=budget, calibration=calibration, finetune=finetune, verify=verify
-        )
-    else:
-        for name, value in {"budget": budget, "calibration": calibration, "finetune": finetune}.items():
-            if value is not None:
-                raise InvalidInputError(f"{name} is for mode 'decouple'; the mode is 'lossless'")
-        network = LosslessCompilation(inputs, verify=verify).run(model)
-    result = deployed(network, None if inputs is None else inputs.by_position(), backend)
+    for name, value in {"budget": budget, "calibration": calibration, "finetune": finetune}.items():
+        if value is not None and mode == "lossless":
+            raise InvalidInputError(f"{name} is for mode 'decouple'; the mode is 'lossless'")
+    with within_memory(model):
+        if mode == "decouple":
+            network = compress(
+                model, example_inputs, budget=budget, calibration=calibration, finetune=finetune, verify=verify
+            )
+        else:
+            network = LosslessCompilation(inputs, verify=verify).run(model)
+        result = deployed(network, None if inputs is None else inputs.by_position(), backend)
     setattr(result, REPORT, report_of(network))
     return result
 

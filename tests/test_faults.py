@@ -180,3 +180,27 @@ def test_a_missing_package_names_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(elc_fx.MissingPackageError, match=rf"pip install 'elc_fx\[{extra}\]'"):
         elc_fx.compile(network(), image(1, 3, 5, 5), backend=backend)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+def test_a_network_that_does_not_fit_twice_is_told_and_left_as_it_was() -> None:
+    script = """
+import resource, torch, elc_fx
+from torch import nn
+layers = [m for _ in range(16) for m in (nn.Conv2d(512, 512, 3, padding=1), nn.BatchNorm2d(512), nn.ReLU())]
+model = nn.Sequential(*layers).eval()
+elc_fx.compile(model[:3].eval())  # what is imported late
+before = {name: value.sum() for name, value in model.state_dict().items()}
+taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (taken + 70 * 2**20, resource.RLIM_INFINITY))  # the model has 144 MiB
+try:
+    elc_fx.compile(model)
+except elc_fx.OutOfMemoryError as error:
+    print(error)
+assert all(value.sum() == before[name] for name, value in model.state_dict().items())
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+elc_fx.compile(model)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    assert "which takes 144 MiB" in done.stdout
