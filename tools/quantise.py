@@ -146,8 +146,10 @@ def speed_table(rows: Sequence[Mapping[str, Any]], style: str = "simple") -> str
 
 
 def main(
-    weights: Annotated[list[Path], typer.Option(help="A weight file of a CIFAR network; several times for several.")],
     data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an archive.")],
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="A weight file of a CIFAR network; several times for several.")
+    ] = None,
     compressed: Annotated[
         list[Path] | None, typer.Option(help="A .pt2 or .elc file, or a run's folder; several times for several.")
     ] = None,
@@ -162,7 +164,7 @@ def main(
     test = test.sample(limit) if limit else test
     samples = draws(train, calibration, calibrations)
     networks: dict[str, nn.Module] = {}
-    for file in weights:
+    for file in weights or []:
         model = cifar_models.load(file)
         networks[file.stem] = model
         networks[f"{file.stem}, merged"] = elc_fx.compile(model, samples[0].taken(slice(2)).inputs())
