@@ -155,6 +155,7 @@ def main(
     ] = None,
     calibration: Annotated[int, typer.Option(help="Training images of each calibration.", min=2)] = 512,
     calibrations: Annotated[int, typer.Option(help="Draws of these images.", min=1)] = 3,
+    times: Annotated[bool, typer.Option(help="Time both forms, too; compiling takes minutes.")] = True,
     limit: Annotated[int | None, typer.Option(help="Only about so many test images, for a quick look.", min=2)] = None,
     json: Annotated[Path | None, typer.Option(help="Result file. A run over all images has a default.")] = None,
 ) -> None:
@@ -171,9 +172,11 @@ def main(
     for path in compressed or []:
         networks[path.stem if path.suffix in (".pt2", ".elc") else path.name] = load(path)
     scores = {name: examine(networks[name], samples, test) for name in terminal.tracked(list(networks))}
-    seconds = measure(networks, samples[0])
-    rows = [{"network": name, **scores[name], "seconds": seconds[name]} for name in networks]
-    print(table(rows), speed_table(rows), sep="\n\n")
+    seconds = measure(networks, samples[0]) if times else {}
+    rows = [{"network": name, **scores[name], "seconds": seconds.get(name, {})} for name in networks]
+    print(table(rows))
+    if times:
+        print(f"\n{speed_table(rows)}")
     if json or not limit:
         provenance.store(json or provenance.RESULTS / "quantised.json", origin, {"rows": rows})
 
