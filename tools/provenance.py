@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "openvino", "torch-pruning", "elc_fx")
+PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "openvino", "torch-pruning", "torchao", "elc_fx")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import bench_rank
 import cifar_lossless
 import decouple_zoo
 import provenance
+import quantise
 import terminal
 import zoo_sweep
 from benchmark import tables as benchmark
@@ -60,6 +61,9 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "benchmark_accuracy": ("benchmark", lambda result: benchmark.accuracy_table(result["rows"], STYLE)),
     "benchmark_done": ("benchmark", lambda result: benchmark.done_table(result["rows"], STYLE)),
     "benchmark_latency": ("benchmark_latency", lambda result: benchmark.latency_table(result["rows"], STYLE)),
+    "quantised": ("quantised", lambda result: quantise.table(result["rows"], STYLE)),
+    "quantised_speed": ("quantised", lambda result: quantise.speed_table(result["rows"], STYLE)),
+    "quantised_merges": ("quantised_merges", lambda result: quantise.table(result["rows"], STYLE)),
     "compile_end_to_end": ("compile_end_to_end", lambda result: bench_compile.end_to_end_table(result, STYLE)),
 }
 
