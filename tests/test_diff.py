@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -324,6 +325,14 @@ def test_the_picture_is_well_formed_and_has_every_layer() -> None:
     text = to_dot(diff)
     assert text.count("[label=") == len(circles) and text.count("{") == text.count("}")
     assert '\\"b\\" & c' in text
+
+
+def test_a_picture_holds_any_name() -> None:
+    """XML may hold no control characters, however they are escaped; paths of files are longer than there is room."""
+    model = nn.Sequential(OrderedDict({"a\x07": nn.Conv2d(3, 3, 1)})).eval()
+    picture = ElementTree.fromstring(to_svg(elc_fx.diff(model, model, names=("\x00", "x" * 300))))
+    texts = [t.text for t in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[:2] == ["\ufffd", f"…{'x' * 39}"] and "a\ufffd " in texts
 
 
 def test_lanes_join_each_layer_with_what_it_reads() -> None:
