@@ -21,7 +21,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import randomize_
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from typer.testing import CliRunner
 
@@ -389,6 +389,10 @@ def test_bad_input_gets_a_clear_error(tmp_path: Path) -> None:
         elc_fx.diff(block_network().train(), model)
     with pytest.raises(elc_fx.InvalidInputError, match="does not run on the example_inputs"):
         elc_fx.diff(model, model, torch.randn(1, 4, 8, 8))
+    with pytest.raises(elc_fx.InvalidInputError, match="expected two texts"):
+        elc_fx.diff(model, model, names=("before",))  # type: ignore[arg-type]
+    with pytest.raises(elc_fx.InvalidInputError, match=r"channels instead$"):  # of torch.fx nothing
+        elc_fx.diff(model, fx.symbolic_trace(nn.Conv2d(4, 4, 1)).eval(), X)
     diff = elc_fx.diff(model, model)
     with pytest.raises(elc_fx.InvalidInputError, match=r"ends in .png, expected .html, .svg, .dot"):
         elc_fx.draw(diff, tmp_path / "diff.png")
