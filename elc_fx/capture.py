@@ -8,6 +8,7 @@ node; tracing goes on around it. The captured graph shares its modules with the 
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import itertools
@@ -133,6 +134,8 @@ def capture(
             if module is root:
                 raise CaptureError("its forward changes attributes of the module")
             refused[module] = Refusal(name, "its forward changes attributes of the module")
+    if unwritable := [name for name in map(str, _paths(graph)) if not all(map(_is_writable, name.split(".")))]:
+        raise CaptureError(f"torch.fx cannot write code that reads {unwritable[0]!r}, for its name")
     graph._tracer_cls = None  # the result is unpickled by torch's own tracer
     captured = fx.GraphModule(_with_constants(root, tracer.constants), graph, type(model).__name__)
     _mark_eval(captured, root)
@@ -159,15 +162,32 @@ def tidy(captured: fx.GraphModule, kept: tuple[type[nn.Module], ...] = ()) -> No
     captured.graph.lint()
 
 
+def _paths(graph: fx.Graph) -> Iterator[Any]:
+    """Of the modules that a graph calls and the attributes that it reads."""
+    yield from (node.target for node in graph.nodes if node.op in ("call_module", "get_attr"))
+
+
+@functools.cache
+def _is_writable(name: str) -> bool:
+    """Whether the code that torch.fx writes for an attribute reads that attribute: it escapes nothing."""
+    try:
+        if name.isidentifier():
+            read: Any = ast.parse(f"self.{name}", mode="eval").body
+            return read.attr == name  # Python normalises it
+        return ast.literal_eval(f'"{name}"') == name
+    except (SyntaxError, ValueError):  # of Unicode, too
+        return False
+
+
 def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks, None) for hooks in HOOKS)
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module computes what torch.nn's `forward` of its class says, and is kept whole."""
-    forward = type(module).forward
     if (
-        calls_differently(module)
+        isinstance(module, torch.jit.ScriptModule)
+        or calls_differently(module)
         or "forward" in vars(module)
         or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
     ):
@@ -175,7 +195,7 @@ def is_leaf(module: nn.Module) -> bool:
     convolves = getattr(type(module), "_conv_forward", None)
     return all(
         (getattr(f, "__module__", None) or "").startswith(("torch.nn.", "torch.ao.nn."))
-        for f in (forward, convolves)
+        for f in (type(module).forward, convolves)
         if f
     ) and not type(module).__module__.startswith("torch.fx.")
 

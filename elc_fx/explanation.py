@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from elc_fx.capture import CaptureError, Refusal
 from elc_fx.compiled import REPORT
-from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.graph import label
 from elc_fx.inputs import ExampleInputs
 from elc_fx.lossless import LosslessCompilation
@@ -22,6 +21,7 @@ from elc_fx.planning.candidates import (
     Candidate,
     CandidateFinder,
     candidate_table,
+    check_model,
 )
 from elc_fx.report import Report
 from elc_fx.serial import SerialGraph
@@ -111,19 +111,21 @@ class Explanation:
         if not self.candidates:
             return "After decoupling (elc_fx.plan, elc_fx.decouple): nothing more."
         merges = [c for c in self.candidates if c.merges]
-        activations, paddings = (
-            len({place for c in merges for place in getattr(c, name)}) for name in ("activations", "paddings")
-        )
         shrinking = {c.layers for c in self.candidates if not c.merges}
+        shrunk = f" Could have a smaller kernel, and stay: {_number(shrinking, 'layer')}." if shrinking else ""
+        if not merges:
+            return f"Could merge after decoupling: nothing.{shrunk}"
+        activations, paddings = (
+            {place for c in merges for place in getattr(c, name)} for name in ("activations", "paddings")
+        )
         head = (
             "Could merge after decoupling, at a loss that elc_fx.plan measures: "
-            f"{_number({c.nodes for c in merges}, 'region')}, {_number(merges, 'candidate')}; "
-            f"{activations} activations and {paddings} paddings are in the way. "
-            f"Could have a smaller kernel, and stay: {_number(shrinking, 'layer')}."
+            f"{_number({c.nodes for c in merges}, 'region')}, {_number(merges, 'candidate')}; in the way: "
+            f"{_number(activations, 'activation')}, {_number(paddings, 'padding')}.{shrunk}"
         )
         best = self.smallest
         if not best:
-            return f"{head} None saves FLOPs; `.candidates` has all."
+            return f"{head}\nNone saves FLOPs with a kernel as small as those of its layers; `.candidates` has all."
         saved, flops = sum(c.flops[0] - c.flops[1] for c in best), self.report.totals.flops
         share = f", {saved / flops[0]:.0%} of all" if flops and flops[0] else ""
         more = f"\n… and {len(best) - MOST_SHOWN} more; `.smallest` has all" if len(best) > MOST_SHOWN else ""
@@ -163,10 +165,7 @@ def explain(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[s
         TrainingModeError: the model is in training mode.
         InvalidInputError: an argument is of the wrong type, or the model does not run on `example_inputs`.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    if model.training:
-        raise TrainingModeError("the model is in training mode, in which nothing merges; call model.eval() first")
+    check_model(model)
     examples = None if example_inputs is None else ExampleInputs.of(model, example_inputs)
     # What is exact is found by doing it: numbers can forbid a merge that shapes allow.
     report: Report = getattr(LosslessCompilation(examples, verify=False).run(model), REPORT)

@@ -157,6 +157,8 @@ class _Moved:
 
     def then(self, second: _Moved) -> _Moved:
         a, b = self.geometry, second.geometry
+        if not any(map(any, b.padding)):
+            return _Moved(a.then(b))
         merged = a.then(replace(b, padding=((0, 0),) * b.dims))
         return _Moved(replace(merged, padding=moved(a.padding, a.stride, b.padding)))
 
@@ -174,7 +176,9 @@ def moved(first: Padding, stride: Ints, second: Padding) -> Padding:
 
 def closed_geometry(op: Operation, windows: Windows) -> Geometry:
     """The geometry of an operation whose gates are closed: zero padding, and the window of the kernel that is kept."""
-    geometry = replace(op.geometry, padding_mode="zeros")
+    geometry = op.geometry
+    if geometry.padding_mode != "zeros":
+        geometry = replace(geometry, padding_mode="zeros")
     kept = windows.get(op.node)
     return geometry if kept is None else windowed(geometry, kept)
 

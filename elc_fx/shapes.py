@@ -34,6 +34,7 @@ def run_recording(captured: Capture, what: Callable[[Tensor], T]) -> tuple[Any, 
 class _Recorder(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule, what: Callable[[Tensor], Any]) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False  # an error says what the model's own code says, and no more
         self.what = what
         self.found: dict[fx.Node, Any] = {}
 

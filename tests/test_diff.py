@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,7 +21,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import randomize_
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from typer.testing import CliRunner
 
@@ -326,6 +327,14 @@ def test_the_picture_is_well_formed_and_has_every_layer() -> None:
     assert '\\"b\\" & c' in text
 
 
+def test_a_picture_holds_any_name() -> None:
+    """XML may hold no control characters, however they are escaped; paths of files are longer than there is room."""
+    model = nn.Sequential(OrderedDict({"a\x07": nn.Conv2d(3, 3, 1)})).eval()
+    picture = ElementTree.fromstring(to_svg(elc_fx.diff(model, model, names=("\x00", "x" * 300))))
+    texts = [t.text for t in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[:2] == ["\ufffd", f"…{'x' * 39}"] and "a\ufffd " in texts
+
+
 def test_lanes_join_each_layer_with_what_it_reads() -> None:
     diff = elc_fx.diff(block_network(), block_network())
     drawn = layout(diff)
@@ -380,6 +389,10 @@ def test_bad_input_gets_a_clear_error(tmp_path: Path) -> None:
         elc_fx.diff(block_network().train(), model)
     with pytest.raises(elc_fx.InvalidInputError, match="does not run on the example_inputs"):
         elc_fx.diff(model, model, torch.randn(1, 4, 8, 8))
+    with pytest.raises(elc_fx.InvalidInputError, match="expected two texts"):
+        elc_fx.diff(model, model, names=("before",))  # type: ignore[arg-type]
+    with pytest.raises(elc_fx.InvalidInputError, match=r"channels instead$"):  # of torch.fx nothing
+        elc_fx.diff(model, fx.symbolic_trace(nn.Conv2d(4, 4, 1)).eval(), X)
     diff = elc_fx.diff(model, model)
     with pytest.raises(elc_fx.InvalidInputError, match=r"ends in .png, expected .html, .svg, .dot"):
         elc_fx.draw(diff, tmp_path / "diff.png")

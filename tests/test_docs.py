@@ -239,6 +239,14 @@ def test_figures_are_drawn_and_each_is_shown(tmp_path: Path) -> None:
     assert all(f"(figures/{name})" in text for name in drawn)
 
 
+def test_pictures_follow_light_and_dark(tmp_path: Path) -> None:
+    render_docs.draw_figures(tmp_path)
+    stored = [*(ROOT / "docs" / "figures").glob("*.svg"), *(ROOT / "docs" / "results").glob("*.svg")]
+    for file in (*tmp_path.iterdir(), *stored):
+        picture = file.read_text(encoding="utf-8")
+        assert "prefers-color-scheme:dark" in picture and not re.search("#(fff|000){2}", picture), file
+
+
 def test_reference_has_every_public_name_once() -> None:
     named = re.findall(r"^::: elc_fx\.(\w+)$", PAGES["docs/api.md"].read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(named) == sorted(elc_fx.__all__)

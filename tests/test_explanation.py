@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -32,6 +33,22 @@ def test_it_says_of_every_layer_what_can_become_of_it() -> None:
     assert not any(c.layers in (("0",), ("3",)) for c in explanation.smallest)  # a smaller kernel merges nothing
     assert "Could have a smaller kernel, and stay: 2 layers." in str(explanation)
     assert [str(r) for r in explanation.alone] == ["5: it reads `4`, and it gives the output"]
+
+
+def test_of_layers_that_can_only_shrink_no_merge_is_told() -> None:
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)).eval()
+    explanation = elc_fx.explain(pooled, X)
+    assert explanation.candidates and not explanation.smallest
+    told = "Could merge after decoupling: nothing. Could have a smaller kernel, and stay: 2 layers."
+    assert told in str(explanation) and "saves" not in str(explanation)
+
+
+def test_of_merges_that_save_nothing_that_is_told() -> None:
+    grows = nn.Sequential(nn.Conv2d(16, 2, 1), nn.ReLU(), nn.Conv2d(2, 16, 1)).eval()
+    explanation = elc_fx.explain(grows, torch.randn(1, 16, 8, 8))
+    assert explanation.candidates and not explanation.smallest
+    assert "1 region, 1 candidate; in the way: 1 activation, 0 paddings.\nNone saves FLOPs" in str(explanation)
+    assert "smaller kernel" not in str(explanation)
 
 
 def test_the_smallest_candidates_save_and_have_nothing_in_common() -> None:
@@ -85,6 +102,32 @@ def test_a_model_that_cannot_be_traced_is_explained_too() -> None:
     explanation = elc_fx.explain(randomize_(Branches()).eval(), X)
     assert len(explanation.report.merged) == 1 and explanation.report.opaque
     assert "cannot be traced" in str(explanation)
+
+
+@pytest.mark.parametrize("name", ["class", 'a"b', "a\\nb", "a\nb", "a\0b", "a\ud800b", "ﬁ"])
+def test_names_that_cannot_be_written_as_code_are_told(name: str) -> None:
+    """torch.fx writes `self.class`, and quotes without escaping: a SyntaxError, or code that reads something else."""
+    model = randomize_(nn.Sequential(OrderedDict({name: nn.Conv2d(3, 3, 1), "bn": nn.BatchNorm2d(3)}))).eval()
+    assert elc_fx.explain(model, X).no_candidates
+    torch.testing.assert_close(elc_fx.compile(model, X)(X), model(X))
+    with pytest.raises(elc_fx.CaptureError, match="cannot write code that reads"):
+        elc_fx.diff(model, model)
+
+
+@pytest.mark.parametrize("name", ["1x1", "a b", "слой", "<b>", "a'b", "\u202ename"])
+def test_names_that_are_no_identifiers_are_names(name: str) -> None:
+    model = randomize_(nn.Sequential(OrderedDict({name: nn.Conv2d(3, 3, 1), "bn": nn.BatchNorm2d(3)}))).eval()
+    assert elc_fx.explain(model, X).report.merged
+    assert elc_fx.diff(model, elc_fx.compile(model, X), X).counts["merged"] == 1
+
+
+def test_torchscript_is_left_as_it_is() -> None:
+    script = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()).eval())
+    assert "it is a TorchScript module" in str(elc_fx.explain(script, X))
+    with pytest.raises(elc_fx.CaptureError, match="it is a TorchScript module"):
+        elc_fx.diff(script, script)
+    inside = elc_fx.explain(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), script).eval(), X)
+    assert len(inside.report.merged) == 1 and inside.no_candidates is None
 
 
 def test_what_merges_exactly_needs_no_decoupling() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from browser import browser, complaints, look
 from networks import randomize_
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 from torch import nn
 from torchvision.models import resnet18
 
 import elc_fx
 from elc_fx.capture import Refusal
-from elc_fx.report.charts import Point
-from elc_fx.report.page import page
+from elc_fx.report.charts import Point, accuracy_cost
+from elc_fx.report.page import _rounded, page
 from elc_fx.training import Epoch
 
 X = torch.randn(1, 3, 64, 64)
@@ -152,7 +154,42 @@ def test_all_of_it_by_keyboard(driver: Any, diff_file: Path) -> None:
     assert focused() == "kept: x" and not driver.find_element("id", "panel").is_displayed()
     press(driver, "?")
     assert "Keys" in text(driver, "#panel")
+    driver.find_element("css selector", "#panel .close").click()
+    assert not driver.find_element("id", "panel").is_displayed()
     assert complaints(driver) == []
+
+
+def test_from_change_to_change_it_stops_at_the_ends(driver: Any, diff_file: Path) -> None:
+    look(driver, diff_file)
+    press(driver, "n", Keys.HOME, "p")
+    assert text(driver, "#panel h3") == "merged: conv1"  # before it is nothing that changed
+    press(driver, Keys.END, "n")
+    assert text(driver, "#panel h3") == "merged: conv1"
+    assert complaints(driver) == []
+
+
+def test_arrows_scroll_the_panel_that_has_the_focus(driver: Any, diff_file: Path) -> None:
+    look(driver, diff_file, height=400)
+    press(driver, "n", "n")
+    driver.find_element("css selector", "#panel .close").send_keys(Keys.ARROW_DOWN)
+    WebDriverWait(driver, 5).until(lambda d: d.execute_script("return document.getElementById('panel').scrollTop") > 0)
+    assert driver.switch_to.active_element.get_attribute("class") == "close"
+    assert complaints(driver) == []
+
+
+def test_the_panel_has_room_for_costs(driver: Any, diff_file: Path) -> None:
+    look(driver, diff_file)
+    press(driver, "n", "n")
+    for table in driver.find_elements("css selector", "#panel .wide"):
+        assert driver.execute_script("return arguments[0].scrollWidth - arguments[0].clientWidth", table) == 0
+
+
+def test_long_names_leave_room_for_the_diff(driver: Any, tmp_path: Path) -> None:
+    model, file = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval(), tmp_path / "diff.html"
+    elc_fx.draw(elc_fx.diff(model, elc_fx.compile(model), names=("x" * 3000, "y" * 3000)), file)
+    look(driver, file)
+    assert driver.find_element("css selector", ".heads").size["height"] < 100
+    assert driver.find_element("css selector", ".block.merged").is_displayed()
 
 
 def test_it_zooms_fits_and_pans(driver: Any, diff_file: Path) -> None:
@@ -200,6 +237,40 @@ def test_five_hundred_layers_can_be_read(driver: Any, tmp_path: Path) -> None:
     assert text(driver, "#found") == "1 found"
     assert driver.find_element("css selector", ".block.hit .name").is_displayed()
     assert complaints(driver) == []
+
+
+def test_two_thousand_layers_fit(driver: Any, tmp_path: Path) -> None:
+    layers = [m for i in range(670) for m in (nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2), nn.ReLU())]
+    model, file = nn.Sequential(*layers).eval(), tmp_path / "deeper.html"
+    elc_fx.draw(elc_fx.diff(model, model), file)
+    look(driver, file)
+    driver.find_element("id", "fit").click()
+    drawn = driver.find_element("id", "map")
+    assert driver.execute_script("return arguments[0].scrollHeight - arguments[0].clientHeight", drawn) <= 2
+    assert complaints(driver) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 "),
+        (999, "999 "),
+        (999_499, "999 k"),
+        (999_999, "1 M"),
+        (7_500_000, "7.5 M"),
+        (1_984_000_000_000, "1.98 T"),
+    ],
+)
+def test_counts_are_three_digits_and_a_letter(count: int, shown: str) -> None:
+    assert _rounded(count) == shown
+
+
+def test_charts_show_names_as_they_are() -> None:
+    """Folders of earlier runs are named by users; a $ is no formula, and a long name does not push the chart away."""
+    names = ("a$\\foo$", "<b>", "x" * 300)
+    with warnings.catch_warnings(action="error"):
+        drawn = accuracy_cost([Point(name, i + 1, 0.9) for i, name in enumerate(names)])
+    assert "a$\\foo$" in drawn and "&lt;b&gt;" in drawn and f"…{'x' * 23}<" in drawn
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,9 @@ import elc_fx
 import provenance
 import terminal
 from elc_fx.decoupling.nodes import DecoupledActivation
+from elc_fx.report.charts import BLUE, ORANGE, STYLE, picture
 
 DOCS = provenance.ROOT / "docs"
-BLUE, ORANGE = "#3b82d6", "#d0702a"
 
 
 class Branches(nn.Module):
@@ -199,10 +199,10 @@ def _runs(model: nn.Module, size: int) -> bool:
 @contextlib.contextmanager
 def _figure(file: Path, columns: int, size: tuple[float, float]) -> Iterator[list[Axes]]:
     """The axes of a figure, which is written afterwards: the same bytes for the same figure."""
-    with matplotlib.rc_context({"svg.hashsalt": file.stem, "svg.fonttype": "none", "font.size": 9}):
+    with matplotlib.rc_context({**STYLE, "font.size": 9}):
         figure = Figure(size, layout="constrained")
         yield list(figure.subplots(1, columns, squeeze=False)[0])
-        figure.savefig(file, metadata={"Date": None})
+        file.write_text(picture(figure, file.stem), encoding="utf-8")
 
 
 if __name__ == "__main__":

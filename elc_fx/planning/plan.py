@@ -188,7 +188,8 @@ class Plan:
             met = "" if self.prediction is None else f" The budget is met without a merge.\n{self.prediction}"
             return f"An empty plan.{met}"
         before, after = (sum(c.flops[i] for c in self.candidates) for i in (0, 1))
-        total = f"{len(self.candidates)} regions, {before:,} → {after:,} FLOPs"
+        count = len(self.candidates)
+        total = f"{count} region{'s' if count != 1 else ''}, {before:,} → {after:,} FLOPs"
         if self.prediction is None:
             return f"{candidate_table(self.candidates)}\n\n{total}"
         return f"{candidate_table(self.candidates, self.prediction.losses)}\n\n{total}\n{self.prediction}"

@@ -161,6 +161,8 @@ def diff(
         InvalidInputError: an argument is of the wrong type, or a network does not run on the inputs.
         TrainingModeError, CaptureError: a model is in training mode, or its `forward` cannot be traced.
     """
+    if not isinstance(names, tuple) or len(names) != 2 or not all(isinstance(name, str) for name in names):
+        raise InvalidInputError(f"names is {names!r}, expected two texts")
     if example_inputs is None:
         networks = _on_the_inputs_of_a_program(before, after, names)
     else:

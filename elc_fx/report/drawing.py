@@ -10,7 +10,8 @@ from elc_fx.report.network import Layer
 from elc_fx.report.rows import Cell, layout
 
 ROW, LANE = 22, 12  # pixels
-TEXT = 300  # the width of the names
+TEXT, LONGEST_TEXT = 300, 44  # the width of the names, and the characters for which there is room
+INK, PAPER = ("#1c2128", "#e6e9ee"), ("#fff", "#14181d")  # in light and dark
 COLORS = {  # of each kind, in light and dark
     "kept": ("#6b7280", "#9aa3af"),
     "merged": ("#1d64c8", "#7ab3ff"),
@@ -49,9 +50,9 @@ def _filled(scheme: int) -> str:
 
 
 _STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#1c2128}path{fill:none;stroke:#8b949e}rect{opacity:.13}.o{opacity:.65}"
-    f".paper{{fill:#fff;opacity:1}}{_filled(0)}.kept rect{{opacity:0}}"
-    f"@media(prefers-color-scheme:dark){{text{{fill:#e6e9ee}}.paper{{fill:#14181d}}{_filled(1)}}}"
+    f"text{{font:12px system-ui,sans-serif;fill:{INK[0]}}}path{{fill:none;stroke:#8b949e}}rect{{opacity:.13}}"
+    f".o{{opacity:.65}}.paper{{fill:{PAPER[0]};opacity:1}}{_filled(0)}.kept rect{{opacity:0}}"
+    f"@media(prefers-color-scheme:dark){{text{{fill:{INK[1]}}}.paper{{fill:{PAPER[1]}}}{_filled(1)}}}"
 )
 
 
@@ -63,11 +64,11 @@ def to_svg(diff: Diff) -> str:
     width, height = sum(widths) + 20, ROW * (rows + 2)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{escape(diff.summary())}">',
+        f'role="img" aria-label="{_xml(diff.summary())}">',
         f"<style>{_STYLE}</style>",
         f'<rect class="paper" width="{width}" height="{height}"/>',
-        f'<text x="6" y="16" style="font-weight:600">{escape(diff.before.name)}</text>',
-        f'<text x="{widths[0] + 26}" y="16" style="font-weight:600">{escape(diff.after.name)}</text>',
+        _svg_heading(diff.before.name, 6),
+        _svg_heading(diff.after.name, widths[0] + 26),
     ]
     y = 1.5 * ROW
     for block in drawn.blocks:
@@ -81,24 +82,39 @@ def to_svg(diff: Diff) -> str:
     return "\n".join([*parts, "</svg>"])
 
 
+def _svg_heading(name: str, x: int) -> str:
+    shown, whole = _xml(shortened(name, LONGEST_TEXT - 4)), _xml(name)
+    return f'<text x="{x}" y="16" style="font-weight:600">{shown}<title>{whole}</title></text>'
+
+
 def _svg_cell(cell: Cell, x: int, y: float, text_at: int) -> Iterator[str]:
     yield f'<g transform="translate({x} {y:g})"><path d="{curves(cell)}"/>'
     if cell.layer is not None and cell.lane is not None:
         yield f'<circle cx="{_x(cell.lane)}" cy="{ROW // 2}" r="4"/>'
         name, operation = _fitting(cell.layer)
         yield (
-            f'<text x="{text_at + 4}" y="15">{escape(name)} <tspan class="o">{escape(operation)}</tspan>'
-            f"<title>{escape(cell.layer.place)}: {escape(cell.layer.operation)}</title></text>"
+            f'<text x="{text_at + 4}" y="15">{_xml(name)} <tspan class="o">{_xml(operation)}</tspan>'
+            f"<title>{_xml(cell.layer.place)}: {_xml(cell.layer.operation)}</title></text>"
         )
     yield "</g>"
 
 
-def _fitting(layer: Layer, characters: int = 44) -> tuple[str, str]:
-    """The name and the operation, as far as there is room: of a name its end, which tells it from others."""
+def _xml(text: str) -> str:
+    """Escaped, without what XML may not hold at all, such as control characters."""
+    return escape("".join(c if c.isprintable() else "\ufffd" for c in text))
+
+
+def shortened(text: str, characters: int) -> str:
+    """The end of a text, which tells names from others."""
+    return text if len(text) <= characters else "…" + text[1 - characters :]
+
+
+def _fitting(layer: Layer) -> tuple[str, str]:
+    """The name and the operation, as far as there is room."""
     name, operation = layer.place, "" if layer.operation == layer.place else layer.operation
-    if len(name) > characters // 2 and len(name) + len(operation) > characters:
-        name = "…" + name[-(characters // 2) :]
-    room = characters - len(name)
+    if len(name) + len(operation) > LONGEST_TEXT:
+        name = shortened(name, LONGEST_TEXT // 2)
+    room = LONGEST_TEXT - len(name)
     return name, operation if len(operation) <= room else operation[: room - 1] + "…"
 
 

@@ -172,6 +172,7 @@ class _Measuring(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False  # an error says what the network's own code says, and no more
         self.shapes: dict[fx.Node, Size] = {}
         self.flops: dict[fx.Node, int] = {}
         self.counter = FlopCounterMode(display=False)

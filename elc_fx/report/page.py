@@ -20,7 +20,8 @@ TITLE = "Compression report"
 
 def diff_page(diff: Diff) -> str:
     """The diff alone."""
-    return _environment().get_template("diff_page.html").render(**_of_diff(diff), style=_style("base.css", "diff.css"))
+    title, style = f"{diff.before.name} → {diff.after.name}", _style("base.css", "diff.css")
+    return _environment().get_template("diff_page.html").render(**_of_diff(diff), title=title, style=style)
 
 
 def page(
@@ -95,10 +96,11 @@ def _of_diff(diff: Diff) -> dict[str, Any]:
 
 def _rounded(count: int) -> str:
     """Three digits, and the letter that goes before a unit."""
-    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {prefix}"
-    return f"{count} "
+    value, prefixes = float(count), iter("kMGTP")
+    prefix = ""
+    while float(f"{value:.3g}") >= 1000:
+        value, prefix = value / 1000, next(prefixes)
+    return f"{value:.3g} {prefix}"
 
 
 def _plain(change: Change) -> dict[str, Any]:

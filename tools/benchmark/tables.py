@@ -12,6 +12,7 @@ from typing import Any
 import provenance
 import terminal
 from benchmark.methods import METHODS
+from elc_fx.report.charts import INK, STYLE, picture
 
 Row = Mapping[str, Any]
 NOT_RUN = "not run"
@@ -130,7 +131,7 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "elc_fx", "svg.fonttype": "none", "font.size": 9})
+    matplotlib.rcParams.update({**STYLE, "font.size": 9})
     from matplotlib import pyplot
 
     done = [row for row in rows if row["network"] == network and "test" in row]
@@ -149,7 +150,7 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
             x = row["after"]["flops"] / row["before"]["flops"] if column is None else speed.get((stem, *column))
             if x is not None:
                 axis.plot(x, 100 * row["test"][1], "o", color=colours[row["method"]], label=row["method"])
-        axis.plot(1, 100 * done[0]["test"][0], "*", color="black", label="original")
+        axis.plot(1, 100 * done[0]["test"][0], "*", color=INK, label="original")
         if column is None:
             axis.set_xlim(0, 1.05)
         axis.axhline(100 * done[0]["test"][0], color="grey", linewidth=0.8, linestyle="--")
@@ -164,5 +165,5 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
     }
     figure.legend(found.values(), found.keys(), loc="lower center", ncols=min(8, len(found)), frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(file, metadata={"Date": None})
+    file.write_text(picture(figure, "elc_fx"), encoding="utf-8")
     pyplot.close(figure)

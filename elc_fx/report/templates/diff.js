@@ -33,7 +33,7 @@
 
   function setZoom(to) {
     const middle = (map.scrollTop + map.clientHeight / 2) / map.scrollHeight;
-    zoom = Math.min(4, Math.max(0.04, to));
+    zoom = Math.min(4, Math.max(0.001, to));
     $("blocks").style.setProperty("--zoom", zoom);
     map.scrollTop = middle * map.scrollHeight - map.clientHeight / 2;
     drawRuler();
@@ -127,6 +127,16 @@
     drawRuler();
   }
 
+  function open(kind, title, ...parts) {
+    const button = element("button", "×", "close");
+    button.setAttribute("aria-label", "Close");
+    button.addEventListener("click", () => { close(); focus(current >= 0 ? current : first()); });
+    panel.className = `panel ${kind}`;
+    panel.replaceChildren(button, element("h3", title), ...parts);
+    panel.hidden = false;
+    panel.scrollTop = 0;
+  }
+
   function close() {
     panel.hidden = true;
     if (current >= 0) blocks[current].setAttribute("aria-selected", "false");
@@ -138,10 +148,6 @@
   const by = (values) => values && values.length ? values.join("×") : "–";
 
   function describe(change) {
-    panel.className = `panel ${change.kind}`;
-    const button = element("button", "×", "close");
-    button.setAttribute("aria-label", "Close");
-    button.addEventListener("click", () => { close(); if (current >= 0) focus(current); });
     const facts = element("dl");
     const fact = (name, text) => facts.append(element("dt", name), element("dd", text));
     const pair = (name, [a, b]) => {
@@ -158,7 +164,7 @@
       fact("is", made.settings);
     }
     if (change.retrained) fact("weights", "other numbers than before");
-    panel.replaceChildren(button, element("h3", `${change.kind}: ${change.name}`), facts);
+    open(change.kind, `${change.kind}: ${change.name}`, facts);
     const same = change.kind === "kept" && !change.retrained;
     for (const side of same ? ["after"] : ["before", "after"]) {
       const wide = element("div", "", "wide");
@@ -166,8 +172,6 @@
       panel.append(element("h4", title), wide);
       if (change[side].length) wide.append(table(change[side]));
     }
-    panel.scrollTop = 0;
-    panel.hidden = false;
   }
 
   function table(layers) {
@@ -189,7 +193,7 @@
 
   const step = (from, by, wanted) => {
     for (let i = from + by; i >= 0 && i < blocks.length; i += by) if (shown(i) && wanted(changes[i])) return i;
-    return from;
+    return -1;
   };
   const any = () => true, changed = (c) => c.kind !== "kept";
   const focused = () => blocks.indexOf(document.activeElement);
@@ -198,9 +202,9 @@
   const keys = {
     "/": () => { $("search").focus(); $("search").select(); },
     "+": () => setZoom(zoom * 1.25), "=": () => setZoom(zoom * 1.25), "-": () => setZoom(zoom / 1.25), "0": fit, "?": help,
-    ArrowDown: (at) => focus(step(at, 1, any)), ArrowUp: (at) => focus(step(Math.max(at, 0), -1, any)),
-    j: (at) => focus(step(at, 1, any)), k: (at) => focus(step(Math.max(at, 0), -1, any)),
-    n: (at) => select(step(at, 1, changed)), p: (at) => select(Math.max(step(Math.max(at, 0), -1, changed), 0)),
+    ArrowDown: (at) => focus(step(at, 1, any)), ArrowUp: (at) => focus(step(at, -1, any)),
+    j: (at) => focus(step(at, 1, any)), k: (at) => focus(step(at, -1, any)),
+    n: (at) => select(step(at, 1, changed)), p: (at) => select(step(at, -1, changed)),
     Home: () => focus(first()), End: () => focus(last()),
     Enter: (at) => { if (at >= 0) select(at); }, " ": (at) => { if (at >= 0) select(at); },
     Escape: () => close(),
@@ -211,7 +215,7 @@
   document.addEventListener("keydown", (event) => {
     const inside = $("diff").contains(event.target), nowhere = event.target === document.body;
     if (event.ctrlKey || event.metaKey || event.altKey || !(inside || nowhere)) return;
-    if (nowhere && scrolling.includes(event.key)) return;  // of the page around the diff
+    if ((nowhere || panel.contains(event.target)) && scrolling.includes(event.key)) return;  // what is not the map
     if (event.target.tagName === "BUTTON" && ["Enter", " "].includes(event.key)) return;
     const chip = chips[Number(event.key) - 1];
     const action = chip ? () => chip.click() : keys[event.key];
@@ -244,15 +248,14 @@
   });
 
   function help() {
-    panel.className = "panel";
     const list = element("dl");
     for (const [key, text] of [["/", "search; Enter and Shift+Enter go from hit to hit"], ["↓ ↑ (j k)", "next, previous"],
       ["n p", "next, previous change"], ["Enter", "what became of it"], ["Esc", "close"],
       ["+ − 0", "larger, smaller, all of it; also Ctrl and the wheel. Drag to pan"], [`1–${chips.length}`, "show or hide a kind"]]) {
       list.append(element("dt", key), element("dd", text));
     }
-    panel.replaceChildren(element("h3", "Keys"), list);
-    panel.hidden = false;
+    open("", "Keys", list);
+    drawRuler();
   }
 
   $("in").addEventListener("click", () => setZoom(zoom * 1.25));
