@@ -73,21 +73,39 @@ def test_the_merged_network_keeps_the_budget_to_the_number(budget: dict[str, flo
 
 
 def test_a_loss_is_that_of_the_network_with_the_fitted_convolution() -> None:
-    """Against a run of the whole network with another module in the place of the region's."""
-    made = planner()
-    model, batches = network(), data()
-    assert made.sensitivity is not None
-    for choice, loss in zip(made.choices, made.losses, strict=True):
-        assert made.sensitivity.together([choice])[0] == pytest.approx(loss, rel=1e-5, abs=1e-9)
-    named = {choice.candidate.full_name: i for i, choice in enumerate(made.choices)}
-    chosen = named["3:3x3"]
-    _, fitted = made.sensitivity.together([made.choices[chosen]])
-    substitute = next(iter(fitted.values()))
-    with torch.no_grad():
-        expected = [model(x) for x in batches]
-        model[3] = nn.Sequential(substitute, nn.ReLU())
-        losses = [float(sensitivity.divergence(model(x), y)) for x, y in zip(batches, expected, strict=True)]
-    assert sum(losses) / len(losses) == pytest.approx(made.losses[chosen], rel=1e-4)
+    """Fitted on the first batch, and judged on the second, by a run of the whole network."""
+    first, second = data()
+    made, other = planner(), Planner(network(), first[:1], [first], fine_tuned=False, progress=False)
+    assert made.sensitivity is not None and other.sensitivity is not None
+    assert [choice.key for choice in made.choices] == [choice.key for choice in other.choices]
+    model = network().requires_grad_(False)
+    expected = model(second)
+    for choice, fitted_on, loss in zip(made.choices, other.choices, made.losses, strict=True):
+        assert made.sensitivity.together([choice]) == pytest.approx(loss, rel=1e-5, abs=1e-9)
+        collapsed = other.sensitivity.collapsed([fitted_on])
+        with torch.no_grad():
+            found = float(sensitivity.divergence(collapsed(second), expected))
+        assert found == pytest.approx(loss, rel=1e-3, abs=1e-7)
+
+
+def test_what_batches_are_judged_on() -> None:
+    for count, judged in ((1, [0]), (2, [1]), (4, [3]), (8, [3, 7]), (9, [0, 4, 8])):
+        fitted_on, judged_on = sensitivity._split(range(count))
+        assert judged_on == judged and (count == 1 or sorted(fitted_on + judged_on) == list(range(count)))
+
+
+def test_a_fit_to_few_windows_is_not_taken_for_a_good_one() -> None:
+    """With fewer windows than weights a convolution meets any targets, on the batches that it is fitted to."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten()]
+    model, batches = (
+        ready(nn.Sequential(*layers, nn.Linear(64 * 4, 5))).float(),
+        [torch.randn(8, 3, 2, 2) for _ in range(2)],
+    )
+    options: Any = {"fine_tuned": False, "progress": False}
+    honest, blind = (Planner(model, batches[0][:1], given, **options) for given in (batches, batches[:1]))
+    names = [choice.candidate.full_name for choice in honest.choices]
+    assert honest.losses[names.index("2:1x1")] > 2 * blind.losses[names.index("2:1x1")]
 
 
 def test_nothing_of_the_callers_is_changed() -> None:
@@ -226,10 +244,11 @@ def quiet() -> Any:
 
 
 def test_the_collapsed_network_is_the_one_that_was_measured() -> None:
-    made = planner(longest=2)
+    batches = data(1)  # more would be fitted to and judged on apart
+    made = Planner(network(), batches[0][:1], batches, longest=2, fine_tuned=False, progress=False)
     plan = made.plan(elc_fx.Budget(flops=0.4))
     assert plan.prediction is not None and len(plan.candidates) > 1
-    collapsed, model, batches = made.collapse(plan), network(), data()
+    collapsed, model = made.collapse(plan), network()
     with torch.no_grad():
         losses = [float(sensitivity.divergence(collapsed(x), model(x))) for x in batches]
     assert sum(losses) / len(losses) == pytest.approx(plan.prediction.together, rel=1e-4)

@@ -23,6 +23,7 @@ from cifar_models import ResNet
 from elc_fx.planning.fitting import Windows
 from elc_fx.planning.sensitivity import Walk
 
+BATCHES = 4
 BLOCKS = (3, 5, 7, 9, 18)  # a stage
 RESULT = provenance.RESULTS / "plan_depth.json"
 PARTS = {"rest": (Walk, "output_with"), "windows": (Windows, "of"), "solutions": (Windows, "fit")}
@@ -59,7 +60,7 @@ def measured(blocks: int, samples: int) -> dict[str, Any]:
     model.eval()
     with clocked() as spent:
         start = time.perf_counter()
-        planner = elc_fx.Planner(model, images[:1], list(images.split(128)))
+        planner = elc_fx.Planner(model, images[:1], list(images.split(-(-samples // BATCHES))))
         tables = time.perf_counter() - start
         parts = dict(spent)
     start = time.perf_counter()

@@ -22,7 +22,9 @@ from elc_fx.fusion import layer_of, padded
 
 ROWS_PER_WEIGHT = 12  # windows that a fit looks at, for each weight of an output channel
 FEWEST_ROWS = 16384
-RIDGE = 1e-5  # of the mean diagonal of the normal equations, added to it; more where they are singular
+RIDGES = (1e-5, 1e-3, 1e-2, 1e-1)  # of the mean diagonal of the normal equations, added to it; the best is taken
+FITTED = 0.75  # of the windows, in the choice of a ridge; the others judge
+SAME = 1e-6  # of the squared targets: errors that do not differ
 BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 ROUNDS = 8  # of moving the targets on a flat side
 
@@ -65,14 +67,17 @@ class Substitute(nn.Module):
 class Windows:
     """Windows of a region's input, and how to solve for weights on them. They do not depend on the target.
 
-    count: how many of each batch. rows: [groups, windows, weights], with a further column of ones for a bias. factor:
-    of the normal equations (Cholesky), in float64.
+    count: how many of each batch. rows: [groups, windows, weights], with a further column of ones for a bias. normals:
+    the normal equations of the windows before `cut`, and of the others, in float64. factors: theirs, of those before
+    the cut or of all, by ridge (Cholesky).
     """
 
     geometry: Geometry
     count: int
     rows: Tensor
-    factor: Tensor
+    cut: int
+    normals: tuple[Tensor, Tensor]
+    factors: dict[tuple[float, bool], Tensor]
 
     @classmethod
     def of(cls, sources: Sequence[Tensor], geometry: Geometry) -> Windows:
@@ -82,8 +87,11 @@ class Windows:
         rows = torch.cat([_windows(x, geometry, count) for x in sources], dim=1).float()
         if geometry.bias:
             rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
-        normal = (rows.mT @ rows).double()
-        return cls(geometry, count, rows, _factor(normal))
+        cut = int(FITTED * rows.shape[1])
+        normals = _products(rows[:, :cut], rows[:, :cut]), _products(rows[:, cut:], rows[:, cut:])
+        if not all(normal.isfinite().all() for normal in normals):
+            raise InvalidInputError("the calibration batches give activations that are not finite")
+        return cls(geometry, count, rows, cut, normals, {})
 
     def fit(self, targets: Sequence[Tensor], flat: tuple[float, float] = (-math.inf, math.inf)) -> AffineMap:
         """The map whose outputs are closest to `targets`, the region's output for the same batches.
@@ -93,27 +101,50 @@ class Windows:
         g = self.geometry
         places = Geometry.pointwise(g.out_channels, g.out_channels, g.dims, groups=g.groups)
         goal = torch.cat([_windows(y, places, self.count) for y in targets], dim=1).float()
-        solution = self._solve(goal)
+        factor = self._factor(self._best_ridge(goal), judge=False)
+        solution = self._solve(goal, factor)
         for _ in range(ROUNDS if any(math.isfinite(side) for side in flat) else 0):
             reached = self.rows @ solution
             moved = torch.where(goal <= flat[0], reached.clamp_max(flat[0]), goal)
             moved = torch.where(goal >= flat[1], reached.clamp_min(flat[1]), moved)
-            solution = self._solve(moved)
+            solution = self._solve(moved, factor)
         weight, bias = (solution[:, :-1], solution[:, -1].reshape(-1)) if g.bias else (solution, None)
         kernel = weight.mT.reshape(g.out_channels, g.in_channels // g.groups, *g.kernel_size)
         return AffineMap(g, kernel.contiguous(), bias)
 
-    def _solve(self, goal: Tensor) -> Tensor:
-        return torch.cholesky_solve((self.rows.mT @ goal).double(), self.factor).to(goal.dtype)
+    def _best_ridge(self, goal: Tensor) -> float:
+        """The one that predicts the windows behind the cut best, fitted to those before it; of equals the smallest.
+
+        Where windows are plenty, or the region is one convolution, that is the smallest of all.
+        """
+        rows, cut = self.rows, self.cut
+        given, judged = _products(rows[:, :cut], goal[:, :cut]), _products(rows[:, cut:], goal[:, cut:])
+        errors = []
+        for ridge in RIDGES:
+            solution = torch.cholesky_solve(given, self._factor(ridge, judge=True))
+            error = (solution * (self.normals[1] @ solution - 2 * judged)).sum()  # but for the squared targets
+            errors.append(float(error))
+        most = min(errors) + SAME * float(goal[:, cut:].double().square().sum())
+        return next(ridge for ridge, error in zip(RIDGES, errors, strict=True) if not error > most)
+
+    def _factor(self, ridge: float, *, judge: bool) -> Tensor:
+        """Of the windows before the cut, to be judged, or of all."""
+        if (ridge, judge) not in self.factors:
+            self.factors[ridge, judge] = _factor(self.normals[0] if judge else sum(self.normals), ridge)
+        return self.factors[ridge, judge]
+
+    def _solve(self, goal: Tensor, factor: Tensor) -> Tensor:
+        return torch.cholesky_solve(_products(self.rows, goal), factor).to(goal.dtype)
 
 
-def _factor(normal: Tensor) -> Tensor:
+def _products(rows: Tensor, values: Tensor) -> Tensor:
+    return (rows.mT @ values).double()
+
+
+def _factor(normal: Any, ridge: float) -> Tensor:
     """The Cholesky factor, with a larger ridge where the products' rounding in float32 needs it."""
-    if not normal.isfinite().all():
-        raise InvalidInputError("the calibration batches give activations that are not finite")
     mean = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = mean[:, None, None] * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    ridge = RIDGE
     while True:
         factor, failed = torch.linalg.cholesky_ex(normal + ridge * scaled)
         if not failed.any():

@@ -29,7 +29,7 @@ from elc_fx.randomness import reproducibly
 
 LONGEST_PLANNED = 6  # layers or blocks in a row that a planned candidate may replace: measuring all runs takes long
 LARGEST_PLANNED = 5  # kernel
-SAMPLES = 512
+SAMPLES = 1024
 REFINEMENTS = 8
 EMPHASES = (0.7, 1.5, 2.0, 3.0)  # powers of the losses
 LAYER_LOSS = 0.2  # that training does not give back, for each layer that goes
@@ -189,7 +189,7 @@ class Planner:
     def _measured(self, choices: Sequence[Choice]) -> float:
         assert self.sensitivity is not None
         with self._leaving_no_trace():
-            return self.sensitivity.together(choices)[0]
+            return self.sensitivity.together(choices)
 
     def _worth(self, measured: float, choices: Sequence[Choice]) -> float:
         """What the divergence of a network in which these choices are collapsed counts."""

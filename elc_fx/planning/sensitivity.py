@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,9 @@ from elc_fx.planning.substitution import substituted
 from elc_fx.randomness import generators, seed_all
 from elc_fx.serial import SerialGraph
 
+T = TypeVar("T")
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
+JUDGED = 4  # one of so many batches is not fitted to, but judged on: fits to few windows look better than they are
 
 
 class Calibration:
@@ -184,18 +186,18 @@ class Sensitivity:
             ending[choice.region.output].append(choice)
         needed = self._needed_until(choices)
         walks = self._walks()
-        expected = [self._output(values, needed) for values in self.calibration.batches]
+        fitted_on, judged = _split(walks)
+        expected = [self._output(values, needed) for values in _split(self.calibration.batches)[1]]
         description, console = f"{len(choices)} candidates", Console(stderr=True)
         bar = track(self.nodes, description, console=console, disable=not self.progress)
         windows: dict[Any, Windows] = {}  # of the sources that later candidates read too
         for position, node in enumerate(bar):
-            for walk in walks:
-                walk.step(node)
+            _step(walks, node)
             rest = self.nodes[position + 1 :]
             for choice in ending.get(node, ()):
-                fitted = self._fitted(choice, walks, walks, windows)
+                fitted = self._fitted(choice, fitted_on, fitted_on, windows)
                 losses = []
-                for walk, wanted in zip(walks, expected, strict=True):
+                for walk, wanted in zip(judged, expected, strict=True):
                     value = fitted(walk.env[choice.region.source])
                     losses.append(float(self.loss(walk.output_with(node, value, rest), wanted)))
                 known[choice.key] = _mean(losses)
@@ -206,33 +208,45 @@ class Sensitivity:
     def _output(self, values: Sequence[Any], needed: Mapping[fx.Node, int]) -> Any:
         """What the original gives for a batch."""
         walk = Walk(self.graph_module, values, self.seeds)
-        try:
-            for node in self.nodes:
-                walk.step(node)
-                self._forget(walk, node, needed)
-        except Exception as error:
-            # Whatever the model's own layers raise: the batch and the model do not go together.
-            raise InvalidInputError(
-                f"a calibration batch does not fit the model: {type(error).__name__}: {error}"
-            ) from error
+        for node in self.nodes:
+            _step([walk], node)
+            self._forget(walk, node, needed)
         return walk.env[self.nodes[-1]]
 
-    @torch.no_grad()
-    def together(self, choices: Sequence[Choice]) -> tuple[float, dict[str, Substitute]]:
-        """The loss when all choices are collapsed, and what stands for them, by the nodes whose values they give.
+    def together(self, choices: Sequence[Choice]) -> float:
+        """The loss when all choices, in their order, are collapsed."""
+        walks = self._walks()
+        fitted_on, judged = _split(range(len(walks)))
+        outputs, _ = self._walked(walks, choices, fitted_on)
+        return _mean([float(self.loss(outputs[i], walks[i].env[self.nodes[-1]])) for i in judged])
 
-        They are fitted in their order, each to what the network computes that is collapsed up to there.
+    def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
+        """A copy of the network in which the choices are convolutions, fitted in their order on all batches."""
+        _, fitted = self._walked(self._walks(), choices, range(len(self.calibration.batches)))
+        network = substituted(self.graph_module, choices, fitted)
+        network.eval()  # as the original
+        return network
+
+    @torch.no_grad()
+    def _walked(
+        self, walks: Sequence[Walk], choices: Sequence[Choice], fitted_on: Sequence[int]
+    ) -> tuple[list[Any], dict[str, Substitute]]:
+        """The outputs of the collapsed network, and what stands for the choices, by the nodes whose values they give.
+
+        They are fitted in their order, each to what the network computes that is collapsed up to there. walks: through
+        the original, which end at its output. fitted_on: which of the batches.
         """
         ends = {choice.region.output: choice for choice in choices}
         inside = {node for choice in choices for node in choice.region.nodes()}
         fitted: dict[str, Substitute] = {}
         needed = self._needed_until(choices)
-        walks, collapsed = self._walks(), self._walks()
+        collapsed = self._walks()
         for node in self.nodes:
             for walk in walks:
                 walk.step(node)
             if node in ends:
-                substitute = self._fitted(ends[node], collapsed, walks, {})
+                read, given = [collapsed[i] for i in fitted_on], [walks[i] for i in fitted_on]
+                substitute = self._fitted(ends[node], read, given, {})
                 fitted[node.name] = substitute
                 for walk in collapsed:
                     walk.env[node] = substitute(walk.env[ends[node].region.source])
@@ -242,18 +256,10 @@ class Sensitivity:
                     walk.step(node)
             for walk in (*walks, *collapsed):
                 self._forget(walk, node, needed)
-        last = self.nodes[-1]
-        pairs = zip(collapsed, walks, strict=True)
-        return _mean([float(self.loss(a.env[last], b.env[last])) for a, b in pairs]), fitted
+        return [walk.env[self.nodes[-1]] for walk in collapsed], fitted
 
     def _walks(self) -> list[Walk]:
         return [Walk(self.graph_module, values, self.seeds) for values in self.calibration.batches]
-
-    def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
-        """A copy of the network in which the choices, in their order, are the convolutions that were fitted to them."""
-        network = substituted(self.graph_module, choices, self.together(choices)[1])
-        network.eval()  # as the original
-        return network
 
     def _fitted(
         self, choice: Choice, read: Sequence[Walk], given: Sequence[Walk], windows: dict[Any, Windows]
@@ -304,6 +310,24 @@ def divergence(output: Any, expected: Any) -> Tensor:
         raise InvalidInputError("the model gives no tensor of floating point numbers; pass a loss of your own")
     errors = [(a - b).square().mean() / b.square().mean().clamp_min(1e-30) for a, b in pairs]
     return torch.stack(errors).mean()
+
+
+def _step(walks: Iterable[Walk], node: fx.Node) -> None:
+    """Through the original. Raises InvalidInputError where a batch and the model do not go together."""
+    try:
+        for walk in walks:
+            walk.step(node)
+    except Exception as error:  # whatever the model's own layers raise
+        raise InvalidInputError(
+            f"a calibration batch does not fit the model: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _split(batches: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Those to fit to, and those to judge on; a single batch is both."""
+    judged = set(range(len(batches) - 1, -1, -JUDGED))
+    fitted_on = [batch for i, batch in enumerate(batches) if i not in judged or len(batches) == 1]
+    return fitted_on, [batch for i, batch in enumerate(batches) if i in judged]
 
 
 def _mean(losses: Sequence[float]) -> float:
