@@ -28,7 +28,7 @@ from elc_fx.api import DRAWINGS
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.loading import Spec, load_weights
 from elc_fx.planning.budget import Budget
-from elc_fx.planning.planner import SAMPLES
+from elc_fx.planning.sensitivity import SAMPLES
 from elc_fx.training import FinetuneConfig
 
 LINE_STYLES = {
@@ -347,7 +347,7 @@ def plan_command(
     with _one_line_errors(debug):
         source, limits, shape = _parsed_spec(spec), _parsed_budget(budget), _parsed_size(size)
         _require_writable(save)
-        with contextlib.redirect_stdout(sys.stderr):
+        with _printing_to_stderr():
             model = _model(source, weights, None)
             images = pictures.load(data, "train", shape)
             assert images is not None  # or a DataError
@@ -387,7 +387,7 @@ def compress_command(
         options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
         if weights is not None and weights.resolve().parent == out.resolve() and weights.name in job.RESULTS:
             raise InvalidInputError(f"{weights} would be overwritten by the result; give another --out")
-        with contextlib.redirect_stdout(sys.stderr):
+        with _printing_to_stderr():
             result = job.run(
                 _model(source, weights, None),
                 data,
@@ -445,24 +445,22 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _working(on: str) -> Iterator[None]:
     """A spinner where stderr is a terminal; what the model's code prints goes to stderr as well."""
-    with _native_output_to_stderr(), contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status(on):
+    with _printing_to_stderr(), Console(stderr=True).status(on):
         yield
 
 
 @contextlib.contextmanager
-def _native_output_to_stderr() -> Iterator[None]:
-    """Of compiled libraries: HiGHS prints a line now and then, whatever it is told, which would spoil --json."""
-    if os.name != "posix":
+def _printing_to_stderr() -> Iterator[None]:
+    """What compiled libraries print as well: HiGHS prints a line now and then, which would spoil --json."""
+    with contextlib.ExitStack() as stack:
+        if os.name == "posix":
+            stdout = os.dup(1)
+            stack.callback(os.close, stdout)
+            stack.callback(os.dup2, stdout, 1)
+            stack.callback(ctypes.CDLL(None).fflush, None)  # C's own buffers, before stdout is itself again
+            os.dup2(2, 1)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield
-        return
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        ctypes.CDLL(None).fflush(None)  # C's buffers
-        os.dup2(stdout, 1)
-        os.close(stdout)
 
 
 def _complain(message: str) -> None:

@@ -19,7 +19,8 @@ from elc_fx.errors import InvalidInputError
 from elc_fx.inputs import ExampleInputs, batches_of
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.budget import Budget
-from elc_fx.planning.planner import SAMPLES, Planner
+from elc_fx.planning.planner import Planner
+from elc_fx.planning.sensitivity import SAMPLES
 from elc_fx.randomness import randomness_of_the_caller, seed_all
 from elc_fx.report import Report
 from elc_fx.training import FinetuneConfig, Finetuning

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import elc_fx
 from elc_fx.affine import AffineMap
 from elc_fx.planning import sensitivity, stored
+from elc_fx.planning.candidates import serial_graph
 from elc_fx.planning.planner import LAYER_LOSS, Planner
 
 HUGE = 10**400  # that no float can be
@@ -92,6 +93,15 @@ def test_what_batches_are_judged_on() -> None:
     for count, judged in ((1, [0]), (2, [1]), (4, [3]), (8, [3, 7]), (9, [0, 4, 8])):
         fitted_on, judged_on = sensitivity._split(range(count))
         assert judged_on == judged and (count == 1 or sorted(fitted_on + judged_on) == list(range(count)))
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, 1024), (2**13, 341)])
+def test_fewer_samples_of_large_inputs_are_used(size: int, expected: int) -> None:
+    model = ready(nn.Sequential(nn.Conv1d(24, 2, 1), nn.ReLU(), nn.Conv1d(2, 2, 1))).float()
+    batches = (torch.zeros(1, 1, 1).expand(128, 24, size) for _ in range(9))
+    graph = serial_graph(model, torch.zeros(1, 24, size)).graph_module
+    kept = sensitivity.Calibration(graph, batches, None).batches
+    assert sum(len(values[0]) for values in kept) == expected
 
 
 def test_a_fit_to_few_windows_is_not_taken_for_a_good_one() -> None:

@@ -29,7 +29,6 @@ from elc_fx.randomness import reproducibly
 
 LONGEST_PLANNED = 6  # layers or blocks in a row that a planned candidate may replace: measuring all runs takes long
 LARGEST_PLANNED = 5  # kernel
-SAMPLES = 1024
 REFINEMENTS = 8
 EMPHASES = (0.7, 1.5, 2.0, 3.0)  # powers of the losses
 LAYER_LOSS = 0.2  # that training does not give back, for each layer that goes
@@ -51,13 +50,13 @@ class Planner:
         fine_tuned: bool = True,
         longest: int = LONGEST_PLANNED,
         largest_kernel: int = LARGEST_PLANNED,
-        samples: int = SAMPLES,
+        samples: int | None = None,
         refinements: int = REFINEMENTS,
         backend: Backend = "eager",
         cache: str | Path | None = None,
         progress: bool = True,
     ) -> None:
-        check_counts(longest=longest, largest_kernel=largest_kernel, samples=samples)
+        check_counts(longest=longest, largest_kernel=largest_kernel, samples=1 if samples is None else samples)
         if not isinstance(refinements, int) or isinstance(refinements, bool) or refinements < 0:
             raise InvalidInputError(f"refinements is {refinements!r}, expected a whole number from 0 on")
         if cache is not None and not isinstance(cache, str | Path):
@@ -272,7 +271,8 @@ def plan(
         fine_tuned: whether the network will be trained; then the loss "auto" is log(1 + divergence), and 0.2 for each
             layer that goes. Else it is the divergence itself.
         longest, largest_kernel: which candidates there are, as for `candidates`.
-        samples: how many samples of `calibration` are used.
+        samples: how many samples of `calibration` are used; by default 1,024, or fewer of large inputs, which have many
+            windows: as many as hold 2²⁶ numbers (445 images of 3×224×224), since much of the network's inside is kept.
         refinements: how often, at most, a choice is corrected, and then looked for without one of its candidates.
         backend: how the merged network will run, for budgets with a latency: "eager", "compile" (`torch.compile`),
             "onnxruntime" or "openvino".

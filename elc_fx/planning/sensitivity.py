@@ -38,20 +38,23 @@ from elc_fx.serial import SerialGraph
 
 T = TypeVar("T")
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
+SAMPLES, NUMBERS = 1024, 2**26  # that are used, and what they hold at most, if nobody says how many
 JUDGED = 4  # one of so many batches is not fitted to, but judged on: fits to few windows look better than they are
 
 
 class Calibration:
     """Batches of a model's inputs. batches: for each, the values of the graph's placeholders, in order."""
 
-    def __init__(self, graph_module: fx.GraphModule, batches: Iterable[Any], samples: int) -> None:
+    def __init__(self, graph_module: fx.GraphModule, batches: Iterable[Any], samples: int | None) -> None:
         check_computes(graph_module)
         self.graph_module = graph_module
         self.batches: list[list[Any]] = []
         weight, count = next(graph_module.parameters(), None), 0
         dtype = weight.dtype if weight is not None and weight.is_floating_point() else None
         for batch in batches_of(batches):
-            values = _first(batch_values(graph_module, batch), samples - count, dtype)
+            values = batch_values(graph_module, batch)
+            samples = samples or _affordable(values)
+            values = _first(values, samples - count, dtype)
             size = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
             if size:
                 self.batches.append(values)
@@ -75,6 +78,13 @@ class Calibration:
             else:
                 digest.update(repr(value).encode())
         return digest.hexdigest()
+
+
+def _affordable(values: Sequence[Any]) -> int:
+    """How many samples like those of a batch are kept."""
+    size = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 0)
+    numbers = sum(v[0].numel() for v in values if isinstance(v, Tensor) and v.dim() and 0 < len(v) == size)
+    return min(SAMPLES, max(1, NUMBERS // max(1, numbers)))
 
 
 def _first(values: Sequence[Any], most: int, dtype: torch.dtype | None) -> list[Any]:
