@@ -25,6 +25,7 @@ import bench_finetune
 import bench_latency
 import bench_plan
 import bench_rank
+import bench_runtimes
 import cifar_lossless
 import decouple_zoo
 import provenance
@@ -64,6 +65,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "quantised": ("quantised", lambda result: quantise.table(result["rows"], STYLE)),
     "quantised_speed": ("quantised", lambda result: quantise.speed_table(result["rows"], STYLE)),
     "quantised_merges": ("quantised_merges", lambda result: quantise.table(result["rows"], STYLE)),
+    "runtimes": ("runtimes", lambda result: bench_runtimes.table(result["rows"], STYLE)),
     "compile_end_to_end": ("compile_end_to_end", lambda result: bench_compile.end_to_end_table(result, STYLE)),
 }
 

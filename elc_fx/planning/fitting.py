@@ -22,9 +22,10 @@ from elc_fx.fusion import layer_of, padded
 
 ROWS_PER_WEIGHT = 12  # windows that a fit looks at, for each weight of an output channel
 FEWEST_ROWS = 16384
-RIDGES = (1e-5, 1e-3, 1e-2, 1e-1)  # of the mean diagonal of the normal equations, added to it; the best is taken
+RIDGES = (1e-5, 1e-3, 1e-2, 1e-1)  # of the mean diagonal of the normal equations, added to it
 FITTED = 0.75  # of the windows, in the choice of a ridge; the others judge
-SAME = 1e-6  # of the squared targets: errors that do not differ
+GAIN = 0.03  # of the error, which a larger ridge must be worth
+ROUNDING = 1e-6  # of the squared targets
 BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 ROUNDS = 8  # of moving the targets on a flat side
 
@@ -113,18 +114,18 @@ class Windows:
         return AffineMap(g, kernel.contiguous(), bias)
 
     def _best_ridge(self, goal: Tensor) -> float:
-        """The one that predicts the windows behind the cut best, fitted to those before it; of equals the smallest.
+        """The smallest with which a fit to the windows before the cut predicts those behind it nearly as well as any.
 
         Where windows are plenty, or the region is one convolution, that is the smallest of all.
         """
         rows, cut = self.rows, self.cut
         given, judged = _products(rows[:, :cut], goal[:, :cut]), _products(rows[:, cut:], goal[:, cut:])
+        squares = float(goal[:, cut:].double().square().sum())
         errors = []
         for ridge in RIDGES:
             solution = torch.cholesky_solve(given, self._factor(ridge, judge=True))
-            error = (solution * (self.normals[1] @ solution - 2 * judged)).sum()  # but for the squared targets
-            errors.append(float(error))
-        most = min(errors) + SAME * float(goal[:, cut:].double().square().sum())
+            errors.append(squares + float((solution * (self.normals[1] @ solution - 2 * judged)).sum()))
+        most = min(errors) / (1 - GAIN) + ROUNDING * squares
         return next(ridge for ridge, error in zip(RIDGES, errors, strict=True) if not error > most)
 
     def _factor(self, ridge: float, *, judge: bool) -> Tensor:
