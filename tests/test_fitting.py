@@ -88,3 +88,9 @@ def test_flat_sides() -> None:
         assert activation(torch.tensor(low - 1.0)) == activation(torch.tensor(low))
         if math.isfinite(high):
             assert activation(torch.tensor(high + 1.0)) == activation(torch.tensor(high))
+
+
+def test_a_region_that_gives_nothing() -> None:
+    geometry = Geometry(2, 3, (3,), (1,), (1,), ((1, 1),), bias=True)
+    fitted = Windows.of([torch.randn(4, 3, 9)], geometry).fit([torch.zeros(4, 2, 9)])
+    assert not fitted.kernel.any()

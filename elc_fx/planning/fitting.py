@@ -125,7 +125,7 @@ class Windows:
         for ridge in RIDGES:
             solution = torch.cholesky_solve(given, self._factor(ridge, judge=True))
             errors.append(squares + float((solution * (self.normals[1] @ solution - 2 * judged)).sum()))
-        most = min(errors) / (1 - GAIN) + ROUNDING * squares
+        most = min(errors) + GAIN * abs(min(errors)) + ROUNDING * squares
         return next(ridge for ridge, error in zip(RIDGES, errors, strict=True) if not error > most)
 
     def _factor(self, ridge: float, *, judge: bool) -> Tensor:
