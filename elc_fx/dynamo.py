@@ -179,9 +179,10 @@ def _with_attributes(original: fx.GraphModule, values: Mapping[int, Tensor]) -> 
     """A copy in which inputs that are parameters are attributes; the inputs stay, unused. values: by position."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(original.graph, {}))
-    for node in graph.nodes:
-        if isinstance(eps := signature_of(node).get("eps"), fx.Node):  # with dynamic=True; dynamo notes that it was read
-            node.replace_input_with(eps, float(eps.meta["example_value"]))
+    for node in graph.nodes:  # with dynamic=True, numbers are inputs; dynamo notes which of them were read
+        for number in [signature_of(node).get(name) for name in ("eps", "momentum")]:
+            if isinstance(number, fx.Node) and isinstance(value := number.meta.get("example_value"), torch.SymFloat):
+                node.replace_input_with(number, float(value))
     bound = fx.GraphModule(original, graph)
     for i, node in enumerate(_placeholders(bound)):
         if i in values:
