@@ -124,7 +124,8 @@ class State:
         self.tensors = list(tensors)  # so that no other gets their identity
         self.views: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
-            numbers = tensor.detach().flatten() if tensor.is_contiguous() else tensor.detach()[..., 0].reshape(-1)[:1]
+            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))  # in memory
+            numbers = tensor.detach().as_strided((span if tensor.numel() else 0,), (1,))  # a view in any memory format
             step = 1 if not isinstance(tensor, nn.Parameter) else max(1, -(-len(numbers) // PROBES))
             self.views.setdefault((tensor.dtype, tensor.device), []).append(numbers[::step])
         self.numbers = self._numbers()
@@ -135,7 +136,7 @@ class State:
         return not all(torch.equal(a, b) for a, b in zip(self._numbers(), self.numbers, strict=True))
 
     def _numbers(self) -> list[Tensor]:
-        return [torch.cat(views) for views in self.views.values()]
+        return [torch.cat(views).view(torch.uint8) for views in self.views.values()]  # since NaN is not NaN
 
 
 def _mark(tensor: Tensor) -> tuple[int, int, int]:
@@ -178,6 +179,10 @@ def _with_attributes(original: fx.GraphModule, values: Mapping[int, Tensor]) -> 
     """A copy in which inputs that are parameters are attributes; the inputs stay, unused. values: by position."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(original.graph, {}))
+    for node in graph.nodes:  # with dynamic=True, numbers are inputs; dynamo notes which of them were read
+        for number in [signature_of(node).get(name) for name in ("eps", "momentum")]:
+            if isinstance(number, fx.Node) and isinstance(value := number.meta.get("example_value"), torch.SymFloat):
+                node.replace_input_with(number, float(value))
     bound = fx.GraphModule(original, graph)
     for i, node in enumerate(_placeholders(bound)):
         if i in values:

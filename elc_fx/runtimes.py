@@ -38,8 +38,11 @@ def openvino_run(stored: bytes) -> Run:
     openvino = required("openvino", PACKAGES["openvino"])
     core = openvino.Core()
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(core.read_model(stored), "CPU", options).create_infer_request()
-    return lambda arrays: list(request.infer(list(arrays)).values())
+    compiled = core.compile_model(core.read_model(stored), "CPU", options)
+    request, read = compiled.create_infer_request(), {name for port in compiled.inputs for name in port.names}
+    onnx = required("onnx", PACKAGES["openvino"])
+    names = [given.name for given in onnx.load_model_from_string(stored).graph.input]  # OpenVINO drops the unused
+    return lambda arrays: list(request.infer({n: a for n, a in zip(names, arrays, strict=True) if n in read}).values())
 
 
 RUNS: dict[str, Callable[[bytes], Run]] = {"onnxruntime": onnxruntime_run, "openvino": openvino_run}
@@ -69,6 +72,8 @@ class Deployed(nn.Module):
         self.eval()
 
     def forward(self, *inputs: Tensor) -> Any:
+        if not all(isinstance(x, Tensor) for x in inputs):
+            raise InvalidInputError(f"this network takes tensors, and is given {[type(x).__name__ for x in inputs]}")
         given = [(tuple(x.shape[1:]), x.dtype) for x in inputs]
         if given != self.expected:  # some runtimes would compute something
             raise InvalidInputError(

@@ -42,10 +42,19 @@ KEY = "elc_fx"  # of the JSON in the file's metadata
 PACKAGES = ("elc_fx", "torch", "safetensors")  # whose versions are noted
 NAMESPACES = (torch, torch.functional, torch.nn.functional, torch.linalg, torch.fft, torch.special)
 # What is asked of a tensor that is not a method.
-ATTRIBUTES = frozenset(("shape", "ndim", "dtype", "device", "layout", "T", "mT", "H", "mH", "real", "imag", "itemsize"))
-# Methods that take functions, or change what other tensors of the process are.
+OF_TENSORS = ("shape", "ndim", "dtype", "device", "layout", "T", "mT", "H", "mH", "real", "imag", "itemsize", "data")
+ATTRIBUTES = frozenset((*OF_TENSORS, "values", "indices"))  # the last two are of what max, sort and topk return
+# Functions and methods for tensors that torch does not list among those that may be overridden.
+FURTHER = frozenset(("hardsigmoid", "hardswish", "rand_like", "randn_like"))
+FURTHER_METHODS = frozenset(("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "stride", "unflatten"))
+# Methods that take functions, change what other tensors of the process are, or give a storage (which imports what
+# its `type` is given the name of).
 REFUSED_METHODS = frozenset(
-    ("apply_", "map_", "map2_", "set_", "module_load", "backward", "register_hook", "share_memory_", "pin_memory")
+    (
+        *("apply_", "map_", "map2_", "backward", "register_hook", "register_post_accumulate_grad_hook"),
+        *("set_", "module_load", "share_memory_", "pin_memory"),
+        *("storage", "storage_type", "untyped_storage"),
+    )
 )
 OWN: dict[str, Callable[..., Any]] = {"assign": capture.ASSIGN, "is_none": capture._is_none, "equals": capture._equals}
 CONSTANTS: dict[str, type] = {
@@ -132,10 +141,12 @@ def functions() -> dict[str, Callable[..., Any]]:
     overridable = torch.overrides.get_overridable_functions()
     for namespace in NAMESPACES:
         known = {id(function) for function in overridable[namespace]}
-        for name, value in vars(namespace).items():
-            if id(value) in known and not name.startswith("_"):
+        named = {name: value for name, value in vars(namespace).items() if not name.startswith("_")}
+        for name, value in named.items():
+            base = name.removesuffix("_")  # relu_ is relu in place
+            if id(value) in known or name in FURTHER or (base != name and id(named.get(base)) in known):
                 found[f"{namespace.__name__}.{name}"] = value
-    names = {*fx.graph.magic_methods, *fx.graph.inplace_methods, *fx.graph.reflectable_magic_methods}
+    names = {"abs", *fx.graph.magic_methods, *fx.graph.inplace_methods, *fx.graph.reflectable_magic_methods}
     for name in sorted(name for name in names if hasattr(operator, name)):
         found[f"operator.{name}"] = getattr(operator, name)
     for name in ("floor", "ceil", "trunc", "sqrt", "prod", "gcd"):
@@ -147,7 +158,7 @@ def functions() -> dict[str, Callable[..., Any]]:
 def methods() -> frozenset[str]:
     """The methods of tensors that a graph may call."""
     names = {getattr(method, "__name__", "") for method in torch.overrides.get_overridable_functions()[Tensor]}
-    return frozenset(n for n in names if n and not n.startswith("_") and n not in REFUSED_METHODS)
+    return FURTHER_METHODS | {n for n in names if n and not n.startswith("_") and n not in REFUSED_METHODS}
 
 
 @functools.cache
@@ -283,20 +294,26 @@ class _Reader:
         self.tensors = {name: self._restored(name, tensor) for name, tensor in tensors.items()}
 
     def network(self) -> fx.GraphModule:
-        root, layers = nn.Module(), dict[str, nn.Module]()
+        root, layers, read = nn.Module(), dict[str, nn.Module](), dict[str, nn.Module | Tensor]()
         for path, description in self.described["modules"].items():
             shared = description.get("same")
             layers[path] = layers[shared] if shared is not None else self._layer(description)
             _put(root, path, layers[path])
         for path, name in self.described["attributes"].items():
-            if path not in layers and not _has(root, path):
-                _put(root, path, self.tensors[name])
+            read[path] = self.tensors[name]
+            if not _has(root, path):
+                _put(root, path, read[path])
+        read.update(layers)
+        _check(root, read)
         graph, nodes = fx.Graph(), dict[str, fx.Node]()
         for description in self.described["nodes"]:
             node = self._node(graph, description, nodes)
+            if node.op in ("get_attr", "call_module") and node.target not in read:
+                raise _UnknownError(f"it reads {node.target!r:.80}, which is no layer and no tensor of it")
             nodes[description["name"]] = node
         graph.lint()
         result = CompiledModule(root, graph, _identifier(self.described["name"]))
+        _check(result, read)
         for module in result.modules():
             if type(module) is nn.Module or module is result:
                 module.training = False
@@ -342,9 +359,6 @@ class _Reader:
         kwargs = {_identifier(name): _decoded(value, nodes) for name, value in described["kwargs"].items()}
         if op == "placeholder":
             _identifier(target)
-        elif op in ("get_attr", "call_module"):
-            for part in str(target).split("."):
-                _path_part(part)
         elif op == "call_method":
             if target not in methods():
                 raise _UnknownError(f"it calls the method {target!r:.80}, and torch has no such operator")
@@ -354,7 +368,7 @@ class _Reader:
             target = functions()[target]
             if target is getattr and (len(args) != 2 or args[1] not in ATTRIBUTES or kwargs):
                 raise _UnknownError(f"it asks for the attribute {args[1:]!r:.80}")
-        elif op != "output":
+        elif op not in ("get_attr", "call_module", "output"):
             raise _UnknownError(f"it has a node that is a {op!r:.80}")
         if not isinstance(args, tuple):
             raise _UnknownError("it has a node whose arguments are no tuple")
@@ -445,6 +459,13 @@ def _has(root: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _check(root: nn.Module, read: Mapping[str, nn.Module | Tensor]) -> None:
+    """Attributes of a class go before layers and tensors: a path through one would reach code."""
+    for path, value in read.items():
+        if operator.attrgetter(path)(root) is not value:
+            raise _UnknownError(f"it has a layer or a tensor {path!r:.80}, which is something else")
 
 
 def _order(tensor: Tensor) -> list[int]:

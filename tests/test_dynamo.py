@@ -149,6 +149,48 @@ def test_weights_that_change_are_merged_again_without_compiling(change: str, see
 
 
 @torch.no_grad()
+def test_weights_in_channels_last_that_change_are_merged_again(seen: Seen) -> None:
+    model, x = ready(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))), image(2, 4, 6, 6)
+    fast = compiled(model.to(memory_format=torch.channels_last), seen)
+    fast(x), fast(x)
+    model[0].weight.data.mul_(1.5)
+    assert_same(fast(x), model(x))
+    assert len(seen.graphs) == 1
+
+
+@torch.no_grad()
+def test_a_buffer_of_nan_is_no_change(seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+            self.register_buffer("none", torch.tensor([float("nan")]))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layer(x), self.none + 1
+
+    model, x = ready(Model()), image(2, 4, 6, 6)
+    model.none.fill_(float("nan"))
+    fast = compiled(model, seen)
+    for _ in range(5):
+        assert_same(fast(x)[0], model(x)[0])
+    assert len(seen.graphs) == 1 and "unmerged" not in caplog.text
+
+
+@torch.no_grad()
+def test_numbers_of_layers_may_be_inputs(seen: Seen) -> None:
+    """With dynamic=True, eps and momentum are inputs of the graph."""
+    model = ready(Block())
+    fast = torch.compile(model, backend=backend, options={"backend": seen}, dynamic=True)
+    assert_same(fast(image(2, 3, 9, 8)), model(image(2, 3, 9, 8)))
+    count = len(seen.graphs)
+    assert_same(fast(image(4, 3, 7, 8)), model(image(4, 3, 7, 8)))
+    assert seen.norms() == 0 and len(seen.graphs) == count
+    model.norm.eps = 0.5
+    assert_same(fast(image(2, 3, 9, 9)), model(image(2, 3, 9, 9)))
+
+
+@torch.no_grad()
 def test_weights_that_change_with_every_call_are_not_merged_for_ever(
     seen: Seen, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -50,6 +50,27 @@ def test_inputs_and_outputs_keep_their_structure() -> None:
     assert_same(elc_fx.compile(model, (x, y), backend="onnxruntime")(x, y), model(x, y), 1e-5)
 
 
+class Unused(nn.Module):
+    """An input that it does not read comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = network()
+
+    def forward(self, flag: Tensor, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@torch.no_grad()
+def test_an_input_that_is_not_used_is_borne(backend: Any) -> None:
+    model, inputs = Unused().eval(), (torch.ones(2, 1), picture(2, 3, 8, 8))
+    fast = elc_fx.compile(model, inputs, backend=backend)
+    assert_same(fast(*inputs), model(*inputs), 1e-5)
+    with pytest.raises(elc_fx.InvalidInputError, match=r"takes tensors, and is given \['int', 'Tensor'\]"):
+        fast(1, inputs[1])
+
+
 @torch.no_grad()
 def test_inductor_is_torch_compile() -> None:
     torch._dynamo.reset()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from networks import image, ready
@@ -116,6 +117,21 @@ def test_formats_ties_and_shared_layers_are_kept(tmp_path: Path) -> None:
     inputs = image(1, 4, 5, 5), torch.tensor([3])
     for one, other in zip(compiled(*inputs), loaded(*inputs), strict=True):
         assert torch.equal(one, other)
+
+
+class Spelled(nn.Module):
+    """Functions and attributes of torch that it does not list as overridable, or not by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu_(F.hardswish(x) + F.hardsigmoid(x), 0.1) + abs(x)
+        x = torch.relu_(x).unflatten(1, (2, 2)).flatten(1, 2) + x.new_ones(x.size(0), 1, 1, 1)
+        return x.max(dim=1).values + x.sort(dim=1).indices.sum(1) + x.data.stride(1)
+
+
+def test_operators_of_torch_are_kept_however_they_are_spelled(tmp_path: Path) -> None:
+    compiled = elc_fx.compile(ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Spelled())))
+    elc_fx.save(compiled, tmp_path / "saved")
+    assert same(elc_fx.load(tmp_path / "saved"), compiled, X)
 
 
 # What cannot be saved.
@@ -228,6 +244,51 @@ def layer(described: dict[str, Any]) -> dict[str, Any]:
     return next(iter(described["modules"].values()))
 
 
+def inserted(described: dict[str, Any], *nodes: dict[str, Any]) -> None:
+    """Behind the first call of a layer."""
+    at = described["nodes"].index(node(described, "call_module")) + 1
+    described["nodes"][at:at] = [{"args": {"tuple": []}, "kwargs": {}, **n} for n in nodes]
+
+
+def through_a_layer(described: dict[str, Any]) -> None:
+    """By attributes of a layer to Python's `eval`, which becomes its forward."""
+    path = node(described, "call_module")["target"]
+    inserted(
+        described,
+        {"op": "get_attr", "name": "b", "target": f"{path}.__init__.__builtins__"},
+        {**call("operator.getitem", {"node": "b"}, "eval"), "name": "e"},
+        {**call(f"{path}.__setattr__", "forward", {"node": "e"}), "name": "s", "op": "call_module"},
+        {**call(path, "__import__('pathlib').Path('EVIL').touch()"), "op": "call_module"},
+    )
+
+
+def under_the_name_of(method: str) -> Callable[[dict[str, Any]], Any]:
+    """A layer whose name is that of a method of the network, which would be called in its place."""
+
+    def change(described: dict[str, Any]) -> None:
+        described["modules"][method] = layer(described)
+        inserted(described, {**call(method, "EVIL"), "op": "call_module"})
+
+    return change
+
+
+def imported(described: dict[str, Any]) -> None:
+    """A storage's `type` imports what it is given the name of, and calls it."""
+    x = {"node": described["nodes"][0]["name"]}
+    inserted(
+        described,
+        {**call("untyped_storage", x), "name": "s", "op": "call_method"},
+        {**call("type", {"node": "s"}, "test_storing.TypeOfStorage"), "op": "call_method"},
+    )
+
+
+class TypeOfStorage:
+    is_sparse = False
+
+    def __init__(self, _: int) -> None:
+        Path("EVIL").touch()
+
+
 EVIL = "x');__import__('os').system('touch EVIL');('"
 ATTACKS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "function": lambda d: d["nodes"].insert(1, call("os.system", "touch EVIL")),
@@ -247,6 +308,11 @@ ATTACKS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "hooks": lambda d: layer(d)["plain"].update(_forward_hooks={"dict": []}),
     "forward": lambda d: layer(d)["plain"].update(forward="x"),
     "dtype": lambda d: d["nodes"].insert(1, call("torch.relu", {"dtype": "load"})),
+    "through a layer": through_a_layer,
+    "method of the graph": under_the_name_of("to_folder"),
+    "method of a layer": under_the_name_of("0.__setattr__"),
+    "import": imported,
+    "report": lambda d: d["report"]["totals"].update(layers=["1", None]),
     "order": lambda d: next(iter(d["tensors"].values())).update(order=[0, 0]),
     "nested": lambda d: d["nodes"].insert(1, call("torch.relu", json.loads('{"list":[' * 210 + "1" + "]}" * 210))),
     "deep": lambda d: d["nodes"].insert(1, call("torch.relu", json.loads('{"list":[' * 400 + "1" + "]}" * 400))),
@@ -266,8 +332,8 @@ def test_a_malicious_file_runs_nothing(
 def test_what_a_file_may_call_takes_tensors_and_no_code() -> None:
     for word in ("load", "save", "compile", "hub", "jit", "from_file", "exec", "eval", "import", "hook", "callable"):
         assert not [name for name in storing.functions() if word in name.rpartition(".")[2].split("_")], word
-    assert not {"apply_", "map_", "register_hook"} & storing.methods()
-    assert not [name for name in storing.methods() if name.startswith("_")]
+    assert not {"apply_", "map_", "storage", "untyped_storage"} & storing.methods()
+    assert not [name for name in storing.methods() if name.startswith("_") or "hook" in name]
 
 
 def test_a_file_of_a_later_format_is_told(file: Path) -> None:

@@ -59,7 +59,7 @@ class Report:
             if plan is not None:
                 known = {name: value for name, value in plan.items() if value is not None}
                 plan = Plan.from_json(json.dumps({"format": FORMAT, **known}))
-            return cls(
+            report = cls(
                 tuple(MergedRegion(**_tuples(region)) for region in data["merged"]),
                 tuple(Refusal(**refusal) for refusal in data["refused"]),
                 tuple(Refusal(**refusal) for refusal in data["opaque"]),
@@ -67,8 +67,10 @@ class Report:
                 plan,
                 tuple(Epoch(**epoch) for epoch in data["epochs"]),
             )
-        except (AttributeError, KeyError, TypeError) as error:
+            str(report)  # fails where a number is none
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidInputError(f"this is no report: {error}") from None
+        return report
 
     def __str__(self) -> str:
         planned = [] if self.plan is None else [f"Collapsed:\n{self.plan}"]
