@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_same, image, randomize_
+from networks import RepVGGBlock, assert_same, conv_bn, image, randomize_, ready
 from torch import Tensor, nn
 
 import elc_fx
+from elc_fx import runtimes
 
 
 class Two(nn.Module):
@@ -88,3 +89,22 @@ def test_what_a_runtime_needs_is_said_before_anything_is_merged(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(elc_fx.MissingPackageError, match=r"pip install 'elc_fx\[openvino\]'"):
         elc_fx.compile(network(), picture(1, 3, 8, 8), backend="openvino")
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_exported_for_any_batch_and_any_size_of_images(runtime: str) -> None:
+    model = ready(nn.Sequential(*conv_bn(3, 4), RepVGGBlock(4, 4), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2, padding=1)))
+    model, x, auto = model.float(), torch.randn(2, 3, 16, 16), torch.export.Dim.AUTO
+    small = elc_fx.compile(model, x)
+    sizes = ({0: auto, 2: auto, 3: auto},)
+    if runtime == "torch":
+        run: Any = torch.export.export(small, (x,), dynamic_shapes=sizes).module()
+    else:
+        program = torch.onnx.export(small, (x,), dynamo=True, dynamic_shapes=sizes, verbose=False)
+        assert program is not None
+        run_arrays = runtimes.RUNS[runtime](program.model_proto.SerializeToString())
+        run = lambda y: torch.from_numpy(run_arrays([y.numpy()])[0])  # noqa: E731
+    for shape in ((2, 3, 16, 16), (5, 3, 23, 32), (1, 3, 64, 17)):
+        y = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(run(y), model(y), rtol=1e-3, atol=1e-4)
