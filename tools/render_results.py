@@ -64,7 +64,6 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "benchmark_latency": ("benchmark_latency", lambda result: benchmark.latency_table(result["rows"], STYLE)),
     "quantised": ("quantised", lambda result: quantise.table(result["rows"], STYLE)),
     "quantised_speed": ("quantised", lambda result: quantise.speed_table(result["rows"], STYLE)),
-    "quantised_merges": ("quantised_merges", lambda result: quantise.table(result["rows"], STYLE)),
     "runtimes": ("runtimes", lambda result: bench_runtimes.table(result["rows"], STYLE)),
     "compile_end_to_end": ("compile_end_to_end", lambda result: bench_compile.end_to_end_table(result, STYLE)),
 }
