@@ -127,13 +127,13 @@ class LosslessCompilation:
     def _take_copies(self, graph_module: fx.GraphModule, path: str) -> None:
         """Copies what still belongs to the caller's model; opaque modules are copied with compiled children."""
         nodes = [node for node in graph_module.graph.nodes if node.op in ("call_module", "get_attr")]
-        read = {str(node.target) for node in nodes if node.op == "get_attr"}
-        for target in dict.fromkeys(str(node.target) for node in nodes):
+        targets = dict.fromkeys(str(node.target) for node in nodes)
+        for target in targets:
             owner, _, name = target.rpartition(".")
             holder = graph_module.get_submodule(owner)
             value = getattr(holder, name)
             opaque = isinstance(value, nn.Module) and id(value) not in self.memo and not is_leaf(value)
-            if opaque and not any(other.startswith(f"{target}.") for other in read):
+            if opaque and not any(other.startswith(f"{target}.") for other in targets):  # whose paths must stay
                 self._compile_children(value, _join(path, target))
             copied = clone(value, self.memo)
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and name in holder._buffers:

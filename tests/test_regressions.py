@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import assert_same, conv_bn, image, ready
 from torch import Tensor, fx, nn
 
 import elc_fx
@@ -229,3 +230,30 @@ def test_layers_that_get_their_input_by_name_merge_as_others() -> None:
     compiled = elc_fx.compile(model, x)
     assert len(elc_fx.report_of(compiled).merged) == 1
     torch.testing.assert_close(compiled(x), model(x))
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(*conv_bn(3, 3), nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_a_module_that_is_opaque_and_has_parts_that_others_call() -> None:
+    """Found by tools/fuzz.py, seed 250: its compiled children lack the paths by which its parts are called."""
+
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.opaque = Untraceable()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.opaque.block[-1](self.opaque(x))
+            return y
+
+    model, x = ready(Shares()), image(2, 3, 8, 8)
+    with torch.no_grad():
+        assert_same(elc_fx.compile(model, x)(x), model(x))
