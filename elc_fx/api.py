@@ -79,7 +79,8 @@ def compile(  # as torch.compile
             "the model is in training mode, in which batch norm and dropout cannot be merged; call model.eval() first"
         )
     inputs = None if example_inputs is None else ExampleInputs.of(model, example_inputs)
-    check_runtime(backend, None if inputs is None else inputs.by_position())
+    by_position = None if inputs is None else inputs.by_position()
+    check_runtime(backend, by_position)
     for name, value in {"budget": budget, "calibration": calibration, "finetune": finetune}.items():
         if value is not None and mode == "lossless":
             raise InvalidInputError(f"{name} is for mode 'decouple'; the mode is 'lossless'")
@@ -90,7 +91,7 @@ def compile(  # as torch.compile
             )
         else:
             network = LosslessCompilation(inputs, verify=verify).run(model)
-        result = deployed(network, None if inputs is None else inputs.by_position(), backend)
+        result = deployed(network, by_position, backend)
     setattr(result, REPORT, report_of(network))
     return result
 

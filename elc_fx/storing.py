@@ -120,9 +120,10 @@ def load(file: str | Path) -> fx.GraphModule:
         raise StorageError(f"{file} was not written by elc_fx: {error}") from error
     except OSError as error:
         raise StorageError(f"cannot read {file}: {error}") from error
-    except (SafetensorError, InvalidInputError, ArithmeticError, AttributeError, LookupError) as error:
-        raise StorageError(f"{file} is no network that elc_fx saved, or it is damaged: {error}") from error
-    except (RuntimeError, TypeError, ValueError, SyntaxError, MemoryError) as error:  # the last two: nested too deeply
+    except (
+        *(SafetensorError, InvalidInputError, ArithmeticError, AttributeError, LookupError),
+        *(RuntimeError, TypeError, ValueError, SyntaxError, MemoryError),  # the last two: nested too deeply
+    ) as error:
         raise StorageError(f"{file} is no network that elc_fx saved, or it is damaged: {error}") from error
 
 

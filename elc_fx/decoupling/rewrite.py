@@ -203,14 +203,7 @@ class _Rewriter:
             self._make_functional(node)
             for value, end in dict(ends).items():
                 if value in node.all_input_nodes and end != wanted:
-
-                    def ringed(
-                        read: fx.Node, value: fx.Node = value, end: Padding = end, to: fx.Node = node
-                    ) -> fx.Node:
-                        return self._ring_pad(value, end, wanted, to) if read is value else read
-
-                    with self.graph.inserting_before(node):  # each operand its own, as each is a branch of its own
-                        node.args, node.kwargs = fx.map_arg(node.args, ringed), fx.map_arg(node.kwargs, ringed)
+                    self._ring_operands(node, value, end, wanted)
         return join.node, wanted
 
     def _ring_operands(self, node: fx.Node, value: fx.Node, ring: Padding, wanted: Padding) -> None:

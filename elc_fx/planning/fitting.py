@@ -131,7 +131,8 @@ class Windows:
     def _factor(self, ridge: float, *, judge: bool) -> Tensor:
         """Of the windows before the cut, to be judged, or of all."""
         if (ridge, judge) not in self.factors:
-            self.factors[ridge, judge] = _factor(self.normals[0] if judge else sum(self.normals), ridge)
+            before, behind = self.normals
+            self.factors[ridge, judge] = _factor(before if judge else before + behind, ridge)
         return self.factors[ridge, judge]
 
     def _solve(self, goal: Tensor, factor: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ def _products(rows: Tensor, values: Tensor) -> Tensor:
     return (rows.mT @ values).double()
 
 
-def _factor(normal: Any, ridge: float) -> Tensor:
+def _factor(normal: Tensor, ridge: float) -> Tensor:
     """The Cholesky factor, with a larger ridge where the products' rounding in float32 needs it."""
     mean = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = mean[:, None, None] * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)

@@ -55,7 +55,7 @@ class Calibration:
             values = batch_values(graph_module, batch)
             samples = samples or _affordable(values)
             values = _first(values, samples - count, dtype)
-            size = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
+            size = _size(values, otherwise=1)
             if size:
                 self.batches.append(values)
             count += size
@@ -80,16 +80,21 @@ class Calibration:
         return digest.hexdigest()
 
 
+def _size(values: Sequence[Any], otherwise: int) -> int:
+    """How many samples a batch has: as many as its first tensor is long."""
+    return next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), otherwise)
+
+
 def _affordable(values: Sequence[Any]) -> int:
     """How many samples like those of a batch are kept."""
-    size = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 0)
+    size = _size(values, otherwise=0)
     numbers = sum(v[0].numel() for v in values if isinstance(v, Tensor) and v.dim() and 0 < len(v) == size)
     return min(SAMPLES, max(1, NUMBERS // max(1, numbers)))
 
 
 def _first(values: Sequence[Any], most: int, dtype: torch.dtype | None) -> list[Any]:
     """The first samples of a batch, in the network's precision. What is not as long as the first tensor stays whole."""
-    size = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 0)
+    size = _size(values, otherwise=0)
 
     def cut(value: Tensor) -> Tensor:
         value = value[:most] if value.dim() and len(value) == size else value
@@ -252,8 +257,7 @@ class Sensitivity:
         needed = self._needed_until(choices)
         collapsed = self._walks()
         for node in self.nodes:
-            for walk in walks:
-                walk.step(node)
+            _step(walks, node)
             if node in ends:
                 read, given = [collapsed[i] for i in fitted_on], [walks[i] for i in fitted_on]
                 substitute = self._fitted(ends[node], read, given, {})
