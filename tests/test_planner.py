@@ -602,11 +602,10 @@ rank = dist.get_rank()
 
 def seconds(calls, blocks=1):
     assert rank == 0, "the other process has a clock of its own"
-    return [2.0 + i for i in range(len(calls))]
+    return [2.0 - i for i in range(len(calls))]
 
 latency.seconds = seconds
 latency.LatencyMeter._measured = lambda self, unit: seconds([0])[0] * sum(p.numel() for p in unit.make().parameters())
-latency.LatencyMeter._call = lambda self: 0.0
 made = planner()
 plan = made.plan(elc_fx.Budget(latency=0.7))
 Path({folder!r}, f"plan-{{rank}}.json").write_text(plan.to_json())

@@ -57,8 +57,8 @@ def choices_of(graph: SerialGraph, *, longest: int, largest_kernel: int) -> list
 class LatencyModel:
     """How the latency follows from the choice, in seconds.
 
-    whole: of the original, as it was measured. nodes: of each node of the graph; choices: of each merged convolution,
-    by its key; both scaled so that the nodes sum to `whole`.
+    whole: of the original. nodes: of each node of the graph; choices: of each merged convolution, by its key. What
+    else a network takes remains, whatever is chosen.
     """
 
     whole: float
@@ -72,6 +72,11 @@ class LatencyModel:
     def after(self, chosen: Sequence[Choice]) -> float:
         """The latency when these candidates, which do not overlap, are merged."""
         return self.whole - sum(self.saved(choice) for choice in chosen)
+
+    def scaled(self, factor: float, whole: float) -> LatencyModel:
+        """The same, where all that choices change takes so many times as long, and the original `whole`."""
+        nodes, choices = ({key: factor * time for key, time in times.items()} for times in (self.nodes, self.choices))
+        return LatencyModel(whole, nodes, choices)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 A layer is run several times over in one small network, with weights of its own each time, and the time of a network
 with half as many is taken off: so its time is that inside of a network, not that of a call. Where its output has the
-shape of its input, the copies follow each other, since runtimes keep data in layouts of their own between layers. The
-time of a call, and the sum over the layers, scaled so that both are right for the original as a whole, predict the
-network that a choice leaves behind.
+shape of its input, the copies follow each other, since runtimes keep data in layouts of their own between layers. What
+a network takes beyond its layers is not measured, but follows: two networks are timed as a whole, the original and one
+of the fastest that choices can leave behind, and the time of all others is on the line through both.
 """
 
 from __future__ import annotations
@@ -181,26 +181,16 @@ class LatencyMeter:
         times: dict[str, float] = of_the_first(lambda: {key: known[key] for key in units if key in known})
         missing = [unit for unit in units.values() if unit.key not in times]
         bar = track(missing, f"{len(missing)} layers", console=Console(stderr=True), disable=not self.progress)
-        whole = of_the_first(self._original)
         for unit in bar:
             times[unit.key] = of_the_first(partial(self._measured, unit))
             if unit.shared:
                 known[unit.key] = times[unit.key]
-        whole = min(whole, of_the_first(self._original))
-        call = min(whole, of_the_first(self._call))
         spent = {name: 0.0 if unit is None else times[unit.key] for name, unit in nodes.items()}
-        scale = (whole - call) / max(sum(spent.values()), 1e-12)
-        return LatencyModel(
-            whole,
-            {name: scale * value for name, value in spent.items()},
-            {key: scale * times[unit.key] for key, unit in merged.items()},
-        )
-
-    def _original(self) -> float:
-        return seconds([self._deployed(self.graph.graph_module)], blocks=WHOLE_BLOCKS)[0]
-
-    def _call(self) -> float:
-        return seconds([runner(_Least(), self.inputs, self.backend)])[0]
+        summed = LatencyModel(sum(spent.values()), spent, {key: times[unit.key] for key, unit in merged.items()})
+        fast = _fast(summed, choices)
+        before, after = self.whole(fast)
+        saved = summed.whole - summed.after(fast)
+        return summed.scaled(max(before - after, 0.0) / saved if saved > 0 else 1.0, whole=before)
 
     def whole(self, choices: Sequence[Choice]) -> tuple[float, float]:
         """Seconds of the original and of what the choices leave behind, side by side. choices: as in the graph."""
@@ -335,13 +325,6 @@ class _Layer(nn.Module):
         return y
 
 
-class _Least(nn.Module):
-    """As little as a network computes."""
-
-    def forward(self, *inputs: Any) -> list[Tensor]:
-        return [x + 1 for x in inputs if isinstance(x, Tensor)]
-
-
 class _Copies(nn.Module):
     """Modules side by side, each on its own inputs.
 
@@ -359,6 +342,18 @@ class _Copies(nn.Module):
             output = part(*inputs[i * n : (i + 1) * n])
             outputs = [*outputs, output] if self.keep else [output]
         return outputs
+
+
+def _fast(model: LatencyModel, choices: Sequence[Choice]) -> list[Choice]:
+    """Choices that do not overlap, those first that save most; in the order of the graph."""
+    fast: list[Choice] = []
+    taken: set[str] = set()
+    for choice in sorted(choices, key=model.saved, reverse=True):
+        if model.saved(choice) > 0 and taken.isdisjoint(choice.candidate.nodes):
+            fast.append(choice)
+            taken.update(choice.candidate.nodes)
+    order = {name: position for position, name in enumerate(model.nodes)}
+    return sorted(fast, key=lambda choice: order[choice.output])
 
 
 def _alone(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module:
