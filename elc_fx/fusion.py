@@ -279,7 +279,10 @@ def padded(geometry: Geometry, source: Any, call: Callable[..., Any] = _now) -> 
 
 
 def layer_of(affine: AffineMap, dtype: torch.dtype) -> nn.Module:
-    """The torch.nn layer of a map. A padding that it cannot do, and the channel of ones, are left to its caller."""
+    """The torch.nn layer of a map. A padding that it cannot do, and the channel of ones, are left to its caller.
+
+    Its parameters are copies: the map's tensors may be those of the caller's model, or of another layer.
+    """
     if affine.ones is not None:
         affine = affine.with_channel_of_ones()
     g = affine.geometry
@@ -305,7 +308,7 @@ def layer_of(affine: AffineMap, dtype: torch.dtype) -> nn.Module:
             mode = "zeros" if padding == 0 else g.padding_mode
             arguments.update(padding=padding, padding_mode=mode)
             layer = CONV_MODULES[g.dims](g.in_channels, g.out_channels, g.kernel_size, **arguments)
-    layer.weight = nn.Parameter(weight.to(dtype).contiguous())
+    layer.weight = nn.Parameter(weight.to(dtype, copy=True).contiguous())
     if affine.bias is not None:
-        layer.bias = nn.Parameter(affine.bias.to(dtype).contiguous())
+        layer.bias = nn.Parameter(affine.bias.to(dtype, copy=True).contiguous())
     return layer.eval()  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,3 +258,24 @@ def test_a_module_that_is_opaque_and_has_parts_that_others_call() -> None:
     model, x = ready(Shares()), image(2, 3, 8, 8)
     with torch.no_grad():
         assert_same(elc_fx.compile(model, x)(x), model(x))
+
+
+def test_merged_layers_have_memory_of_their_own(tmp_path: Path) -> None:
+    """Found by tools/fuzz.py, seed 1246: in float64 two layers had one bias, which was the caller's, too."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(4, 4, 3, padding=1), nn.Parameter(torch.rand(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x)
+            return torch.cat([self.conv(self.scale * y), y], 1)
+
+    model, x = ready(Again()), image(2, 4, 8, 8)
+    compiled = elc_fx.compile(model, x)
+    pointers = [p.data_ptr() for network in (model, compiled) for p in network.parameters()]
+    assert len(pointers) > 3 and len(set(pointers)) == len(pointers)
+    elc_fx.save(compiled, tmp_path / "net.elc")
+    with torch.no_grad():
+        assert_same(elc_fx.load(tmp_path / "net.elc")(x), model(x))
