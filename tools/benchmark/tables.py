@@ -62,7 +62,7 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
-    """Test accuracy and costs of each method; at a network's largest budget, those that were not run are there, too."""
+    """Test accuracy and costs of each method; at budgets at which elc was run, those that were not are there, too."""
     return terminal.table(_accuracies(rows), ACCURACY, style)
 
 
@@ -74,12 +74,12 @@ def done_table(rows: Sequence[Row], style: str = "simple") -> str:
 def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
     lines = []
     groups = _grouped(rows)
-    headline = {row["network"]: row["budget"] for row in reversed(rows)}
+    compared = {(row["network"], row["budget"]) for row in rows if row["method"] == "elc"}
     for network, budget, epochs in dict.fromkeys((r["network"], r["budget"], r["epochs"]) for r in rows):
         for name, method in METHODS.items():
             own = groups.get((network, name, budget, epochs), [])
             head = [network, _share(budget), name, epochs * method.epochs]
-            if not own and budget != headline[network]:
+            if not own and (network, budget) not in compared:
                 continue
             if not own:
                 lines.append([*head, NOT_RUN, "", "", "", "", ""])
