@@ -94,3 +94,27 @@ def test_a_region_that_gives_nothing() -> None:
     geometry = Geometry(2, 3, (3,), (1,), (1,), ((1, 1),), bias=True)
     fitted = Windows.of([torch.randn(4, 3, 9)], geometry).fit([torch.zeros(4, 2, 9)])
     assert not fitted.kernel.any()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 100.0])
+def test_the_unit_of_the_input_does_not_matter(scale: float) -> None:
+    """Nor does that of the ones that a bias is for: small inputs had no weights left, large ones no bias."""
+    torch.manual_seed(0)
+    geometry = Geometry(4, 8, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), bias=True)
+    region = Substitute(AffineMap(geometry, torch.randn(4, 8, 3, 3) / scale, torch.randn(4)), torch.float32)
+    x = scale * torch.rand(64, 8, 8, 8)
+    with torch.no_grad():
+        found = Substitute(Windows.of([x], geometry).fit([region(x)]), torch.float32)
+        torch.testing.assert_close(found(x), region(x), rtol=1e-3, atol=1e-3)
+
+
+def test_windows_of_one_image_do_not_choose_a_ridge_for_each_other() -> None:
+    """They overlap, so that a fit to some of them knows the others, whatever it is worth elsewhere."""
+    torch.manual_seed(0)
+    geometry = Geometry(8, 64, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), bias=True)
+    region = nn.Sequential(nn.Conv2d(64, 64, 5, padding=2), nn.ReLU(), nn.Conv2d(64, 8, 1))
+    x = nn.functional.interpolate(torch.randn(8, 64, 3, 3), size=(16, 16), mode="bilinear")
+    with torch.no_grad():
+        together, apart = ([*x.split(size)] for size in (8, 1))
+        found = [Windows.of(batches, geometry).fit([region(y) for y in batches]) for batches in (together, apart)]
+    torch.testing.assert_close(found[0].kernel, found[1].kernel, rtol=1e-2, atol=1e-4)

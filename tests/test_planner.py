@@ -89,10 +89,48 @@ def test_a_loss_is_that_of_the_network_with_the_fitted_convolution() -> None:
         assert found == pytest.approx(loss, rel=1e-3, abs=1e-7)
 
 
-def test_what_batches_are_judged_on() -> None:
-    for count, judged in ((1, [0]), (2, [1]), (4, [3]), (8, [3, 7]), (9, [0, 4, 8])):
-        fitted_on, judged_on = sensitivity._split(range(count))
-        assert judged_on == judged and (count == 1 or sorted(fitted_on + judged_on) == list(range(count)))
+@pytest.mark.parametrize(
+    ("sizes", "judged"),
+    [
+        *(([7], [0]), ([7] * 2, [1]), ([7] * 4, [3]), ([7] * 8, [3, 7]), ([7] * 9, [3, 7])),
+        *(([64, 64, 64, 1], [2]), ([128, 128, 1], [1]), ([1000, 24], [1]), ([1, 128, 128, 128, 128], [3])),
+    ],
+)
+def test_what_batches_are_judged_on(sizes: list[int], judged: list[int]) -> None:
+    fitted_on, judged_on = sensitivity._split(sizes)
+    assert judged_on == judged
+    assert sorted({*fitted_on, *judged_on}) == list(range(len(sizes)))
+    assert len(sizes) == 1 or not {*fitted_on} & {*judged_on}
+
+
+def test_large_batches_are_cut_so_that_some_are_judged_on() -> None:
+    """As of a loader whose batches are as large as all samples that are used."""
+    model, x = network(), image(40, 3, 8, 8, dtype=torch.float32)
+    large, small = ([*x.split(size)] for size in (40, 8))
+    made, other = (Planner(model, x[:1], given, samples=32, progress=False) for given in (large, small))
+    assert made.sensitivity is not None and made.sensitivity.calibration.sizes == [8] * 4
+    assert made.losses == other.losses
+
+
+def test_samples_count_alike_in_batches_of_all_sizes() -> None:
+    model, x = network(), image(32, 3, 8, 8, dtype=torch.float32)
+    made = Planner(model, x[:1], [*x.split((8, 8, 8, 7, 1))], fine_tuned=False, progress=False)
+    assert made.sensitivity is not None
+    calibration = made.sensitivity.calibration
+    calibration.fitted_on, calibration.judged = [0, 1, 2], [3, 4]
+    apart = made.sensitivity.together(made.choices[:1])
+    calibration.batches, calibration.sizes = [[part] for part in x.split(8)], [8] * 4
+    calibration.judged = [3]
+    assert made.sensitivity.together(made.choices[:1]) == pytest.approx(apart, rel=1e-4)
+
+
+def test_an_output_that_is_not_finite_is_told() -> None:
+    """Also where it is on what the network is judged on; else it would seem that no candidate can be chosen."""
+    model, x = network(), data()[0][:1]
+    for wrong in (float("nan"), float("inf")):
+        for batches in ([x * wrong, x], [x, x * wrong]):
+            with pytest.raises(elc_fx.InvalidInputError, match="finite"):
+                Planner(model, x, batches, progress=False)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(8, 1024), (2**13, 341)])
@@ -282,7 +320,7 @@ def test_inputs_that_are_no_batches_stay_whole() -> None:
     made = Planner(model, {"x": data()[0][:1], "table": table}, batches, samples=20, progress=False)
     assert made.sensitivity is not None
     shapes = [[tuple(v.shape) for v in batch] for batch in made.sensitivity.calibration.batches]
-    assert shapes == [[(16, 3, 8, 8), (40, 2)], [(4, 3, 8, 8), (40, 2)]]
+    assert shapes == [[(4, 3, 8, 8), (40, 2)]] * 5
     assert made.plan(elc_fx.Budget(flops=0.7)).candidates
 
 

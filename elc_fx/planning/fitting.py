@@ -22,7 +22,7 @@ from elc_fx.fusion import layer_of, padded
 
 ROWS_PER_WEIGHT = 12  # windows that a fit looks at, for each weight of an output channel
 FEWEST_ROWS = 16384
-RIDGES = (1e-5, 1e-3, 1e-2, 1e-1)  # of the mean diagonal of the normal equations, added to it
+RIDGES = (1e-5, 1e-3, 1e-2, 1e-1)  # of the weights' mean diagonal in the normal equations, added to it
 FITTED = 0.75  # of the windows, in the choice of a ridge; the others judge
 GAIN = 0.03  # of the error, which a larger ridge must be worth
 ROUNDING = 1e-6  # of the squared targets
@@ -132,7 +132,7 @@ class Windows:
         """Of the windows before the cut, to be judged, or of all."""
         if (ridge, judge) not in self.factors:
             before, behind = self.normals
-            self.factors[ridge, judge] = _factor(before if judge else before + behind, ridge)
+            self.factors[ridge, judge] = _factor(before if judge else before + behind, ridge, bias=self.geometry.bias)
         return self.factors[ridge, judge]
 
     def _solve(self, goal: Tensor, factor: Tensor) -> Tensor:
@@ -143,12 +143,19 @@ def _products(rows: Tensor, values: Tensor) -> Tensor:
     return (rows.mT @ values).double()
 
 
-def _factor(normal: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor, with a larger ridge where the products' rounding in float32 needs it."""
-    mean = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = mean[:, None, None] * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+def _factor(normal: Tensor, ridge: float, *, bias: bool) -> Tensor:
+    """The Cholesky factor, with a larger ridge where the products' rounding in float32 needs it.
+
+    A bias, the last weight, has none: else the fit would depend on the unit in which the input is given.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    weights = diagonal[:, :-1] if bias else diagonal
+    scale = weights.mean(1, keepdim=True).clamp_min(tiny).expand_as(diagonal).clone()
+    if bias:
+        scale[:, -1] = tiny
     while True:
-        factor, failed = torch.linalg.cholesky_ex(normal + ridge * scaled)
+        factor, failed = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge * scale))
         if not failed.any():
             return factor
         ridge *= 10
@@ -167,6 +174,7 @@ def _windows(x: Tensor, geometry: Geometry, count: int) -> Tensor:
         x = x.flatten(0, -2)
     positions = tuple(x.shape[: 1 + dims])
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randperm(math.prod(positions), generator=generator, device="cpu")[:count].to(x.device)
+    drawn = torch.randperm(math.prod(positions), generator=generator, device="cpu")[:count]
+    drawn = drawn.sort().values.to(x.device)  # by samples: windows of one overlap, and are not to judge each other
     rows = x[torch.unravel_index(drawn, positions)]  # [windows, channels, *taps]
     return rows.reshape(len(drawn), groups, -1).movedim(1, 0)

@@ -7,13 +7,14 @@ known: a convolution is fitted to that, and only what comes after the region is 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,33 +37,41 @@ from elc_fx.planning.substitution import substituted
 from elc_fx.randomness import generators, seed_all
 from elc_fx.serial import SerialGraph
 
-T = TypeVar("T")
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
 SAMPLES, NUMBERS = 1024, 2**26  # that are used, and what they hold at most, if nobody says how many
 JUDGED = 4  # one of so many batches is not fitted to, but judged on: fits to few windows look better than they are
 
 
 class Calibration:
-    """Batches of a model's inputs. batches: for each, the values of the graph's placeholders, in order."""
+    """Batches of a model's inputs.
+
+    batches: for each, the values of the graph's placeholders, in order. sizes: how many samples each has. fitted_on,
+    judged: which of them convolutions are fitted to, and on which the network is judged.
+    """
 
     def __init__(self, graph_module: fx.GraphModule, batches: Iterable[Any], samples: int | None) -> None:
         check_computes(graph_module)
         self.graph_module = graph_module
         self.batches: list[list[Any]] = []
-        weight, count = next(graph_module.parameters(), None), 0
+        self.sizes: list[int] = []
+        weight = next(graph_module.parameters(), None)
         dtype = weight.dtype if weight is not None and weight.is_floating_point() else None
         for batch in batches_of(batches):
             values = batch_values(graph_module, batch)
+            size = _size(values)
+            if not size:
+                continue
             samples = samples or _affordable(values)
-            values = _first(values, samples - count, dtype)
-            size = _size(values, otherwise=1)
-            if size:
-                self.batches.append(values)
-            count += size
-            if count >= samples:
+            size = min(size, samples - sum(self.sizes))
+            pieces = math.ceil(size / math.ceil(samples / JUDGED))  # one batch of all would leave none to judge on
+            bounds = [size * i // pieces for i in range(pieces + 1)]
+            self.batches.extend(_part(values, start, stop, dtype) for start, stop in itertools.pairwise(bounds))
+            self.sizes.extend(stop - start for start, stop in itertools.pairwise(bounds))
+            if sum(self.sizes) >= samples:
                 break
         if not self.batches:
             raise InvalidInputError("calibration has no batches, or empty ones only")
+        self.fitted_on, self.judged = _split(self.sizes)
 
     def fingerprint(self) -> str:
         """Of the data and of everything that the graph computes with."""
@@ -80,24 +89,23 @@ class Calibration:
         return digest.hexdigest()
 
 
-def _size(values: Sequence[Any], otherwise: int) -> int:
-    """How many samples a batch has: as many as its first tensor is long."""
-    return next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), otherwise)
+def _size(values: Sequence[Any]) -> int:
+    """How many samples a batch has: as many as its first tensor is long; one without a tensor is a sample."""
+    return next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
 
 
 def _affordable(values: Sequence[Any]) -> int:
     """How many samples like those of a batch are kept."""
-    size = _size(values, otherwise=0)
-    numbers = sum(v[0].numel() for v in values if isinstance(v, Tensor) and v.dim() and 0 < len(v) == size)
+    numbers = sum(v[0].numel() for v in values if isinstance(v, Tensor) and v.dim() and len(v) == _size(values))
     return min(SAMPLES, max(1, NUMBERS // max(1, numbers)))
 
 
-def _first(values: Sequence[Any], most: int, dtype: torch.dtype | None) -> list[Any]:
-    """The first samples of a batch, in the network's precision. What is not as long as the first tensor stays whole."""
-    size = _size(values, otherwise=0)
+def _part(values: Sequence[Any], start: int, stop: int, dtype: torch.dtype | None) -> list[Any]:
+    """Samples of a batch, in the network's precision. What is not as long as the first tensor stays whole."""
+    size = _size(values)
 
     def cut(value: Tensor) -> Tensor:
-        value = value[:most] if value.dim() and len(value) == size else value
+        value = value[start:stop] if value.dim() and len(value) == size else value
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
     return [cut(value) if isinstance(value, Tensor) else value for value in values]
@@ -201,8 +209,8 @@ class Sensitivity:
             ending[choice.region.output].append(choice)
         needed = self._needed_until(choices)
         walks = self._walks()
-        fitted_on, judged = _split(walks)
-        expected = [self._output(values, needed) for values in _split(self.calibration.batches)[1]]
+        fitted_on, judged = ([walks[i] for i in part] for part in (self.calibration.fitted_on, self.calibration.judged))
+        expected = [self._output(self.calibration.batches[i], needed) for i in self.calibration.judged]
         description, console = f"{len(choices)} candidates", Console(stderr=True)
         bar = track(self.nodes, description, console=console, disable=not self.progress)
         windows: dict[Any, Windows] = {}  # of the sources that later candidates read too
@@ -215,7 +223,7 @@ class Sensitivity:
                 for walk, wanted in zip(judged, expected, strict=True):
                     value = fitted(walk.env[choice.region.source])
                     losses.append(float(self.loss(walk.output_with(node, value, rest), wanted)))
-                known[choice.key] = _mean(losses)
+                known[choice.key] = self._mean(losses)
             windows = {key: value for key, value in windows.items() if needed[key[0]] > position}
             for walk in walks:
                 self._forget(walk, node, needed)
@@ -228,12 +236,17 @@ class Sensitivity:
             self._forget(walk, node, needed)
         return walk.env[self.nodes[-1]]
 
+    def _mean(self, losses: Sequence[float]) -> float:
+        """Over the samples that are judged on. losses: of their batches."""
+        sizes = [self.calibration.sizes[i] for i in self.calibration.judged]
+        mean = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+        return mean if mean == mean else math.inf  # what gives NaN is never chosen
+
     def together(self, choices: Sequence[Choice]) -> float:
         """The loss when all choices, in their order, are collapsed."""
         walks = self._walks()
-        fitted_on, judged = _split(range(len(walks)))
-        outputs, _ = self._walked(walks, choices, fitted_on)
-        return _mean([float(self.loss(outputs[i], walks[i].env[self.nodes[-1]])) for i in judged])
+        outputs, _ = self._walked(walks, choices, self.calibration.fitted_on)
+        return self._mean([float(self.loss(outputs[i], walks[i].env[self.nodes[-1]])) for i in self.calibration.judged])
 
     def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
         """A copy of the network in which the choices are convolutions, fitted in their order on all batches."""
@@ -312,6 +325,11 @@ class Sensitivity:
 
 def divergence(output: Any, expected: Any) -> Tensor:
     """The loss "auto", see `Sensitivity`."""
+    if not all(t.isfinite().all() for t in pytree.tree_leaves(expected) if isinstance(t, Tensor)):
+        raise InvalidInputError(
+            "the model's output for a calibration batch is not finite: "
+            "look for NaN and infinity in the batches, or pass a loss of your own"
+        )
     if isinstance(expected, Tensor) and expected.dim() == 2 and expected.shape[1] > 1:
         given, wanted = (F.log_softmax(t.double(), 1) for t in (output, expected))
         return F.kl_div(given, wanted, reduction="batchmean", log_target=True).clamp_min(0)  # but for rounding, it is
@@ -337,13 +355,18 @@ def _step(walks: Iterable[Walk], node: fx.Node) -> None:
         ) from error
 
 
-def _split(batches: Sequence[T]) -> tuple[list[T], list[T]]:
-    """Those to fit to, and those to judge on; a single batch is both."""
-    judged = set(range(len(batches) - 1, -1, -JUDGED))
-    fitted_on = [batch for i, batch in enumerate(batches) if i not in judged or len(batches) == 1]
-    return fitted_on, [batch for i, batch in enumerate(batches) if i in judged]
+def _split(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Which batches to fit to, and which to judge on: one of JUDGED. A single batch is both.
 
+    Of the batches to begin with, those that leave the most samples to both parts: a last batch is often a small one.
+    """
+    everything = range(len(sizes))
+    if len(sizes) == 1:
+        return [0], [0]
 
-def _mean(losses: Sequence[float]) -> float:
-    mean = sum(losses) / len(losses)
-    return mean if mean == mean else float("inf")  # what gives NaN is never chosen
+    def worth(judged: range) -> int:
+        count = sum(sizes[i] for i in judged)
+        return count * (sum(sizes) - count) ** (JUDGED - 1)  # the largest where one of JUDGED samples is judged on
+
+    judged = max((everything[start::JUDGED] for start in reversed(everything[:JUDGED])), key=worth)
+    return [i for i in everything if i not in judged], list(judged)
