@@ -68,7 +68,7 @@ class Deployed(nn.Module):
         except ElcError:
             raise
         except Exception as error:  # whatever the runtime runs into
-            raise RuntimeFailedError(f"{runtime} does not take this network: {error}") from error
+            raise RuntimeFailedError(f"{runtime} does not take this network: {error}{self._way_out()}") from error
         self.eval()
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -83,9 +83,15 @@ class Deployed(nn.Module):
         try:
             outputs = self.run([x.detach().cpu().numpy() for x in inputs])
         except Exception as error:
-            raise RuntimeFailedError(f"{self.runtime} does not run {_listed(given)}: {error}") from error
+            message = f"{self.runtime} does not run {_listed(given)}: {error}{self._way_out()}"
+            raise RuntimeFailedError(message) from error
         tensors = [torch.from_numpy(a.copy()).to(d) for a, d in zip(outputs, self.dtypes, strict=True)]
         return pytree.tree_unflatten(tensors, self.structure)
+
+    def _way_out(self) -> str:
+        """For networks in another precision than all runtimes have."""
+        others = [str(d) for _, d in self.expected if d.is_floating_point and d != torch.float32]
+        return f" (the network takes {others[0]}; runtimes know float32 best: `model.float()`)" if others else ""
 
 
 def _listed(inputs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:

@@ -108,3 +108,10 @@ def test_exported_for_any_batch_and_any_size_of_images(runtime: str) -> None:
         y = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(run(y), model(y), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_precision_that_a_runtime_lacks_is_told_with_the_way_out(runtime: Any) -> None:
+    x = torch.randn(1, 3, 6, 6, dtype=torch.bfloat16)
+    with pytest.raises(elc_fx.RuntimeFailedError, match=r"bfloat16.*model\.float\(\)"):
+        elc_fx.compile(network().bfloat16(), x, backend=runtime)(x)
