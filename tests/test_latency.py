@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_planner import network
 from torch import nn
 
 import elc_fx
 from elc_fx.planning import latency, stored
+from elc_fx.planning import planner as planning
+from elc_fx.planning.cost import LatencyModel
 from elc_fx.planning.planner import Planner
 
 
@@ -56,6 +63,46 @@ def test_predictions_add_up_and_keep_the_budget() -> None:
     assert (before, after) == pytest.approx(plan.prediction.latency)
     assert elc_fx.Plan.from_json(plan.to_json()) == plan
     assert "latency" in str(plan)
+
+
+@pytest.mark.usefixtures("by_weights")
+@pytest.mark.parametrize("corrections", [0, planning.CORRECTIONS])
+def test_choices_that_were_timed_too_fast_are_made_again(corrections: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the planner takes for fast is slower in the network: without corrections the plan is above its limit."""
+    right = latency.LatencyMeter._measured
+
+    def measured(self: latency.LatencyMeter, unit: Any) -> float:
+        return right(self, unit) * (0.3 if "1×3" in unit.key else 1.0)
+
+    monkeypatch.setattr(latency.LatencyMeter, "_measured", measured)
+    monkeypatch.setattr(planning, "CORRECTIONS", corrections)
+    plan = planner().plan(elc_fx.Budget(latency=0.4))
+    assert plan.prediction is not None and plan.prediction.latency is not None
+    predicted = (plan.prediction.after.latency or 0) / (plan.prediction.before.latency or 1)
+    taken = plan.prediction.latency[1] / plan.prediction.latency[0]
+    assert predicted <= 0.4
+    assert (taken <= 0.4 and predicted == pytest.approx(taken, rel=0.05)) is bool(corrections)
+
+
+@given(st.lists(st.floats(0.01, 1.0), min_size=4, max_size=4), st.lists(st.floats(0.0, 1.2), min_size=2, max_size=2))
+def test_what_sums_take_and_what_they_may_be(saved: list[float], taken: list[float]) -> None:
+    """Networks that were measured are predicted as they were; more layers never take less; limits are met exactly."""
+    choices: Any = [SimpleNamespace(key=str(i), candidate=SimpleNamespace(nodes=[f"n{i}"])) for i in range(4)]
+    nodes, merged = {f"n{i}": time for i, time in enumerate(saved)}, dict.fromkeys("0123", 0.0)
+    model = LatencyModel(2 * sum(saved), nodes, merged).through(choices, before=2.0, after=0.5)
+    assert (model.after([]), model.after(choices)) == pytest.approx((2.0, 0.5))
+    for count, share in enumerate(taken, 1):
+        model = model.knowing(choices[:count], 0.5 + share)
+    falling = [model.after(choices[:count]) for count in range(5)]
+    assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(falling))
+    if taken == sorted(taken, reverse=True):
+        assert falling[1:3] == pytest.approx([0.5 + share for share in taken])
+    for limit in (0.2, 0.5, 0.9, 1.4, 2.0, 3.0):
+        for over in (-0.1, -1e-6, 0.0, 1e-6, 0.1):
+            total = model.allowed(limit) + over
+            one: Any = [SimpleNamespace(key="one", candidate=SimpleNamespace(nodes=["n"]))]
+            after = replace(model, nodes={"n": model.whole - total}, choices={"one": 0.0}).after(one)
+            assert after <= limit + 1e-9 if over <= 0 else after >= limit - 1e-9
 
 
 @pytest.mark.usefixtures("by_weights")

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python tools/bench_latency.py --weights resnet20.safetensors --weights resnet56.safetensors
 
-For each network, backend and budget, the planner predicts the latency of its plan from layers measured one by one, and
-then measures the whole network, in turns with the original. Batch norms are folded in both. Stores
+For each network, backend and budget, the planner predicts the latency of its plan, and then the whole network is
+measured anew, in turns with the original. Batch norms are folded in both. Stores
 docs/results/plan_latency.json; a network and backend that is measured again replaces its rows.
 """
 
@@ -28,9 +28,12 @@ RESULT = provenance.RESULTS / "plan_latency.json"
 def measured(weights: Path, backend: Any, batch: int) -> list[dict[str, Any]]:
     inputs = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     planner, rows = elc_fx.Planner(load(weights), inputs, loss="uniform", backend=backend), []
+    choices = {choice.candidate: choice for choice in planner.choices}
     for budget in BUDGETS:
-        prediction = planner.plan(elc_fx.Budget(latency=budget)).prediction
-        assert prediction is not None and prediction.latency is not None
+        plan = planner.plan(elc_fx.Budget(latency=budget))
+        prediction = plan.prediction
+        assert prediction is not None
+        before, after = planner.meter.whole([choices[candidate] for candidate in plan.candidates])
         rows.append(
             {
                 "network": weights.stem,
@@ -38,9 +41,9 @@ def measured(weights: Path, backend: Any, batch: int) -> list[dict[str, Any]]:
                 "batch": batch,
                 "budget": budget,
                 "flops": prediction.after.flops / prediction.before.flops,
-                "predicted": prediction.after.latency / prediction.before.latency * prediction.latency[0],
-                "original": prediction.latency[0],
-                "measured": prediction.latency[1],
+                "predicted": prediction.after.latency / prediction.before.latency * before,
+                "original": before,
+                "measured": after,
             }
         )
     return rows

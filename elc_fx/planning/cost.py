@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch import fx, nn
 
 from elc_fx.affine import Geometry
@@ -58,25 +59,49 @@ class LatencyModel:
     """How the latency follows from the choice, in seconds.
 
     whole: of the original. nodes: of each node of the graph; choices: of each merged convolution, by its key. What
-    else a network takes remains, whatever is chosen.
+    else a network takes remains, whatever is chosen. known: networks that were measured as a whole, each as (what the
+    layers add up to, what it takes); for those between two of them, both tell by how much the sum is off.
     """
 
     whole: float
     nodes: Mapping[str, float]
     choices: Mapping[str, float]
+    known: tuple[tuple[float, float], ...] = ()
 
     def saved(self, choice: Choice) -> float:
-        """What a choice takes away."""
+        """What a choice takes away, of the sum."""
         return sum(self.nodes[name] for name in choice.candidate.nodes) - self.choices[choice.key]
+
+    def summed(self, chosen: Sequence[Choice]) -> float:
+        """What the layers add up to when these candidates, which do not overlap, are merged."""
+        return self.whole - sum(self.saved(choice) for choice in chosen)
 
     def after(self, chosen: Sequence[Choice]) -> float:
         """The latency when these candidates, which do not overlap, are merged."""
-        return self.whole - sum(self.saved(choice) for choice in chosen)
+        total = self.summed(chosen)
+        sums, taken = self._curve()
+        return total + float(np.interp(total, sums, taken - sums))
 
-    def scaled(self, factor: float, whole: float) -> LatencyModel:
-        """The same, where all that choices change takes so many times as long, and the original `whole`."""
+    def allowed(self, latency: float) -> float:
+        """What the layers may add up to for this latency: the inverse of how `after` follows from the sum."""
+        sums, taken = self._curve()
+        return latency + float(np.interp(latency, taken, sums - taken))
+
+    def _curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sums, rising, and what they take, which does not fall where sums rise: times are measured with errors."""
+        sums, taken = np.array(sorted([*self.known, (self.whole, self.whole)])).T
+        return sums, np.minimum.accumulate(taken[::-1])[::-1]
+
+    def knowing(self, chosen: Sequence[Choice], latency: float) -> LatencyModel:
+        """The same, with what the network that these candidates leave behind takes as a whole."""
+        return replace(self, known=(*self.known, (self.summed(chosen), latency)))
+
+    def through(self, chosen: Sequence[Choice], before: float, after: float) -> LatencyModel:
+        """Times of layers scaled, so that the sums are right for the original and what these candidates leave."""
+        saved = self.whole - self.summed(chosen)
+        factor = max(before - after, 0.0) / saved if saved > 0 else 1.0
         nodes, choices = ({key: factor * time for key, time in times.items()} for times in (self.nodes, self.choices))
-        return LatencyModel(whole, nodes, choices)
+        return LatencyModel(before, nodes, choices).knowing(chosen, min(before, after))
 
 
 @dataclass(frozen=True)

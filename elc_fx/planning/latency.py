@@ -4,11 +4,13 @@ A layer is run several times over in one small network, with weights of its own 
 with half as many is taken off: so its time is that inside of a network, not that of a call. Where its output has the
 shape of its input, the copies follow each other, since runtimes keep data in layouts of their own between layers. What
 a network takes beyond its layers is not measured, but follows: two networks are timed as a whole, the original and one
-of the fastest that choices can leave behind, and the time of all others is on the line through both.
+of the fastest that choices can leave behind, and the time of all others is on the line through both, until more of them
+are known (`Planner` times its plans).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -18,7 +20,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,7 +122,7 @@ def _onnx(module: nn.Module, inputs: tuple[Any, ...]) -> bytes:
 _RUNNERS: dict[str, Callable[[nn.Module, tuple[Any, ...]], Call]] = {
     "eager": _eager,
     "compile": _compiled,
-    **{runtime: partial(_exported, runtime) for runtime in RUNS},
+    **{runtime: functools.partial(_exported, runtime) for runtime in RUNS},
 }
 # Whether elementwise operations after a layer become part of it, or cost next to nothing.
 FUSES: dict[str, bool] = {"eager": False, "compile": True, "onnxruntime": True, "openvino": True}
@@ -182,15 +183,13 @@ class LatencyMeter:
         missing = [unit for unit in units.values() if unit.key not in times]
         bar = track(missing, f"{len(missing)} layers", console=Console(stderr=True), disable=not self.progress)
         for unit in bar:
-            times[unit.key] = of_the_first(partial(self._measured, unit))
+            times[unit.key] = of_the_first(functools.partial(self._measured, unit))
             if unit.shared:
                 known[unit.key] = times[unit.key]
         spent = {name: 0.0 if unit is None else times[unit.key] for name, unit in nodes.items()}
         summed = LatencyModel(sum(spent.values()), spent, {key: times[unit.key] for key, unit in merged.items()})
         fast = _fast(summed, choices)
-        before, after = self.whole(fast)
-        saved = summed.whole - summed.after(fast)
-        return summed.scaled(max(before - after, 0.0) / saved if saved > 0 else 1.0, whole=before)
+        return summed.through(fast, *self.whole(fast))
 
     def whole(self, choices: Sequence[Choice]) -> tuple[float, float]:
         """Seconds of the original and of what the choices leave behind, side by side. choices: as in the graph."""
@@ -198,9 +197,13 @@ class LatencyMeter:
 
     def _whole(self, choices: Sequence[Choice]) -> tuple[float, float]:
         layers = {choice.output: _Layer(choice.geometry, self.dtype).to(self.device) for choice in choices}
-        networks = (self.graph.graph_module, substituted(self.graph.graph_module, choices, layers))
-        before, after = seconds([self._deployed(network) for network in networks], blocks=WHOLE_BLOCKS)
+        network = self._deployed(substituted(self.graph.graph_module, choices, layers))
+        before, after = seconds([self._original, network], blocks=WHOLE_BLOCKS)
         return before, after
+
+    @functools.cached_property
+    def _original(self) -> Call:
+        return self._deployed(self.graph.graph_module)
 
     def _deployed(self, network: nn.Module) -> Call:
         """A call of a network with its batch norms folded."""

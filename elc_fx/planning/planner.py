@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from elc_fx.errors import InvalidInputError, PlanError
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.budget import Budget, real_number
 from elc_fx.planning.candidates import check_counts, serial_graph
-from elc_fx.planning.cost import Choice, CostModel, choices_of
+from elc_fx.planning.cost import Choice, CostModel, LatencyModel, choices_of
 from elc_fx.planning.latency import Backend, LatencyMeter, check_backend
 from elc_fx.planning.plan import Plan, Prediction, named_inputs
 from elc_fx.planning.sensitivity import Calibration, Loss, Sensitivity
@@ -32,6 +32,8 @@ LARGEST_PLANNED = 5  # kernel
 REFINEMENTS = 8
 EMPHASES = (0.7, 1.5, 2.0, 3.0)  # powers of the losses
 LAYER_LOSS = 0.2  # that training does not give back, for each layer that goes
+ACCURACY = 0.05  # of a predicted latency, relative, with which a plan is not made again
+CORRECTIONS = 4  # of the latencies, at most, for one plan
 SHUN = 4.0  # by what the loss of a choice is multiplied to see how it is without
 
 LossChoice = Literal["auto", "uniform"] | Mapping[str, float] | Loss
@@ -74,6 +76,8 @@ class Planner:
         self.sensitivity: Sensitivity | None = None
         self.refinements = refinements
         self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
+        self.latency: LatencyModel | None = None  # once a budget has limited it
+        self.timed: dict[tuple[int, ...], tuple[float, float]] = {}  # the original and what sets of choices leave
         if loss == "uniform":
             self.losses = [float(len(choice.region.layers)) for choice in self.choices]
         elif isinstance(loss, Mapping):
@@ -106,28 +110,49 @@ class Planner:
     def plan(self, budget: Budget) -> Plan:
         """The plan that loses least. Where losses add up wrongly, choices are measured together, and chosen again."""
         _check_budget(budget)
-        if "latency" in budget.names and self.model.latency is None:
+        if "latency" in budget.names and self.latency is None:
             with self._leaving_no_trace():
-                self.model = self.model.with_latency(self.meter.model(self.choices))
-        limits = budget.limits(self.model.original)
-        best = self._solved(self.losses, limits)
+                self.latency = self.meter.model(self.choices)
+        if self.latency is not None:
+            self.model = self.model.with_latency(self.latency)
+        best = self._in_time(budget, lambda limits: self._solved(self.losses, limits))
         if self.sensitivity is not None:
-            best = self._refined(best, limits)
+            best = self._in_time(budget, self._refined)
         return self._plan_of(best)
+
+    def _in_time(self, budget: Budget, find: Callable[[Mapping[str, float]], Solution]) -> Solution:
+        """What is found; found again with what its network takes, where that is not what was predicted.
+
+        Of many choices whose layers are timed with errors, those are found that were timed too fast.
+        """
+        seen: set[tuple[int, ...]] = set()
+        while True:
+            solution = find(budget.limits(self.model.original))
+            latency = self.model.latency
+            if "latency" not in budget.names or latency is None or solution.chosen in seen:
+                return solution
+            seen.add(solution.chosen)
+            choices = [self.choices[i] for i in solution.chosen]
+            before, after = self._timed(solution)
+            predicted, taken = latency.after(choices) / latency.whole, after / before
+            if abs(predicted - taken) <= ACCURACY * taken or len(seen) > CORRECTIONS:
+                return solution
+            self.model = self.model.with_latency(latency.knowing(choices, taken * latency.whole))
 
     def _solved(
         self, losses: Sequence[float], limits: Mapping[str, float], together: Mapping[Pair, float] | None = None
     ) -> Solution:
         return of_the_first(lambda: solve(Problem(self.choices, losses, self.model, limits, together)))
 
-    def _refined(self, first: Solution, limits: Mapping[str, float]) -> Solution:
-        """The solution that loses least when its choices are measured together, of `first` and others near it.
+    def _refined(self, limits: Mapping[str, float]) -> Solution:
+        """The solution that loses least when its choices are measured together, of the best by the sum and others near.
 
         The others: the best after what the sum left out is put down to the choices that follow each other; the best
         where large losses count more, or less, than they are, since many small changes, fitted one after the other,
         can make up for each other; and the best that shun one of the choices of the best so far.
         """
         together: dict[Pair, float] = {}
+        first = self._solved(self.losses, limits)
         best, seen = first, {first.chosen}
         solution, loss = first, self.loss_together(first.chosen)
         for _ in range(self.refinements):
@@ -200,13 +225,20 @@ class Planner:
         order = {name: position for position, name in enumerate(self.model.reads)}
         return sorted(chosen, key=lambda i: order[self.choices[i].output])
 
+    def _timed(self, solution: Solution) -> tuple[float, float]:
+        """Seconds of the original and of what the solution leaves behind."""
+        if solution.chosen not in self.timed:
+            choices = [self.choices[i] for i in self._in_order(solution.chosen)]
+            with self._leaving_no_trace():
+                self.timed[solution.chosen] = self.meter.whole(choices)
+        return self.timed[solution.chosen]
+
     def _plan_of(self, solution: Solution) -> Plan:
         order = self._in_order(solution.chosen)
         chosen = [self.choices[i] for i in order]
         together = None if self.sensitivity is None else self.measured[solution.chosen]
         losses = tuple(self.losses[i] for i in order)
-        with self._leaving_no_trace():
-            measured = None if self.model.latency is None else self.meter.whole(chosen)
+        measured = None if self.model.latency is None else self._timed(solution)
         after = self.model.after(chosen)
         prediction = Prediction(self.model.original, after, losses, together, solution.gap, measured)
         plan = Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)

@@ -147,7 +147,7 @@ class _Programme:
         self._exclude()
         for name, limit in limits.items():
             coefficients, constant = self._cost(name)
-            self._at_most(coefficients, constant, limit)
+            self._at_most(coefficients, constant, self._allowed(limit) if name == "latency" else limit)
 
     def minimise_loss(self) -> Solution | None:
         """None where nothing keeps the limits. Raises `PlanError` where nothing was found in time."""
@@ -201,7 +201,14 @@ class _Programme:
                 self.rows.append(({kept: 1.0, **dict.fromkeys(self.covering.get(reader, ()), 1.0)}, 1.0, np.inf))
         return total, constant
 
+    def _allowed(self, latency: float) -> float:
+        """What the layers may add up to."""
+        model = self.problem.model.latency
+        assert model is not None
+        return model.allowed(latency)
+
     def latency(self) -> tuple[dict[int, float], float]:
+        """Of the layers, added up."""
         model = self.problem.model.latency
         assert model is not None
         return {i: -model.saved(choice) for i, choice in enumerate(self.problem.choices)}, model.whole
