@@ -16,6 +16,7 @@ from elc_fx.inputs import ExampleInputs
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.memory import within_memory
 from elc_fx.planning.budget import Budget
+from elc_fx.planning.latency import Backend
 from elc_fx.report import Report
 from elc_fx.report.diff import Diff
 from elc_fx.report.drawing import to_dot, to_svg
@@ -23,6 +24,12 @@ from elc_fx.report.page import diff_page
 from elc_fx.runtimes import Runtime, check_runtime, deployed
 from elc_fx.training import FinetuneConfig
 
+TIMED_BY: dict[Runtime | None, Backend] = {
+    None: "eager",
+    "inductor": "compile",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+}
 DRAWINGS: dict[str, Callable[[Diff], str]] = {".html": diff_page, ".svg": to_svg, ".dot": to_dot}
 
 
@@ -56,7 +63,8 @@ def compile(  # as torch.compile
         finetune: how to train; without it, the fitted convolutions stay as they are. With a folder in it, a run that
             was killed goes on from there.
         backend: what runs the result: None (torch itself), "inductor" (`torch.compile`), or "onnxruntime" or
-            "openvino", which need `example_inputs`, and take their sizes with any batch size.
+            "openvino", which need `example_inputs`, and take their sizes with any batch size. A budget's latency is
+            measured by it.
 
     Returns:
         A `torch.fx.GraphModule`; where the root cannot be traced, a copy of it whose children are compiled. With a
@@ -87,7 +95,13 @@ def compile(  # as torch.compile
     with within_memory(model):
         if mode == "decouple":
             network = compress(
-                model, example_inputs, budget=budget, calibration=calibration, finetune=finetune, verify=verify
+                model,
+                example_inputs,
+                budget=budget,
+                calibration=calibration,
+                finetune=finetune,
+                verify=verify,
+                backend=TIMED_BY[backend],
             )
         else:
             network = LosslessCompilation(inputs, verify=verify).run(model)

@@ -326,6 +326,7 @@ BudgetText = Annotated[
         show_default=False,
     ),
 ]
+TimedBy = Annotated[str, typer.Option(help="For latencies: eager, compile, onnxruntime or openvino.")]
 Size = Annotated[
     str | None, typer.Option(metavar="CxHxW", help="Size that images are brought to; by default that of the first.")
 ]
@@ -338,7 +339,7 @@ def plan_command(
     budget: BudgetText,
     weights: Weights = None,
     size: Size = None,
-    backend: Annotated[str, typer.Option(help="For latencies: eager, compile, onnxruntime or openvino.")] = "eager",
+    backend: TimedBy = "eager",
     save: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Write the plan to this file.")] = None,
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep losses and latencies here.")] = None,
     as_json: Json = False,
@@ -374,6 +375,7 @@ def compress_command(
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = FinetuneConfig.learning_rate,
     held_out: Annotated[float, typer.Option(help="Share of the training images that is held out.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the order of the images and their augmentation.")] = 0,
+    backend: TimedBy = "eager",
     onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too.")] = False,
     beside: Annotated[
         list[Path] | None,
@@ -384,7 +386,7 @@ def compress_command(
 ) -> None:
     with _one_line_errors(debug):
         source, limits, shape = _parsed_spec(spec), _parsed_budget(budget), _parsed_size(size)
-        options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+        options: dict[str, Any] = {"backend": backend, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
         if weights is not None and weights.resolve().parent == out.resolve() and weights.name in job.RESULTS:
             raise InvalidInputError(f"{weights} would be overwritten by the result; give another --out")
         with _printing_to_stderr():

@@ -19,6 +19,7 @@ from elc_fx.errors import InvalidInputError
 from elc_fx.inputs import ExampleInputs, batches_of
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.budget import Budget
+from elc_fx.planning.latency import Backend
 from elc_fx.planning.planner import Planner
 from elc_fx.planning.sensitivity import SAMPLES
 from elc_fx.randomness import randomness_of_the_caller, seed_all
@@ -34,8 +35,9 @@ def compress(
     calibration: Iterable[Any] | None,
     finetune: FinetuneConfig | None,
     verify: bool,
+    backend: Backend,
 ) -> nn.Module:
-    """See `elc_fx.compile` with mode "decouple"."""
+    """See `elc_fx.compile` with mode "decouple". backend: by which latencies are measured."""
     if not isinstance(budget, Budget):
         raise InvalidInputError(f"budget is a {type(budget).__name__}, expected an elc_fx.Budget")
     if finetune is not None and not isinstance(finetune, FinetuneConfig):
@@ -46,7 +48,7 @@ def compress(
         raise InvalidInputError("calibration is missing: give batches of the training set")
     with randomness_of_the_caller():
         seed_all(0)  # a loader that shuffles gives the same batches when a killed run begins again
-        return _compressed(model, example_inputs, budget, calibration, finetune, verify=verify)
+        return _compressed(model, example_inputs, budget, calibration, finetune, verify=verify, backend=backend)
 
 
 def _compressed(
@@ -57,10 +59,11 @@ def _compressed(
     finetune: FinetuneConfig | None,
     *,
     verify: bool,
+    backend: Backend,
 ) -> nn.Module:
     batches = list(_first(calibration if calibration is not None else _inputs(finetune), SAMPLES))
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
-    planner = Planner(model, example_inputs, batches, fine_tuned=finetune is not None, cache=folder)
+    planner = Planner(model, example_inputs, batches, fine_tuned=finetune is not None, cache=folder, backend=backend)
     plan = planner.plan(budget)
     gradual = finetune is not None and finetune.gates > 0
     network: nn.Module = decouple(model, plan, batches) if gradual else planner.collapse(plan)

@@ -18,10 +18,13 @@ from elc_fx import data as pictures
 from elc_fx import exporting
 from elc_fx.api import compile, report_of
 from elc_fx.comparison import Comparison, compare
+from elc_fx.compression import compress
 from elc_fx.errors import InvalidInputError
 from elc_fx.files import write_whole
+from elc_fx.memory import within_memory
 from elc_fx.planning import latency
 from elc_fx.planning.budget import Budget
+from elc_fx.planning.latency import Backend
 from elc_fx.report import Report
 from elc_fx.report.charts import Point
 from elc_fx.report.diff import Diff, diff
@@ -51,8 +54,8 @@ class Accuracy:
 class JobResult:
     """What came of it; `str()` is a summary.
 
-    latency: seconds for one image, of the original with its batch norms folded, and of the result, eagerly. diff: of
-    the two networks, layer by layer.
+    latency: seconds for one image, of the original with its batch norms folded, and of the result, by the backend.
+    diff: of the two networks, layer by layer.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class JobResult:
     comparison: Comparison
     latency: tuple[float, float]
     diff: Diff
+    backend: Backend = "eager"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -69,6 +73,7 @@ class JobResult:
             "report": self.report.to_dict(),
             "comparison": self.comparison.to_dict(),
             "latency": self.latency,
+            "backend": self.backend,
         }
 
     def summary(self) -> list[tuple[str, str, str, str]]:
@@ -80,7 +85,8 @@ class JobResult:
             a, b = (getattr(side, name) for side in (self.comparison.before, self.comparison.after))
             lines.append(("FLOPs" if name == "flops" else name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}" if a else ""))
         a, b = (1000 * seconds for seconds in self.latency)
-        lines.append(("ms for one image, batch norms folded", f"{a:.3g}", f"{b:.3g}", f"{b / a - 1:+.1%}"))
+        runs = "" if self.backend == "eager" else f" by {self.backend}"
+        lines.append((f"ms for one image{runs}, batch norms folded", f"{a:.3g}", f"{b:.3g}", f"{b / a - 1:+.1%}"))
         return lines
 
     def points(self, beside: Sequence[Point]) -> list[Point]:
@@ -110,6 +116,7 @@ def run(
     batch: int = 128,
     onnx: bool = False,
     beside: Sequence[Path] = (),
+    backend: Backend = "eager",
     say: Callable[[str], None] = lambda message: None,
     **options: Any,
 ) -> JobResult:
@@ -126,6 +133,7 @@ def run(
             what remains.
         batch: images in a training step.
         onnx: write an ONNX file too.
+        backend: by which latencies are measured, those of the budget and those of the result.
         beside: folders of other runs with the same model and data, that the report shows on one curve with this one.
         say: is told what is being done.
 
@@ -134,7 +142,8 @@ def run(
         PlanError: the budget cannot be met.
         TrainingError: training cannot go on, or `folder` holds a run with another model, data set or other options.
         ExportError: the result cannot be written.
-        MissingPackageError: what `onnx` needs is not installed.
+        MissingPackageError: what `onnx` or `backend` needs is not installed.
+        LatencyError: the backend does not run one of the layers.
     """
     if not 0 < held_out < 1:
         raise InvalidInputError(f"held_out is {held_out!r}, expected a share between 0 and 1")
@@ -153,11 +162,13 @@ def run(
         )
     x = train.taken(slice(1)).inputs()
     check_classes(model, x, images)
+    latency.runner(model, (x,), backend)  # or an error, before anything is trained
     test = pictures.load(data, "test", tuple(images.pixels.shape[1:]))  # type: ignore[arg-type]
     if test is not None and test.classes != images.classes:
         only = sorted(set(images.classes) ^ set(test.classes))
         raise pictures.DataError(f"{data}: training and test images differ in their classes: {', '.join(only[:5])}")
-    what = {"budget": str(budget), "batch": batch, "held_out": held_out, "options": repr(sorted(options.items()))}
+    what = {"budget": str(budget), "batch": batch, "held_out": held_out, "backend": backend}
+    what |= {"options": repr(sorted(options.items()))}
     _claim(folder, what | {"model": fingerprint(model), "data": _fingerprint(train, kept)})
     say("measuring losses, planning, training")
     config = FinetuneConfig(
@@ -165,16 +176,20 @@ def run(
     )
     drawn = train.taken(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
     calibration = [batch for _, batch in zip(range(8), drawn.batches(CALIBRATION_BATCH), strict=False)]
-    small = compile(model, x, mode="decouple", budget=budget, calibration=calibration, finetune=config)
+    with within_memory(model):
+        small = compress(
+            model, x, budget=budget, calibration=calibration, finetune=config, verify=True, backend=backend
+        )
     say("scoring, writing")
     accuracy = Accuracy(
         (pictures.accuracy(model, kept), pictures.accuracy(small, kept)),
         None if test is None else (pictures.accuracy(model, test), pictures.accuracy(small, test)),
     )
     folded = compile(model, x, verify=False)
-    before, after = latency.seconds([latency.runner(network, (x,), "eager") for network in (folded, small)])
+    before, after = latency.seconds([latency.runner(network, (x,), backend) for network in (folded, small)])
     difference = diff(model, small, x, names=(type(model).__name__, folder.name))
-    result = JobResult(folder, accuracy, report_of(small), compare(model, small, x), (before, after), difference)
+    comparison = compare(model, small, x)
+    result = JobResult(folder, accuracy, report_of(small), comparison, (before, after), difference, backend)
     _write(result, others, small, x, onnx=onnx, say=say)
     return result
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from training_run import Pictures, loader, network
 
 import elc_fx
+from elc_fx.planning import latency
 
 HALF = elc_fx.Budget(flops=0.5)
 
@@ -33,6 +34,23 @@ def image() -> torch.Tensor:
 
 def tuning(**options: Any) -> elc_fx.FinetuneConfig:
     return elc_fx.FinetuneConfig(loader(256), epochs=4, progress=False, **options)
+
+
+@pytest.mark.parametrize("backend", elc_fx.api.TIMED_BY)
+def test_a_latency_is_measured_as_the_result_will_run(
+    backend: Any, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[str] = set()
+
+    def measured(meter: latency.LatencyMeter, *_: object) -> Any:
+        asked.add(meter.backend)
+        return 1.0
+
+    monkeypatch.setattr(latency.LatencyMeter, "_measured", measured)
+    monkeypatch.setattr(latency.LatencyMeter, "_whole", lambda meter, choices: (2.0, 1.0))
+    options: dict[str, Any] = {"budget": elc_fx.Budget(latency=0.9), "calibration": [image()], "backend": backend}
+    elc_fx.compile(teacher, image()[:1], mode="decouple", **options)
+    assert asked == {elc_fx.api.TIMED_BY[backend]}
 
 
 @pytest.mark.parametrize("gates", [0.0, 0.5])
