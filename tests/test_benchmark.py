@@ -47,6 +47,14 @@ def test_seeds_are_averaged_and_what_was_not_run_is_said(results: Path) -> None:
     assert "cannot reach the budget" in by_method["grown"] and "not run" in by_method["scratch"]
 
 
+def test_the_headline_has_what_people_would_use_with_its_speed(results: Path) -> None:
+    header, _, *lines = tables.headline_table(tables.stored()).splitlines()
+    assert "eager, 1" in header and len(lines) == 2
+    elc, pruned = (line for line in lines)
+    assert "elc" in elc and "87.00% (86.00%–88.00%)" in elc and elc.endswith("2.00×")
+    assert "torch-pruning" in pruned and "×" not in pruned
+
+
 def test_speeds_are_named_by_method_and_budget(results: Path) -> None:
     shown = tables.latency_table(tables._latencies())
     assert "elc, 50%" in shown and "2.00 (1.90–2.10)" in shown and "original" in shown and "eager, 1" in shown

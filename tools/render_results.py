@@ -60,7 +60,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "finetune": ("finetune", lambda result: bench_finetune.table(result["rows"], STYLE)),
     "compress": ("compress", lambda result: bench_compress.table(result["rows"], STYLE)),
     "benchmark_accuracy": ("benchmark", lambda result: benchmark.accuracy_table(result["rows"], STYLE)),
-    "benchmark_done": ("benchmark", lambda result: benchmark.done_table(result["rows"], STYLE)),
+    "benchmark_headline": ("benchmark", lambda result: benchmark.headline_table(result["rows"], STYLE)),
     "benchmark_latency": ("benchmark_latency", lambda result: benchmark.latency_table(result["rows"], STYLE)),
     "quantised": ("quantised", lambda result: quantise.table(result["rows"], STYLE)),
     "quantised_speed": ("quantised", lambda result: quantise.speed_table(result["rows"], STYLE)),

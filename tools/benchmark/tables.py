@@ -12,10 +12,12 @@ from typing import Any
 import provenance
 import terminal
 from benchmark.methods import METHODS
+from elc_fx.planning.latency import FUSES as RUNTIMES
 from elc_fx.report.charts import INK, STYLE, picture
 
 Row = Mapping[str, Any]
 NOT_RUN = "not run"
+USED = ("elc", "elc-time", "torch-pruning")  # the other methods show what each idea buys
 ACCURACY = (
     "network",
     "budget",
@@ -33,6 +35,8 @@ ACCURACY = (
 def show() -> None:
     """Prints the tables, and writes the plots, docs/results/benchmark_NETWORK.svg."""
     rows = stored()
+    print(headline_table(rows))
+    print()
     print(accuracy_table(rows))
     print()
     print(latency_table(_latencies()))
@@ -66,9 +70,19 @@ def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
     return terminal.table(_accuracies(rows), ACCURACY, style)
 
 
-def done_table(rows: Sequence[Row], style: str = "simple") -> str:
-    """The same, of what was run."""
-    return terminal.table([line for line in _accuracies(rows) if NOT_RUN not in line], ACCURACY, style)
+def headline_table(rows: Sequence[Row], style: str = "simple") -> str:
+    """What people would use: costs, accuracy, and how many times as fast as the original with folded batch norms."""
+    times = {(time["row"], time["runtime"], time["batch"]): time["speedup"] for time in _latencies()}
+    columns = sorted({column[1:] for column in times}, key=lambda column: (list(RUNTIMES).index(column[0]), column[1]))
+    lines = []
+    for (network, method, _, epochs), own in _grouped(rows).items():
+        if method in USED and "test" in own[0]:
+            speeds = [times.get((_stem(own[0]), *column)) for column in columns]
+            accuracy, points, _, flops, _, seeds = _cells(own)
+            cells = ["" if speed is None else f"{speed:.2f}×" for speed in speeds]
+            lines.append([network, method, flops, epochs, accuracy, points, seeds, *cells])
+    headers = ("network", "method", "FLOPs", "epochs", "test accuracy", "points", "seeds")
+    return terminal.table(lines, (*headers, *(f"{name}, {size}" for name, size in columns)), style)
 
 
 def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
@@ -122,6 +136,11 @@ def _method(row: Row) -> str:
     return own if own == row["row"] else f"{own.rsplit('-', 3)[0]}, {_share(float(own.rsplit('-', 3)[1]))}"
 
 
+def _stem(row: Row) -> str:
+    """The name of its file and of its network's folder."""
+    return f"{row['network']}-{row['method']}-{row['budget']:g}-{row['epochs']}-{row['seed']}"
+
+
 def _share(budget: float) -> str:
     return f"{100 * budget:g}%"
 
@@ -146,8 +165,7 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
     colours = {name: f"C{i}" for i, name in enumerate(METHODS)}
     for axis, column in zip(axes.flat, [None, *columns], strict=False):
         for row in done:
-            stem = f"{network}-{row['method']}-{row['budget']:g}-{row['epochs']}-{row['seed']}"
-            x = row["after"]["flops"] / row["before"]["flops"] if column is None else speed.get((stem, *column))
+            x = row["after"]["flops"] / row["before"]["flops"] if column is None else speed.get((_stem(row), *column))
             if x is not None:
                 axis.plot(x, 100 * row["test"][1], "o", color=colours[row["method"]], label=row["method"])
         axis.plot(1, 100 * done[0]["test"][0], "*", color=INK, label="original")
