@@ -105,6 +105,17 @@ def test_what_sums_take_and_what_they_may_be(saved: list[float], taken: list[flo
             assert after <= limit + 1e-9 if over <= 0 else after >= limit - 1e-9
 
 
+def test_the_original_takes_what_it_takes_however_it_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network without candidates is no faster for being measured faster."""
+    monkeypatch.setattr(latency.LatencyMeter, "_whole", lambda self, choices: (2.0, 1.0))
+    network, x = nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), torch.randn(1, 3, 8, 8)
+    made = Planner(network, x, loss="uniform", progress=False)
+    plan = made.plan(elc_fx.Budget(latency=1.0))
+    assert plan.prediction is not None and plan.prediction.after.latency == plan.prediction.before.latency == 2.0
+    with pytest.raises(elc_fx.PlanError, match="latency: at most"):
+        made.plan(elc_fx.Budget(latency=0.9))
+
+
 @pytest.mark.usefixtures("by_weights")
 def test_an_impossible_latency_is_told_with_the_least() -> None:
     with pytest.raises(elc_fx.PlanError, match=r"latency: at most 1 ms wanted, .* ms is the least"):

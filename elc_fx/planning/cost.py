@@ -93,8 +93,9 @@ class LatencyModel:
         return sums, np.minimum.accumulate(taken[::-1])[::-1]
 
     def knowing(self, chosen: Sequence[Choice], latency: float) -> LatencyModel:
-        """The same, with what the network that these candidates leave behind takes as a whole."""
-        return replace(self, known=(*self.known, (self.summed(chosen), latency)))
+        """The same, with what the network that these candidates leave behind takes as a whole; if it saves anything."""
+        total = self.summed(chosen)
+        return replace(self, known=(*self.known, (total, latency))) if total < self.whole else self
 
     def through(self, chosen: Sequence[Choice], before: float, after: float) -> LatencyModel:
         """Times of layers scaled, so that the sums are right for the original and what these candidates leave."""
