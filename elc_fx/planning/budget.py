@@ -141,7 +141,7 @@ def _absolute(name: str, text: str) -> float | None:
 def cost_text(name: str, value: float) -> str:
     """A cost with its unit, for people. name: as the field of `Costs`."""
     if name == "latency":
-        return f"{1000 * value:,.3g} ms"
+        return f"{float(f'{1000 * value:.3g}'):,g} ms"
     if name == "depth":
         return f"{value:,.4g} layers"
     return f"{math.floor(value):,} {'parameters' if name == 'params' else 'FLOPs'}"  # a limit of 192.6 is one of 192

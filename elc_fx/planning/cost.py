@@ -59,14 +59,15 @@ class LatencyModel:
     """How the latency follows from the choice, in seconds.
 
     whole: of the original. nodes: of each node of the graph; choices: of each merged convolution, by its key. What
-    else a network takes remains, whatever is chosen. known: networks that were measured as a whole, each as (what the
-    layers add up to, what it takes); for those between two of them, both tell by how much the sum is off.
+    else a network takes remains, whatever is chosen. known: networks that were measured as a whole, by the keys of
+    their choices, each as (what the layers add up to, what it takes); for one that lies between two of them, both tell
+    by how much its sum is off.
     """
 
     whole: float
     nodes: Mapping[str, float]
     choices: Mapping[str, float]
-    known: tuple[tuple[float, float], ...] = ()
+    known: Mapping[frozenset[str], tuple[float, float]] = field(default_factory=dict)
 
     def saved(self, choice: Choice) -> float:
         """What a choice takes away, of the sum."""
@@ -78,6 +79,8 @@ class LatencyModel:
 
     def after(self, chosen: Sequence[Choice]) -> float:
         """The latency when these candidates, which do not overlap, are merged."""
+        if (keys := _keys(chosen)) in self.known:
+            return self.known[keys][1]
         total = self.summed(chosen)
         sums, taken = self._curve()
         return total + float(np.interp(total, sums, taken - sums))
@@ -89,13 +92,15 @@ class LatencyModel:
 
     def _curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Sums, rising, and what they take, which does not fall where sums rise: times are measured with errors."""
-        sums, taken = np.array(sorted([*self.known, (self.whole, self.whole)])).T
+        saving = [pair for pair in self.known.values() if pair[0] < self.whole]
+        least = dict(sorted([*saving, (self.whole, self.whole)], reverse=True))  # of networks with the same sum
+        sums, taken = np.array(sorted(least.items())).T
         return sums, np.minimum.accumulate(taken[::-1])[::-1]
 
     def knowing(self, chosen: Sequence[Choice], latency: float) -> LatencyModel:
-        """The same, with what the network that these candidates leave behind takes as a whole; if it saves anything."""
-        total = self.summed(chosen)
-        return replace(self, known=(*self.known, (total, latency))) if total < self.whole else self
+        """The same, with what the network that these candidates leave behind takes as a whole; if there are any."""
+        measured = (self.summed(chosen), latency)
+        return replace(self, known={**self.known, _keys(chosen): measured}) if chosen else self
 
     def through(self, chosen: Sequence[Choice], before: float, after: float) -> LatencyModel:
         """Times of layers scaled, so that the sums are right for the original and what these candidates leave."""
@@ -103,6 +108,10 @@ class LatencyModel:
         factor = max(before - after, 0.0) / saved if saved > 0 else 1.0
         nodes, choices = ({key: factor * time for key, time in times.items()} for times in (self.nodes, self.choices))
         return LatencyModel(before, nodes, choices).knowing(chosen, min(before, after))
+
+
+def _keys(chosen: Iterable[Choice]) -> frozenset[str]:
+    return frozenset(choice.key for choice in chosen)
 
 
 @dataclass(frozen=True)
@@ -151,9 +160,10 @@ class CostModel:
             depth[name] = max(ways, default=0)
         return max(depth.values(), default=0)
 
-    def with_latency(self, latency: LatencyModel) -> CostModel:
-        """The same model, which knows latencies too."""
-        return replace(self, original=replace(self.original, latency=latency.whole), latency=latency)
+    def with_latency(self, latency: LatencyModel | None) -> CostModel:
+        """The same model, which knows latencies too, or none."""
+        whole = None if latency is None else latency.whole
+        return replace(self, original=replace(self.original, latency=whole), latency=latency)
 
 
 class _LayerCounter(fx.Interpreter):

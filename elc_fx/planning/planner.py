@@ -113,31 +113,45 @@ class Planner:
         if "latency" in budget.names and self.latency is None:
             with self._leaving_no_trace():
                 self.latency = self.meter.model(self.choices)
-        if self.latency is not None:
-            self.model = self.model.with_latency(self.latency)
-        best = self._in_time(budget, lambda limits: self._solved(self.losses, limits))
+        self.model = self.model.with_latency(self.latency if "latency" in budget.names else None)
+        best = self._in_time(budget, lambda limits: self._solved(self.losses, limits), lambda found: found.loss)
         if self.sensitivity is not None:
-            best = self._in_time(budget, self._refined)
+            best = self._in_time(budget, self._refined, lambda found: self.loss_together(found.chosen), [best])
         return self._plan_of(best)
 
-    def _in_time(self, budget: Budget, find: Callable[[Mapping[str, float]], Solution]) -> Solution:
+    def _in_time(
+        self,
+        budget: Budget,
+        find: Callable[[Mapping[str, float]], Solution],
+        loss: Callable[[Solution], float],
+        earlier: Sequence[Solution] = (),
+    ) -> Solution:
         """What is found; found again with what its network takes, where that is not what was predicted.
 
-        Of many choices whose layers are timed with errors, those are found that were timed too fast.
+        Of many choices whose layers are timed with errors, those are found that were timed too fast. Where no
+        prediction was right, it is the one that loses least of those that were measured to keep the limit, if any did;
+        `earlier` ones, too.
         """
-        seen: set[tuple[int, ...]] = set()
+        limits = budget.limits(self.model.original)
+        found: dict[tuple[int, ...], Solution] = {}
         while True:
-            solution = find(budget.limits(self.model.original))
-            latency = self.model.latency
-            if "latency" not in budget.names or latency is None or solution.chosen in seen:
+            solution = find(limits)
+            if (latency := self.model.latency) is None:
                 return solution
-            seen.add(solution.chosen)
-            choices = [self.choices[i] for i in solution.chosen]
             before, after = self._timed(solution)
-            predicted, taken = latency.after(choices) / latency.whole, after / before
-            if abs(predicted - taken) <= ACCURACY * taken or len(seen) > CORRECTIONS:
+            choices, taken = self._chosen(solution), latency.whole * after / before
+            predicted = latency.after(choices)
+            right = predicted <= limits["latency"] and abs(predicted - taken) <= ACCURACY * taken
+            known = latency.knowing(choices, predicted if right else taken)  # what is right remains allowed
+            self.model = self.model.with_latency(known)
+            if right:
                 return solution
-            self.model = self.model.with_latency(latency.knowing(choices, taken * latency.whole))
+            repeated = solution.chosen in found
+            found[solution.chosen] = solution
+            if repeated or len(found) > CORRECTIONS:
+                measured = [*found.values(), *earlier]
+                within = [each for each in measured if known.after(self._chosen(each)) <= limits["latency"]]
+                return min(within, key=loss, default=solution)
 
     def _solved(
         self, losses: Sequence[float], limits: Mapping[str, float], together: Mapping[Pair, float] | None = None
@@ -225,12 +239,14 @@ class Planner:
         order = {name: position for position, name in enumerate(self.model.reads)}
         return sorted(chosen, key=lambda i: order[self.choices[i].output])
 
+    def _chosen(self, solution: Solution) -> list[Choice]:
+        return [self.choices[i] for i in self._in_order(solution.chosen)]
+
     def _timed(self, solution: Solution) -> tuple[float, float]:
         """Seconds of the original and of what the solution leaves behind."""
         if solution.chosen not in self.timed:
-            choices = [self.choices[i] for i in self._in_order(solution.chosen)]
             with self._leaving_no_trace():
-                self.timed[solution.chosen] = self.meter.whole(choices)
+                self.timed[solution.chosen] = self.meter.whole(self._chosen(solution))
         return self.timed[solution.chosen]
 
     def _plan_of(self, solution: Solution) -> Plan:

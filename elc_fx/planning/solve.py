@@ -245,7 +245,7 @@ class _Programme:
 
     def _at_most(self, coefficients: dict[int, float], constant: float, limit: float) -> None:
         """A cost within its limit; scaled, since HiGHS allows for absolute errors of 1e-6."""
-        scale = max([abs(c) for c in coefficients.values()], default=1.0) or 1.0
+        scale = max([abs(c) for c in coefficients.values()], default=0.0) or abs(limit - constant) or 1.0
         self.rows.append(({k: c / scale for k, c in coefficients.items()}, -np.inf, (limit - constant) / scale))
 
     def _solve(self, objective: Mapping[int, float]) -> _Result | None:
