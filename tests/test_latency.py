@@ -108,6 +108,13 @@ def test_of_networks_that_were_all_predicted_wrongly_one_that_keeps_the_limit_is
 
 
 @pytest.mark.usefixtures("by_weights")
+def test_networks_that_are_all_slower_than_the_limit_are_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency.LatencyMeter, "_whole", lambda self, choices: (2.0, 2.6))
+    with pytest.raises(elc_fx.PlanError, match=r"latency: at most 2,000 ms wanted, .* the fastest takes 2,600 ms"):
+        planner().plan(elc_fx.Budget(flops=0.5, latency=1.0))
+
+
+@pytest.mark.usefixtures("by_weights")
 def test_plans_do_not_depend_on_the_budgets_before() -> None:
     made, budgets = planner(), [elc_fx.Budget(flops=0.5), elc_fx.Budget(latency=0.5), elc_fx.Budget(flops=0.7)]
     plans = [made.plan(budget) for budget in budgets]

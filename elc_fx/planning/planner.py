@@ -17,7 +17,7 @@ from torch import fx, nn
 from elc_fx.capture import Attributes
 from elc_fx.errors import InvalidInputError, PlanError
 from elc_fx.planning.agreement import of_the_first
-from elc_fx.planning.budget import Budget, real_number
+from elc_fx.planning.budget import Budget, cost_text, real_number
 from elc_fx.planning.candidates import check_counts, serial_graph
 from elc_fx.planning.cost import Choice, CostModel, LatencyModel, choices_of
 from elc_fx.planning.latency import Backend, LatencyMeter, check_backend
@@ -129,8 +129,8 @@ class Planner:
         """What is found; found again with what its network takes, where that is not what was predicted.
 
         Of many choices whose layers are timed with errors, those are found that were timed too fast. Where no
-        prediction was right, it is the one that loses least of those that were measured to keep the limit, if any did;
-        `earlier` ones, too.
+        prediction was right, it is the one that loses least of those that were measured to keep the limit; `earlier`
+        ones, too. Raises `PlanError` where none did, up to the accuracy of a measurement.
         """
         limits = budget.limits(self.model.original)
         found: dict[tuple[int, ...], Solution] = {}
@@ -149,9 +149,12 @@ class Planner:
             repeated = solution.chosen in found
             found[solution.chosen] = solution
             if repeated or len(found) > CORRECTIONS:
-                measured = [*found.values(), *earlier]
-                within = [each for each in measured if known.after(self._chosen(each)) <= limits["latency"]]
-                return min(within, key=loss, default=solution)
+                return min(_within(limits["latency"], [*found.values(), *earlier], self._latency_of), key=loss)
+
+    def _latency_of(self, solution: Solution) -> float:
+        latency = self.model.after(self._chosen(solution)).latency
+        assert latency is not None
+        return latency
 
     def _solved(
         self, losses: Sequence[float], limits: Mapping[str, float], together: Mapping[Pair, float] | None = None
@@ -260,6 +263,18 @@ class Planner:
         plan = Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)
         plan.check_disjoint()
         return plan
+
+
+def _within(limit: float, measured: Sequence[Solution], latency: Callable[[Solution], float]) -> list[Solution]:
+    """Those that keep the limit, or else the fastest, if it is above by no more than measurements are inaccurate."""
+    fastest = min(measured, key=latency)
+    if latency(fastest) > (1 + ACCURACY) * limit:
+        wanted, least = cost_text("latency", limit), cost_text("latency", latency(fastest))
+        raise PlanError(
+            f"the budget cannot be met: latency: at most {wanted} wanted, and of {len(measured)} plans whose networks "
+            f"were measured the fastest takes {least}; raise the budget, or plan while nothing else runs"
+        )
+    return [each for each in measured if latency(each) <= limit] or [fastest]
 
 
 def trained_loss(divergence: float, layers: int) -> float:
