@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -14,12 +14,12 @@ from torch import nn
 import elc_fx
 import provenance
 import terminal
+from benchmark.methods import RUNTIMES
 from benchmark.rows import FOLDER, RUNS
 from cifar_models import load
 from elc_fx.planning.latency import Backend, rounds, runner
 
 RESULT = provenance.RESULTS / "benchmark_latency.json"
-RUNTIMES: list[str] = list(get_args(Backend))
 BATCHES = [1, 64]
 BLOCKS = 15  # of each network, in turns
 ORIGINAL, FOLDED = "original", "batch norms folded"
@@ -27,7 +27,7 @@ ORIGINAL, FOLDED = "original", "batch norms folded"
 
 def measure(
     weights: Annotated[Path, typer.Option(help="The weight file of the original.")],
-    runtime: Annotated[list[str], typer.Option(help="Several times for several.")] = RUNTIMES,
+    runtime: Annotated[list[str], typer.Option(help="Several times for several.")] = list(RUNTIMES),  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Images at a time; several times for several.")] = BATCHES,
     runs: Annotated[Path, typer.Option(help="Where `train` kept the networks.")] = RUNS,
 ) -> None:

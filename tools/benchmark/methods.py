@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ import elc_fx
 from benchmark import HELD_OUT, pruning
 from cifar_models import load
 from elc_fx import data as pictures
+from elc_fx.planning.latency import Backend
 
+RUNTIMES: tuple[Backend, ...] = get_args(Backend)
 CALIBRATION, CALIBRATION_BATCH = 1024, 128
 FROM_SCRATCH = {"learning_rate": 0.1}  # random weights need more than trained ones
 
@@ -88,8 +90,8 @@ def _planned(task: Task) -> nn.Module:
     return task.planned.collapse(task.plan)
 
 
-def _planned_for_time(task: Task) -> nn.Module:
-    planner = task.planner(backend="onnxruntime")
+def _planned_for_time(backend: Backend, task: Task) -> nn.Module:
+    planner = task.planner(backend=backend)
     return planner.collapse(planner.plan(elc_fx.Budget(latency=task.budget)))
 
 
@@ -120,9 +122,15 @@ def _merges(task: Task) -> nn.Module:
     return task.fitted({c.full_name: loss for c, loss in task.losses.items() if c.merges})
 
 
+FOR_TIME = {
+    f"elc-{backend}": Method(
+        f"the same; the budget is a share of the time under {backend}, one image", partial(_planned_for_time, backend)
+    )
+    for backend in RUNTIMES
+}
 METHODS = {
     "elc": Method("planned, fitted, trained", _planned),
-    "elc-time": Method("the same; the budget is a share of the time under ONNX Runtime, one image", _planned_for_time),
+    **FOR_TIME,
     "torch-pruning": Method("channels pruned by Torch-Pruning", _pruned),
     "scratch": Method("the same layers as elc, random weights", _random, FROM_SCRATCH),
     "scratch-3x": Method("the same, three times as many epochs", _random, FROM_SCRATCH, 3),

@@ -24,7 +24,7 @@ def train(
     weights: Annotated[Path, typer.Option(help="A weight file of a CIFAR network.")],
     data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an archive.")],
     method: Annotated[list[str], typer.Option(help=f"{', '.join(METHODS)}; several times for several.")],
-    budget: Annotated[float, typer.Option(help="Share of the FLOPs.")] = 0.5,
+    budget: Annotated[float, typer.Option(help="Share of the FLOPs; for elc-RUNTIME, of the time.")] = 0.5,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 10,
     seed: Annotated[int, typer.Option(help="Of all that is random in the training.")] = 0,
     runs: Annotated[Path, typer.Option(help="Where checkpoints and networks are kept.")] = RUNS,

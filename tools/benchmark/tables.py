@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import provenance
 import terminal
-from benchmark.methods import METHODS
-from elc_fx.planning.latency import FUSES as RUNTIMES
+from benchmark.methods import FOR_TIME, METHODS, RUNTIMES
 from elc_fx.report.charts import INK, STYLE, picture
 
 Row = Mapping[str, Any]
 NOT_RUN = "not run"
-USED = ("elc", "elc-time", "torch-pruning")  # the other methods show what each idea buys
+USED = ("elc", *FOR_TIME, "torch-pruning")  # the other methods show what each idea buys
 ACCURACY = (
     "network",
     "budget",
@@ -66,14 +65,14 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
-    """Test accuracy and costs of each method; at budgets at which elc was run, those that were not are there, too."""
+    """Test accuracy and costs of each method; where most were run for a network, those that were not are there, too."""
     return terminal.table(_accuracies(rows), ACCURACY, style)
 
 
 def headline_table(rows: Sequence[Row], style: str = "simple") -> str:
     """What people would use: costs, accuracy, and how many times as fast as the original with folded batch norms."""
     times = {(time["row"], time["runtime"], time["batch"]): time["speedup"] for time in _latencies()}
-    columns = sorted({column[1:] for column in times}, key=lambda column: (list(RUNTIMES).index(column[0]), column[1]))
+    columns = sorted({column[1:] for column in times}, key=lambda column: (RUNTIMES.index(column[0]), column[1]))
     lines = []
     for (network, method, _, epochs), own in _grouped(rows).items():
         if method in USED and "test" in own[0]:
@@ -88,12 +87,14 @@ def headline_table(rows: Sequence[Row], style: str = "simple") -> str:
 def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
     lines = []
     groups = _grouped(rows)
-    compared = {(row["network"], row["budget"]) for row in rows if row["method"] == "elc"}
-    for network, budget, epochs in dict.fromkeys((r["network"], r["budget"], r["epochs"]) for r in rows):
+    counts = Counter((row["network"], row["budget"], row["epochs"]) for row in rows)
+    compared = {max((key for key in counts if key[0] == network), key=counts.__getitem__) for network, *_ in counts}
+    for network, budget, epochs in counts:
         for name, method in METHODS.items():
             own = groups.get((network, name, budget, epochs), [])
-            head = [network, _share(budget), name, epochs * method.epochs]
-            if not own and (network, budget) not in compared:
+            of = " of the time" if name in FOR_TIME else ""
+            head = [network, f"{_share(budget)}{of}", name, epochs * method.epochs]
+            if not own and (name in FOR_TIME or (network, budget, epochs) not in compared):
                 continue
             if not own:
                 lines.append([*head, NOT_RUN, "", "", "", "", ""])
