@@ -99,9 +99,9 @@ def _decoupled(task: Task) -> nn.Module:
     return elc_fx.decouple(task.model, task.plan, task.calibration)
 
 
-def _pruned(task: Task) -> nn.Module:
+def _pruned(multiple: int | None, task: Task) -> nn.Module:
     train, _ = task.images
-    return pruning.pruned(task.model, task.x, task.budget, pruning.chosen(), train)
+    return pruning.pruned(task.model, task.x, task.budget, pruning.chosen(), train, multiple)
 
 
 def _random(task: Task) -> nn.Module:
@@ -131,7 +131,8 @@ FOR_TIME = {
 METHODS = {
     "elc": Method("planned, fitted, trained", _planned),
     **FOR_TIME,
-    "torch-pruning": Method("channels pruned by Torch-Pruning", _pruned),
+    "torch-pruning": Method("channels pruned by Torch-Pruning", partial(_pruned, None)),
+    "torch-pruning-8": Method("the same, all widths multiples of 8", partial(_pruned, 8)),
     "scratch": Method("the same layers as elc, random weights", _random, FROM_SCRATCH),
     "scratch-3x": Method("the same, three times as many epochs", _random, FROM_SCRATCH, 3),
     "uniform": Method("the fewest layers that meet the budget, without a plan", lambda task: task.fitted("uniform")),

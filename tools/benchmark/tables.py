@@ -16,7 +16,7 @@ from elc_fx.report.charts import INK, STYLE, picture
 
 Row = Mapping[str, Any]
 NOT_RUN = "not run"
-USED = ("elc", *FOR_TIME, "torch-pruning")  # the other methods show what each idea buys
+USED = ("elc", *FOR_TIME, "torch-pruning", "torch-pruning-8")  # the other methods show what each idea buys
 ACCURACY = (
     "network",
     "budget",
@@ -147,7 +147,7 @@ def _share(budget: float) -> str:
 
 
 def plot(network: str, rows: Sequence[Row], file: Path) -> None:
-    """Accuracy over speed, one picture for each runtime and batch, and over FLOPs."""
+    """Accuracy over speed, a picture for each runtime and batch, and over FLOPs; of the schedule that most have."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -155,6 +155,8 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
     from matplotlib import pyplot
 
     done = [row for row in rows if row["network"] == network and "test" in row]
+    epochs = statistics.mode(row["epochs"] for row in done)
+    done = [row for row in done if row["epochs"] == epochs]
     times = [row for row in _latencies() if row["network"] == network]
     speed = {(t["row"], t["runtime"], t["batch"]): t["speedup"] for t in times}
     columns = list(dict.fromkeys((t["runtime"], t["batch"]) for t in times))
@@ -163,12 +165,18 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
     figure, axes = pyplot.subplots(
         -(-count // wide), wide, figsize=(3.4 * wide, 2.8 * -(-count // wide)), squeeze=False, sharey=True
     )
-    colours = {name: f"C{i}" for i, name in enumerate(METHODS)}
+    colours = dict(zip(METHODS, matplotlib.colormaps["tab20"].colors, strict=False))
     for axis, column in zip(axes.flat, [None, *columns], strict=False):
-        for row in done:
-            x = row["after"]["flops"] / row["before"]["flops"] if column is None else speed.get((_stem(row), *column))
-            if x is not None:
-                axis.plot(x, 100 * row["test"][1], "o", color=colours[row["method"]], label=row["method"])
+        for name, colour in colours.items():
+            points = []
+            for row in done:
+                share = row["after"]["flops"] / row["before"]["flops"]
+                x = share if column is None else speed.get((_stem(row), *column))
+                if row["method"] == name and x is not None:
+                    points.append((x, 100 * row["test"][1]))
+            if points:
+                line = "o-" if name in USED else "o"
+                axis.plot(*zip(*sorted(points), strict=True), line, color=colour, linewidth=0.8, label=name)
         axis.plot(1, 100 * done[0]["test"][0], "*", color=INK, label="original")
         if column is None:
             axis.set_xlim(0, 1.05)
