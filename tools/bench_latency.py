@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python tools/bench_latency.py --weights resnet20.safetensors --weights resnet56.safetensors
 
 For each network, backend and budget, the planner predicts the latency of its plan, and then the whole network is
-measured anew, in turns with the original. Batch norms are folded in both. Stores
-docs/results/plan_latency.json; a network and backend that is measured again replaces its rows.
+measured anew, in turns with the original. Batch norms are folded in both. Stores docs/results/plan_latency.json; a
+network and backend that is measured again replaces its rows.
 """
 
 import json

@@ -114,32 +114,34 @@ class Planner:
             with self._leaving_no_trace():
                 self.latency = self.meter.model(self.choices)
         self.model = self.model.with_latency(self.latency if "latency" in budget.names else None)
-        best = self._in_time(budget, lambda limits: self._solved(self.losses, limits), lambda found: found.loss)
+        best = self._in_time(budget, lambda solution, limits: solution, lambda solution: solution.loss)
         if self.sensitivity is not None:
-            best = self._in_time(budget, self._refined, lambda found: self.loss_together(found.chosen), [best])
+            best = self._in_time(budget, self._refined, lambda solution: self.loss_together(solution.chosen), best)
         return self._plan_of(best)
 
     def _in_time(
         self,
         budget: Budget,
-        find: Callable[[Mapping[str, float]], Solution],
+        improved: Callable[[Solution, Mapping[str, float]], Solution],
         loss: Callable[[Solution], float],
-        earlier: Sequence[Solution] = (),
+        first: Solution | None = None,
     ) -> Solution:
-        """What is found; found again with what its network takes, where that is not what was predicted.
+        """The best by the sum, improved; made again with what its network takes, where that was not predicted.
 
         Of many choices whose layers are timed with errors, those are found that were timed too fast. Where no
-        prediction was right, it is the one that loses least of those that were measured to keep the limit; `earlier`
-        ones, too. Raises `PlanError` where none did, up to the accuracy of a measurement.
+        prediction was right, it is the one that loses least of those that were measured to keep the limit. Raises
+        `PlanError` where none did, up to the accuracy of a measurement. first: the best by the sum, where it is known.
         """
         limits = budget.limits(self.model.original)
         found: dict[tuple[int, ...], Solution] = {}
+        solved = first
         while True:
-            solution = find(limits)
+            solution = improved(solved or self._solved(self.losses, limits), limits)
+            solved = None
             if (latency := self.model.latency) is None:
                 return solution
             before, after = self._timed(solution)
-            choices, taken = self._chosen(solution), latency.whole * after / before
+            choices, taken = self._ordered(solution.chosen), latency.whole * after / before
             predicted = latency.after(choices)
             right = predicted <= limits["latency"] and abs(predicted - taken) <= ACCURACY * taken
             known = latency.knowing(choices, predicted if right else taken)  # what is right remains allowed
@@ -149,27 +151,23 @@ class Planner:
             repeated = solution.chosen in found
             found[solution.chosen] = solution
             if repeated or len(found) > CORRECTIONS:
-                return min(_within(limits["latency"], [*found.values(), *earlier], self._latency_of), key=loss)
-
-    def _latency_of(self, solution: Solution) -> float:
-        latency = self.model.after(self._chosen(solution)).latency
-        assert latency is not None
-        return latency
+                measured = [*found.values(), *([] if first is None else [first])]
+                times = [known.after(self._ordered(each.chosen)) for each in measured]
+                return min(_within(limits["latency"], measured, times), key=loss)
 
     def _solved(
         self, losses: Sequence[float], limits: Mapping[str, float], together: Mapping[Pair, float] | None = None
     ) -> Solution:
         return of_the_first(lambda: solve(Problem(self.choices, losses, self.model, limits, together)))
 
-    def _refined(self, limits: Mapping[str, float]) -> Solution:
-        """The solution that loses least when its choices are measured together, of the best by the sum and others near.
+    def _refined(self, first: Solution, limits: Mapping[str, float]) -> Solution:
+        """The solution that loses least when its choices are measured together, of `first` and others near it.
 
         The others: the best after what the sum left out is put down to the choices that follow each other; the best
         where large losses count more, or less, than they are, since many small changes, fitted one after the other,
         can make up for each other; and the best that shun one of the choices of the best so far.
         """
         together: dict[Pair, float] = {}
-        first = self._solved(self.losses, limits)
         best, seen = first, {first.chosen}
         solution, loss = first, self.loss_together(first.chosen)
         for _ in range(self.refinements):
@@ -214,16 +212,16 @@ class Planner:
         for candidate in plan.candidates:
             if candidate not in numbers:
                 raise PlanError(f"`{candidate.full_name}` is not among the candidates that were planned with")
-        order = self._in_order([numbers[candidate] for candidate in plan.candidates])
+        choices = self._ordered([numbers[candidate] for candidate in plan.candidates])
         with self._leaving_no_trace():
-            return self.sensitivity.collapsed([self.choices[i] for i in order])
+            return self.sensitivity.collapsed(choices)
 
     def loss_together(self, positions: Iterable[int]) -> float:
         """The loss when several of `choices` are collapsed, measured as a whole. positions: of them in `choices`."""
         assert self.sensitivity is not None
         chosen = tuple(sorted(positions))
         if chosen not in self.measured:
-            choices = [self.choices[i] for i in self._in_order(chosen)]
+            choices = self._ordered(chosen)
             self.measured[chosen] = of_the_first(lambda: self._worth(self._measured(choices), choices))
         return self.measured[chosen]
 
@@ -242,21 +240,20 @@ class Planner:
         order = {name: position for position, name in enumerate(self.model.reads)}
         return sorted(chosen, key=lambda i: order[self.choices[i].output])
 
-    def _chosen(self, solution: Solution) -> list[Choice]:
-        return [self.choices[i] for i in self._in_order(solution.chosen)]
+    def _ordered(self, chosen: Sequence[int]) -> list[Choice]:
+        return [self.choices[i] for i in self._in_order(chosen)]
 
     def _timed(self, solution: Solution) -> tuple[float, float]:
         """Seconds of the original and of what the solution leaves behind."""
         if solution.chosen not in self.timed:
             with self._leaving_no_trace():
-                self.timed[solution.chosen] = self.meter.whole(self._chosen(solution))
+                self.timed[solution.chosen] = self.meter.whole(self._ordered(solution.chosen))
         return self.timed[solution.chosen]
 
     def _plan_of(self, solution: Solution) -> Plan:
-        order = self._in_order(solution.chosen)
-        chosen = [self.choices[i] for i in order]
+        chosen = self._ordered(solution.chosen)
         together = None if self.sensitivity is None else self.measured[solution.chosen]
-        losses = tuple(self.losses[i] for i in order)
+        losses = tuple(self.losses[i] for i in self._in_order(solution.chosen))
         measured = None if self.model.latency is None else self._timed(solution)
         after = self.model.after(chosen)
         prediction = Prediction(self.model.original, after, losses, together, solution.gap, measured)
@@ -265,16 +262,16 @@ class Planner:
         return plan
 
 
-def _within(limit: float, measured: Sequence[Solution], latency: Callable[[Solution], float]) -> list[Solution]:
+def _within(limit: float, measured: Sequence[Solution], times: Sequence[float]) -> list[Solution]:
     """Those that keep the limit, or else the fastest, if it is above by no more than measurements are inaccurate."""
-    fastest = min(measured, key=latency)
-    if latency(fastest) > (1 + ACCURACY) * limit:
-        wanted, least = cost_text("latency", limit), cost_text("latency", latency(fastest))
+    fastest = min(times)
+    if fastest > (1 + ACCURACY) * limit:
+        wanted, least = cost_text("latency", limit), cost_text("latency", fastest)
         raise PlanError(
             f"the budget cannot be met: latency: at most {wanted} wanted, and of {len(measured)} plans whose networks "
             f"were measured the fastest takes {least}; raise the budget, or plan while nothing else runs"
         )
-    return [each for each in measured if latency(each) <= limit] or [fastest]
+    return [solution for solution, time in zip(measured, times, strict=True) if time <= max(limit, fastest)]
 
 
 def trained_loss(divergence: float, layers: int) -> float:

@@ -27,7 +27,7 @@ ORIGINAL, FOLDED = "original", "batch norms folded"
 
 def measure(
     weights: Annotated[Path, typer.Option(help="The weight file of the original.")],
-    runtime: Annotated[list[str], typer.Option(help="Several times for several.")] = list(RUNTIMES),  # noqa: B006
+    runtime: Annotated[list[str], typer.Option(help="Several times for several.")] = RUNTIMES,
     batch: Annotated[list[int], typer.Option(help="Images at a time; several times for several.")] = BATCHES,
     runs: Annotated[Path, typer.Option(help="Where `train` kept the networks.")] = RUNS,
 ) -> None:

@@ -17,7 +17,7 @@ from cifar_models import load
 from elc_fx import data as pictures
 from elc_fx.planning.latency import Backend
 
-RUNTIMES: tuple[Backend, ...] = get_args(Backend)
+RUNTIMES: list[str] = list(get_args(Backend))
 CALIBRATION, CALIBRATION_BATCH = 1024, 128
 FROM_SCRATCH = {"learning_rate": 0.1}  # random weights need more than trained ones
 
@@ -126,7 +126,7 @@ FOR_TIME = {
     f"elc-{backend}": Method(
         f"the same; the budget is a share of the time under {backend}, one image", partial(_planned_for_time, backend)
     )
-    for backend in RUNTIMES
+    for backend in get_args(Backend)
 }
 METHODS = {
     "elc": Method("planned, fitted, trained", _planned),

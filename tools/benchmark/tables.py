@@ -56,6 +56,11 @@ def _latencies() -> list[Row]:
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
 
 
+def _speedups(latencies: Sequence[Row]) -> dict[tuple[str, str, int], float]:
+    """By row, runtime and batch size."""
+    return {(row["row"], row["runtime"], row["batch"]): row["speedup"] for row in latencies}
+
+
 def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """The seeds of each network, method, budget and number of epochs."""
     groups = defaultdict(list)
@@ -71,7 +76,7 @@ def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
 
 def headline_table(rows: Sequence[Row], style: str = "simple") -> str:
     """What people would use: costs, accuracy, and how many times as fast as the original with folded batch norms."""
-    times = {(time["row"], time["runtime"], time["batch"]): time["speedup"] for time in _latencies()}
+    times = _speedups(_latencies())
     columns = sorted({column[1:] for column in times}, key=lambda column: (RUNTIMES.index(column[0]), column[1]))
     lines = []
     for (network, method, _, epochs), own in _grouped(rows).items():
@@ -158,7 +163,7 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
     epochs = statistics.mode(row["epochs"] for row in done)
     done = [row for row in done if row["epochs"] == epochs]
     times = [row for row in _latencies() if row["network"] == network]
-    speed = {(t["row"], t["runtime"], t["batch"]): t["speedup"] for t in times}
+    speed = _speedups(times)
     columns = list(dict.fromkeys((t["runtime"], t["batch"]) for t in times))
     count = len(columns) + 1
     wide = min(count, 3)
