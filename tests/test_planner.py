@@ -426,7 +426,7 @@ def test_a_cache_that_is_damaged_or_a_file(tmp_path: Path) -> None:
 def test_latencies_leave_the_callers_random_numbers_as_they_were() -> None:
     model, x = network(), torch.randn(1, 3, 8, 8)
     state = torch.get_rng_state()
-    elc_fx.plan(model, x, elc_fx.Budget(latency=0.9), loss="uniform", progress=False)
+    elc_fx.plan(model, x, elc_fx.Budget(latency="1 s"), loss="uniform", progress=False)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -459,7 +459,7 @@ class Flattened(nn.Module):
 
 def test_latencies_of_a_network_that_computes_with_sizes() -> None:
     x = torch.randn(1, 3, 12, 12)
-    plan = elc_fx.plan(Flattened().eval(), x, elc_fx.Budget(latency=0.95), loss="uniform", progress=False)
+    plan = elc_fx.plan(Flattened().eval(), x, elc_fx.Budget(latency="1 s"), loss="uniform", progress=False)
     assert plan.prediction is not None and plan.prediction.latency is not None
 
 

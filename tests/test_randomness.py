@@ -67,7 +67,7 @@ def test_planning_is_the_same_each_time_and_leaves_no_trace() -> None:
     for seed in (1, 1, 2):
         seed_all(seed)
         planner = elc_fx.Planner(model, x, [x], fine_tuned=False, progress=False)
-        planner.collapse(planner.plan(elc_fx.Budget(flops=0.9, latency=1.0)))
+        planner.collapse(planner.plan(elc_fx.Budget(flops=0.9, latency="1 s")))
         losses.append(planner.losses)
         if seed == 1:
             assert drawn() == expected
