@@ -121,7 +121,41 @@ def test_samples_count_alike_in_batches_of_all_sizes() -> None:
     apart = made.sensitivity.together(made.choices[:1])
     calibration.batches, calibration.sizes = [[part] for part in x.split(8)], [8] * 4
     calibration.judged = [3]
+    made.sensitivity.kept.clear()  # it is of the batches before
     assert made.sensitivity.together(made.choices[:1]) == pytest.approx(apart, rel=1e-4)
+
+
+@pytest.mark.parametrize(("keep", "walks"), [(0, [1, 1, 1, 1, 1]), (20_000, None), (10**9, [1, 0, 0.45, 0, 0])])
+def test_sets_measured_one_after_the_other_lose_what_they_lose_alone(
+    keep: int, walks: list[float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of the original changes nothing; where all is kept, it is run only up to what is new."""
+    monkeypatch.setattr(sensitivity, "KEPT", keep)
+    made, steps, step = planner(), list[Any](), sensitivity._step
+    measuring, by_name = made.sensitivity, {choice.candidate.full_name: choice for choice in made.choices}
+    assert measuring is not None and measuring.keeps
+    first, middle, last = (by_name[name] for name in ("0:1x1", "3:3x3", "5:3x3"))
+    sets = [[first, last], [first], [first, middle], [first, middle, last], [first, last]]
+    alone = []
+    for choices in sets:
+        measuring.kept.clear()
+        alone.append(measuring.together(choices))
+    measuring.kept.clear()
+    monkeypatch.setattr(sensitivity, "_step", lambda walks, node: (steps.append(node), step(walks, node)))
+    taken = []
+    for choices, expected in zip(sets, alone, strict=True):
+        steps.clear()
+        assert measuring.together(choices) == expected
+        assert sum(map(sensitivity._numbers, measuring.kept.values())) <= keep
+        taken.append(len(steps) / len(measuring.nodes))
+    assert walks is None or taken == pytest.approx(walks, abs=0.05)
+
+
+def test_nothing_is_kept_of_code_that_is_not_torchs() -> None:
+    model = nn.Sequential(*network()[:4], Writing(writes=False), *network()[4:]).eval()
+    made = Planner(model, data()[0][:1], data(), fine_tuned=False, progress=False)
+    assert made.sensitivity is not None and made.sensitivity.together(made.choices[:1]) >= 0
+    assert not made.sensitivity.kept
 
 
 def test_an_output_that_is_not_finite_is_told() -> None:

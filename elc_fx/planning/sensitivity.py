@@ -39,6 +39,7 @@ from elc_fx.serial import SerialGraph
 
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
 SAMPLES, NUMBERS = 1024, 2**26  # that are used, and what they hold at most, if nobody says how many
+KEPT = 2**28  # numbers of the original's values that are kept for the sets of choices measured next
 JUDGED = 4  # one of so many batches is not fitted to, but judged on: fits to few windows look better than they are
 
 
@@ -185,6 +186,9 @@ class Sensitivity:
         self.loss: Loss = divergence if loss is None else partial(_checked, loss)
         self.progress = progress and sys.stderr.isatty()
         self.seeds = dict(self.position)
+        # Code that is not torch's may give something else each time.
+        self.keeps = not any(runs_foreign_code(self.graph_module, node) for node in self.nodes)
+        self.kept: dict[fx.Node, list[Any]] = {}  # what the original gives there for each batch; the latest used last
 
     def each_alone(self, choices: Sequence[Choice], known: StoredTable) -> list[float]:
         """The loss of every choice when it alone is collapsed. known: what was measured before; gets the rest.
@@ -218,7 +222,8 @@ class Sensitivity:
             _step(walks, node)
             rest = self.nodes[position + 1 :]
             for choice in ending.get(node, ()):
-                fitted = self._fitted(choice, fitted_on, fitted_on, windows)
+                given = [walk.env[choice.region.output] for walk in fitted_on]
+                fitted = self._fitted(choice, fitted_on, given, windows)
                 losses = []
                 for walk, wanted in zip(judged, expected, strict=True):
                     value = fitted(walk.env[choice.region.source])
@@ -244,35 +249,34 @@ class Sensitivity:
 
     def together(self, choices: Sequence[Choice]) -> float:
         """The loss when all choices, in their order, are collapsed."""
-        walks = self._walks()
-        outputs, _ = self._walked(walks, choices, self.calibration.fitted_on)
-        return self._mean([float(self.loss(outputs[i], walks[i].env[self.nodes[-1]])) for i in self.calibration.judged])
+        outputs, expected, _ = self._walked(choices, self.calibration.fitted_on)
+        return self._mean([float(self.loss(outputs[i], expected[i])) for i in self.calibration.judged])
 
     def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
         """A copy of the network in which the choices are convolutions, fitted in their order on all batches."""
-        _, fitted = self._walked(self._walks(), choices, range(len(self.calibration.batches)))
+        _, _, fitted = self._walked(choices, range(len(self.calibration.batches)))
         network = substituted(self.graph_module, choices, fitted)
         network.eval()  # as the original
         return network
 
     @torch.no_grad()
     def _walked(
-        self, walks: Sequence[Walk], choices: Sequence[Choice], fitted_on: Sequence[int]
-    ) -> tuple[list[Any], dict[str, Substitute]]:
-        """The outputs of the collapsed network, and what stands for the choices, by the nodes whose values they give.
+        self, choices: Sequence[Choice], fitted_on: Sequence[int]
+    ) -> tuple[list[Any], list[Any], dict[str, Substitute]]:
+        """The outputs of the collapsed network and of the original, and what stands for the choices, by their outputs.
 
-        They are fitted in their order, each to what the network computes that is collapsed up to there. walks: through
-        the original, which end at its output. fitted_on: which of the batches.
+        They are fitted in their order, each to what the network computes that is collapsed up to there. fitted_on:
+        which of the batches.
         """
         ends = {choice.region.output: choice for choice in choices}
         inside = {node for choice in choices for node in choice.region.nodes()}
         fitted: dict[str, Substitute] = {}
         needed = self._needed_until(choices)
         collapsed = self._walks()
-        for node in self.nodes:
-            _step(walks, node)
+        expected: list[Any] = []
+        for node, values in self._through_original({*ends, self.nodes[-1]}):
             if node in ends:
-                read, given = [collapsed[i] for i in fitted_on], [walks[i] for i in fitted_on]
+                read, given = [collapsed[i] for i in fitted_on], [values[i] for i in fitted_on]
                 substitute = self._fitted(ends[node], read, given, {})
                 fitted[node.name] = substitute
                 for walk in collapsed:
@@ -281,25 +285,46 @@ class Sensitivity:
             elif node not in inside:
                 for walk in collapsed:
                     walk.step(node)
-            for walk in (*walks, *collapsed):
+            for walk in collapsed:
                 self._forget(walk, node, needed)
-        return [walk.env[self.nodes[-1]] for walk in collapsed], fitted
+            expected = values
+        return [walk.env[self.nodes[-1]] for walk in collapsed], expected, fitted
+
+    def _through_original(self, wanted: set[fx.Node]) -> Iterator[tuple[fx.Node, list[Any]]]:
+        """Every node in order, with what the original gives there for each batch where that is wanted."""
+        known = {node: self.kept.pop(node) for node in wanted & self.kept.keys()}
+        last = max((self.position[node] for node in wanted - known.keys()), default=-1)
+        walks, needed = self._walks(), self._needed_until([])
+        for position, node in enumerate(self.nodes):
+            if position <= last:
+                _step(walks, node)
+            values = known[node] if node in known else [walk.env[node] for walk in walks] if node in wanted else []
+            yield node, values
+            if node in wanted and self.keeps:
+                self.kept[node] = values
+                while sum(map(_numbers, self.kept.values())) > KEPT:
+                    del self.kept[next(iter(self.kept))]
+            if position <= last:
+                for walk in walks:
+                    self._forget(walk, node, needed)
 
     def _walks(self) -> list[Walk]:
         return [Walk(self.graph_module, values, self.seeds) for values in self.calibration.batches]
 
     def _fitted(
-        self, choice: Choice, read: Sequence[Walk], given: Sequence[Walk], windows: dict[Any, Windows]
+        self, choice: Choice, read: Sequence[Walk], given: Sequence[Any], windows: dict[Any, Windows]
     ) -> Substitute:
-        """The best convolution for a choice. windows: those that are there already, by source and geometry."""
+        """The best convolution for a choice, from what walks read to what is given for each of them.
+
+        windows: those that are there already, by source and geometry.
+        """
         region = choice.region
         sources = [walk.env[region.source] for walk in read]
         key = region.source, replace(choice.geometry, out_channels=0)
         if key not in windows:
             windows[key] = Windows.of(sources, choice.geometry)
         there = replace(windows[key], geometry=choice.geometry)
-        targets = [walk.env[region.output] for walk in given]
-        return Substitute(there.fit(targets, self._flat(region.output)), sources[0].dtype, region.output.name)
+        return Substitute(there.fit(given, self._flat(region.output)), sources[0].dtype, region.output.name)
 
     def _flat(self, output: fx.Node) -> tuple[float, float]:
         """What the activation behind a value does not tell apart, if it is the value's only reader."""
@@ -321,6 +346,10 @@ class Sensitivity:
         for value in (node, *node.all_input_nodes):
             if needed[value] <= now and value.op != "output":
                 walk.env.pop(value, None)
+
+
+def _numbers(values: Any) -> int:
+    return sum(value.numel() for value in pytree.tree_leaves(values) if isinstance(value, Tensor))
 
 
 def divergence(output: Any, expected: Any) -> Tensor:
