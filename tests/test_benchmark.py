@@ -1,4 +1,4 @@
-"""tools/benchmark: what its tables and plots say of stored rows."""
+"""tools/benchmark: what a row stores, and what its tables and plots say of stored rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from benchmark import tables
+import elc_fx
+from benchmark import methods, pruning, rows, tables
 from benchmark.methods import FOR_TIME, METHODS
+from cifar_models import ResNet, load
 
 
 def row(method: str, accuracy: float, seed: int = 0) -> dict[str, Any]:
@@ -66,3 +71,49 @@ def test_a_plot_of_the_same_rows_is_the_same_file(results: Path) -> None:
         tables.plot("net", tables.stored(), file)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert "times as fast: eager, batch 1" in files[0].read_text()
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Arguments of a row of a network of 8 layers, and a few images."""
+    monkeypatch.setattr(rows, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(methods, "CALIBRATION", 32)
+    monkeypatch.setattr(methods, "CALIBRATION_BATCH", 8)
+    monkeypatch.setattr(pruning, "chosen", lambda: ("GroupMagnitude", "global"))
+    torch.manual_seed(0)
+    save_file(ResNet(1).state_dict(), tmp_path / "net.safetensors")
+    for split, count in (("train", 6), ("test", 2)):
+        for number in range(10 * count):
+            file = tmp_path / "data" / split / str(number % 10) / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()).save(file)
+    files = {"weights": tmp_path / "net.safetensors", "data": tmp_path / "data", "runs": tmp_path / "runs"}
+    return {**files, "budget": 0.6, "epochs": 1, "seed": 0}
+
+
+def test_a_row_has_the_plan_that_made_its_network(
+    task: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows.train(method=["scratch", "uniform", "at-once", "torch-pruning"], **task)
+    model, x = load(task["weights"]), torch.zeros(1, 3, 32, 32)
+    for method in ("scratch", "uniform", "at-once", "torch-pruning"):
+        stored = json.loads((tmp_path / "results" / f"net-{method}-0.6-1-0.json").read_text())
+        network = torch.export.load(tmp_path / "runs" / f"net-{method}-0.6-1-0" / "model.pt2").module(
+            check_guards=False
+        )
+        assert network(x).shape == (1, 10) and 0 <= stored["test"][1] <= 1 and len(stored["history"]) == 1
+        share = stored["after"]["flops"] / stored["before"]["flops"]
+        if method == "torch-pruning":
+            assert stored["plan"] is None and 0.6 <= share < 0.63
+            continue
+        decoupled = elc_fx.decouple(model, elc_fx.Plan.from_json(json.dumps(stored["plan"])))
+        elc_fx.set_gate(decoupled, 0)
+        assert elc_fx.measure(elc_fx.merge(decoupled), x).flops == stored["after"]["flops"] and share <= 0.6
+    rows.train(method=["scratch"], **task)
+    assert "net-scratch-0.6-1-0 is there" in capsys.readouterr().out
+
+
+def test_a_budget_out_of_reach_is_a_row_too(task: dict[str, Any], tmp_path: Path) -> None:
+    rows.train(method=["grown"], **{**task, "budget": 0.01})
+    stored = json.loads((tmp_path / "results" / "net-grown-0.01-1-0.json").read_text())
+    assert "the budget cannot be met" in stored["unreachable"] and "test" not in stored

@@ -64,48 +64,61 @@ class Task:
     def plan(self) -> elc_fx.Plan:
         return self.planned.plan(elc_fx.Budget(flops=self.budget))
 
-    @property
-    def losses(self) -> dict[elc_fx.Candidate, float]:
-        """Of each candidate alone."""
-        pairs = zip(self.planned.choices, self.planned.losses, strict=True)
-        return {choice.candidate: loss for choice, loss in pairs}
+    def plan_of(self, losses: Any) -> elc_fx.Plan:
+        """The plan that another table of losses leads to."""
+        return elc_fx.Planner(self.model, self.x, loss=losses).plan(elc_fx.Budget(flops=self.budget))
 
-    def fitted(self, losses: Any) -> nn.Module:
-        """The network of the plan that another table of losses leads to, its convolutions fitted as always."""
-        planner = elc_fx.Planner(self.model, self.x, loss=losses)
-        return self.planned.collapse(planner.plan(elc_fx.Budget(flops=self.budget)))
+    def losses(self, kept: Callable[[elc_fx.Candidate], bool]) -> dict[str, float]:
+        """Of each candidate alone that is kept."""
+        pairs = zip(self.planned.choices, self.planned.losses, strict=True)
+        return {choice.candidate.full_name: loss for choice, loss in pairs if kept(choice.candidate)}
 
 
 @dataclass(frozen=True)
 class Method:
-    """What it is, how its network is made, and what of the training differs. epochs: times those of the others."""
+    """What it is, how its network is planned and made, and what of the training differs.
+
+    plan: None where nothing is planned. epochs: times those of the others.
+    """
 
     what: str
-    network: Callable[[Task], nn.Module]
+    plan: Callable[[Task], elc_fx.Plan] | None
+    network: Callable[[Task, Any], nn.Module]
     options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 1
 
 
-def _planned(task: Task) -> nn.Module:
-    return task.planned.collapse(task.plan)
+def _planned(task: Task) -> elc_fx.Plan:
+    return task.plan
 
 
-def _planned_for_time(backend: Backend, task: Task) -> nn.Module:
-    planner = task.planner(backend=backend)
-    return planner.collapse(planner.plan(elc_fx.Budget(latency=task.budget)))
+def _planned_for_time(backend: Backend, task: Task) -> elc_fx.Plan:
+    return task.planner(backend=backend).plan(elc_fx.Budget(latency=task.budget))
 
 
-def _decoupled(task: Task) -> nn.Module:
-    return elc_fx.decouple(task.model, task.plan, task.calibration)
+def _uniform(task: Task) -> elc_fx.Plan:
+    return task.plan_of("uniform")
 
 
-def _pruned(multiple: int | None, task: Task) -> nn.Module:
-    train, _ = task.images
-    return pruning.pruned(task.model, task.x, task.budget, pruning.chosen(), train, multiple)
+def _grown(task: Task) -> elc_fx.Plan:
+    """Of each candidate only the form whose kernels are all kept: they add up."""
+    return task.plan_of(task.losses(lambda candidate: not candidate.kernels))
 
 
-def _random(task: Task) -> nn.Module:
-    network = _planned(task)
+def _merges(task: Task) -> elc_fx.Plan:
+    return task.plan_of(task.losses(lambda candidate: candidate.merges))
+
+
+def _fitted(task: Task, plan: elc_fx.Plan) -> nn.Module:
+    return task.planned.collapse(plan)
+
+
+def _decoupled(task: Task, plan: elc_fx.Plan) -> nn.Module:
+    return elc_fx.decouple(task.model, plan, task.calibration)
+
+
+def _random(task: Task, plan: elc_fx.Plan) -> nn.Module:
+    network = _fitted(task, plan)
     torch.manual_seed(task.seed)
     for module in network.modules():
         if hasattr(module, "reset_parameters"):
@@ -113,31 +126,31 @@ def _random(task: Task) -> nn.Module:
     return network
 
 
-def _grown(task: Task) -> nn.Module:
-    """Of each candidate only the form whose kernels are all kept: they add up."""
-    return task.fitted({c.full_name: loss for c, loss in task.losses.items() if not c.kernels})
-
-
-def _merges(task: Task) -> nn.Module:
-    return task.fitted({c.full_name: loss for c, loss in task.losses.items() if c.merges})
+def _pruned(multiple: int | None, task: Task, plan: None) -> nn.Module:
+    train, _ = task.images
+    return pruning.pruned(task.model, task.x, task.budget, pruning.chosen(), train, multiple)
 
 
 FOR_TIME = {
     f"elc-{backend}": Method(
-        f"the same; the budget is a share of the time under {backend}, one image", partial(_planned_for_time, backend)
+        f"the same; the budget is a share of the time under {backend}, one image",
+        partial(_planned_for_time, backend),
+        _fitted,
     )
     for backend in get_args(Backend)
 }
 METHODS = {
-    "elc": Method("planned, fitted, trained", _planned),
+    "elc": Method("planned, fitted, trained", _planned, _fitted),
     **FOR_TIME,
-    "torch-pruning": Method("channels pruned by Torch-Pruning", partial(_pruned, None)),
-    "torch-pruning-8": Method("the same, all widths multiples of 8", partial(_pruned, 8)),
-    "scratch": Method("the same layers as elc, random weights", _random, FROM_SCRATCH),
-    "scratch-3x": Method("the same, three times as many epochs", _random, FROM_SCRATCH, 3),
-    "uniform": Method("the fewest layers that meet the budget, without a plan", lambda task: task.fitted("uniform")),
-    "gates": Method("elc's plan, decoupled, gates closed over half of the steps", _decoupled, {"gates": 0.5}),
-    "at-once": Method("elc's plan, decoupled, gates closed at once", _decoupled),
-    "merges": Method("planned without layers whose kernels shrink by themselves: all that goes is depth", _merges),
-    "grown": Method("without kernel control: merged kernels keep all that the kernels add up to", _grown),
+    "torch-pruning": Method("channels pruned by Torch-Pruning", None, partial(_pruned, None)),
+    "torch-pruning-8": Method("the same, all widths multiples of 8", None, partial(_pruned, 8)),
+    "scratch": Method("the same layers as elc, random weights", _planned, _random, FROM_SCRATCH),
+    "scratch-3x": Method("the same, three times as many epochs", _planned, _random, FROM_SCRATCH, 3),
+    "uniform": Method("the fewest layers that meet the budget, without a plan", _uniform, _fitted),
+    "gates": Method("elc's plan, decoupled, gates closed over half of the steps", _planned, _decoupled, {"gates": 0.5}),
+    "at-once": Method("elc's plan, decoupled, gates closed at once", _planned, _decoupled),
+    "merges": Method(
+        "planned without layers whose kernels shrink by themselves: all that goes is depth", _merges, _fitted
+    ),
+    "grown": Method("without kernel control: merged kernels keep all that the kernels add up to", _grown, _fitted),
 }

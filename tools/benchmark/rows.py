@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +53,8 @@ def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
     """What came of it; the network is written to the folder as model.pt2."""
     method, (train, kept) = METHODS[name], task.images
     torch.manual_seed(task.seed)
-    network = method.network(task)
+    plan = method.plan(task) if method.plan is not None else None
+    network = method.network(task, plan)
     held_out = list(kept.batches(pictures.SCORED_BATCH))
     untrained = pictures.accuracy(network.eval(), kept)
     history = elc_fx.finetune(
@@ -73,6 +75,7 @@ def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
     assert test is not None
     comparison = elc_fx.compare(task.model, small, task.x)
     return {
+        "plan": plan and json.loads(plan.to_json()),
         "held_out": [untrained, pictures.accuracy(small, kept)],
         "test": [pictures.accuracy(task.model, test), pictures.accuracy(small, test)],
         "before": comparison.before.to_dict(),
