@@ -192,7 +192,7 @@ class LatencyMeter:
         return summed.through(fast, *self.whole(fast))
 
     def whole(self, choices: Sequence[Choice]) -> tuple[float, float]:
-        """Seconds of the original and of what the choices leave behind, side by side. choices: as in the graph."""
+        """Seconds of the original and of what the choices leave behind, side by side."""
         return of_the_first(lambda: self._whole(choices))
 
     def _whole(self, choices: Sequence[Choice]) -> tuple[float, float]:
@@ -348,15 +348,14 @@ class _Copies(nn.Module):
 
 
 def _fast(model: LatencyModel, choices: Sequence[Choice]) -> list[Choice]:
-    """Choices that do not overlap, those first that save most; in the order of the graph."""
+    """Choices that do not overlap, those first that save most."""
     fast: list[Choice] = []
     taken: set[str] = set()
     for choice in sorted(choices, key=model.saved, reverse=True):
         if model.saved(choice) > 0 and taken.isdisjoint(choice.candidate.nodes):
             fast.append(choice)
             taken.update(choice.candidate.nodes)
-    order = {name: position for position, name in enumerate(model.nodes)}
-    return sorted(fast, key=lambda choice: order[choice.output])
+    return fast
 
 
 def _alone(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module:

@@ -141,7 +141,7 @@ class Planner:
             if (latency := self.model.latency) is None:
                 return solution
             before, after = self._timed(solution)
-            choices, taken = self._ordered(solution.chosen), latency.whole * after / before
+            choices, taken = self._choices(solution.chosen), latency.whole * after / before
             predicted = latency.after(choices)
             right = predicted <= limits["latency"] and abs(predicted - taken) <= ACCURACY * taken
             known = latency.knowing(choices, predicted if right else taken)  # what is right remains allowed
@@ -152,7 +152,7 @@ class Planner:
             found[solution.chosen] = solution
             if repeated or len(found) > CORRECTIONS:
                 measured = [*found.values(), *([] if first is None else [first])]
-                times = [known.after(self._ordered(each.chosen)) for each in measured]
+                times = [known.after(self._choices(each.chosen)) for each in measured]
                 return min(_within(limits["latency"], measured, times), key=loss)
 
     def _solved(
@@ -203,8 +203,8 @@ class Planner:
     def collapse(self, plan: Plan) -> fx.GraphModule:
         """The network with the plan's regions as the convolutions that were fitted to them, without any training.
 
-        They are fitted in their order, each to what the network computes that is collapsed up to there. Raises
-        `PlanError` for a candidate that is not one of `choices`, and `InvalidInputError` without calibration.
+        They are fitted in the order of the graph, each to what the network computes that is collapsed up to there.
+        Raises `PlanError` for a candidate that is not one of `choices`, and `InvalidInputError` without calibration.
         """
         if self.sensitivity is None:
             raise InvalidInputError("the losses were given: there are no calibration batches to fit convolutions to")
@@ -212,7 +212,7 @@ class Planner:
         for candidate in plan.candidates:
             if candidate not in numbers:
                 raise PlanError(f"`{candidate.full_name}` is not among the candidates that were planned with")
-        choices = self._ordered([numbers[candidate] for candidate in plan.candidates])
+        choices = self._choices([numbers[candidate] for candidate in plan.candidates])
         with self._leaving_no_trace():
             return self.sensitivity.collapsed(choices)
 
@@ -221,7 +221,7 @@ class Planner:
         assert self.sensitivity is not None
         chosen = tuple(sorted(positions))
         if chosen not in self.measured:
-            choices = self._ordered(chosen)
+            choices = self._choices(chosen)
             self.measured[chosen] = of_the_first(lambda: self._worth(self._measured(choices), choices))
         return self.measured[chosen]
 
@@ -240,20 +240,21 @@ class Planner:
         order = {name: position for position, name in enumerate(self.model.reads)}
         return sorted(chosen, key=lambda i: order[self.choices[i].output])
 
-    def _ordered(self, chosen: Sequence[int]) -> list[Choice]:
-        return [self.choices[i] for i in self._in_order(chosen)]
+    def _choices(self, positions: Iterable[int]) -> list[Choice]:
+        return [self.choices[i] for i in positions]
 
     def _timed(self, solution: Solution) -> tuple[float, float]:
         """Seconds of the original and of what the solution leaves behind."""
         if solution.chosen not in self.timed:
             with self._leaving_no_trace():
-                self.timed[solution.chosen] = self.meter.whole(self._ordered(solution.chosen))
+                self.timed[solution.chosen] = self.meter.whole(self._choices(solution.chosen))
         return self.timed[solution.chosen]
 
     def _plan_of(self, solution: Solution) -> Plan:
-        chosen = self._ordered(solution.chosen)
+        order = self._in_order(solution.chosen)
+        chosen = self._choices(order)
         together = None if self.sensitivity is None else self.measured[solution.chosen]
-        losses = tuple(self.losses[i] for i in self._in_order(solution.chosen))
+        losses = tuple(self.losses[i] for i in order)
         measured = None if self.model.latency is None else self._timed(solution)
         after = self.model.after(chosen)
         prediction = Prediction(self.model.original, after, losses, together, solution.gap, measured)

@@ -248,12 +248,12 @@ class Sensitivity:
         return mean if mean == mean else math.inf  # what gives NaN is never chosen
 
     def together(self, choices: Sequence[Choice]) -> float:
-        """The loss when all choices, in their order, are collapsed."""
+        """The loss when all choices are collapsed."""
         outputs, expected, _ = self._walked(choices, self.calibration.fitted_on)
         return self._mean([float(self.loss(outputs[i], expected[i])) for i in self.calibration.judged])
 
     def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
-        """A copy of the network in which the choices are convolutions, fitted in their order on all batches."""
+        """A copy of the network in which the choices are convolutions, fitted one after the other on all batches."""
         _, _, fitted = self._walked(choices, range(len(self.calibration.batches)))
         network = substituted(self.graph_module, choices, fitted)
         network.eval()  # as the original
@@ -265,8 +265,8 @@ class Sensitivity:
     ) -> tuple[list[Any], list[Any], dict[str, Substitute]]:
         """The outputs of the collapsed network and of the original, and what stands for the choices, by their outputs.
 
-        They are fitted in their order, each to what the network computes that is collapsed up to there. fitted_on:
-        which of the batches.
+        They are fitted in the order of the graph, each to what the network computes that is collapsed up to there.
+        fitted_on: which of the batches.
         """
         ends = {choice.region.output: choice for choice in choices}
         inside = {node for choice in choices for node in choice.region.nodes()}

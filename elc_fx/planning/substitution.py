@@ -12,13 +12,11 @@ from elc_fx.planning.cost import Choice
 
 
 def substituted(graph_module: fx.GraphModule, choices: Sequence[Choice], by: Mapping[str, nn.Module]) -> fx.GraphModule:
-    """A copy in which each choice is computed by a module of its own.
-
-    choices: in the order of the graph. by: the modules, by the nodes whose values they give.
-    """
+    """A copy in which each choice is computed by a module of its own. by: the modules, by names of region outputs."""
     result = copy.deepcopy(graph_module)
     nodes, now = {node.name: node for node in result.graph.nodes}, dict[str, fx.Node]()
-    for choice in choices:
+    order = {name: position for position, name in enumerate(nodes)}
+    for choice in sorted(choices, key=lambda choice: order[choice.output]):  # each reads what those before it give
         path = f"{choice.output}_collapsed"
         origins = origins_of(result, (nodes[name] for name in choice.candidate.nodes))
         for layer in by[choice.output].modules():
