@@ -12,7 +12,7 @@ from torch import nn
 import elc_fx
 from elc_fx.activations import flat_beyond
 from elc_fx.affine import AffineMap, Geometry
-from elc_fx.planning.fitting import Substitute, Windows
+from elc_fx.planning.fitting import RIDGES, Substitute, Windows, _ByWeights, _ByWindows
 
 GEOMETRIES = {
     "grouped, strided, dilated": Geometry(6, 4, (3, 3), (2, 1), (1, 2), ((1, 1), (2, 1)), groups=2),
@@ -63,6 +63,41 @@ def test_fewer_windows_than_weights(scale: float) -> None:
     assert fitted.kernel.isfinite().all() and fitted.bias is not None and fitted.bias.isfinite().all()
     with pytest.raises(elc_fx.InvalidInputError, match="not finite"):
         Windows.of([x / 0], geometry)
+
+
+@pytest.mark.parametrize("windows", [30, 60])
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_systems_of_equations_have_the_same_solution(bias: bool, unit: float, windows: int) -> None:
+    """Of 40 weights; in float64, where neither loses digits."""
+    torch.manual_seed(0)
+    rows, goal = unit * (torch.randn(2, windows, 40) + 0.5).double(), torch.randn(2, windows, 3).double() + 2
+    by_weights, by_windows = _ByWeights(rows, bias=bias), _ByWindows(rows, bias=bias)
+    assert by_windows.errors(goal) == pytest.approx(by_weights.errors(goal), rel=1e-6)
+    for ridge in RIDGES:
+        solutions = by_weights.solve(goal, ridge), by_windows.solve(goal, ridge)
+        (weight, offset), (found, found_offset) = by_weights.weights(solutions[0]), by_windows.weights(solutions[1])
+        torch.testing.assert_close(unit * found, unit * weight, rtol=1e-6, atol=1e-8)
+        reached = by_windows.reached(solutions[1])
+        torch.testing.assert_close(reached, by_weights.reached(solutions[0]), rtol=1e-6, atol=1e-8)
+        if offset is None or found_offset is None:
+            assert offset is None and found_offset is None
+            torch.testing.assert_close(rows @ found, reached, rtol=1e-6, atol=1e-8)
+        else:
+            torch.testing.assert_close(found_offset, offset, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(rows @ found + found_offset.view(2, 1, 3), reached, rtol=1e-6, atol=1e-8)
+
+
+def test_a_wide_layer_with_few_samples_is_fitted_in_no_time() -> None:
+    """By its weights that would be 25,088 equations: 5 GB each of four times."""
+    torch.manual_seed(0)
+    region = nn.Linear(25088, 16)
+    x = [torch.rand(64, 25088) for _ in range(4)]
+    with torch.no_grad():
+        found = Substitute(
+            Windows.of(x, Geometry(16, 25088, (), (), (), (), bias=True)).fit([region(y) for y in x]), torch.float32
+        )
+        torch.testing.assert_close(found(x[0]), region(x[0]), rtol=0, atol=1e-3)
 
 
 def test_a_region_without_a_bias_gets_none() -> None:

@@ -26,6 +26,7 @@ RIDGES = (1e-5, 1e-3, 1e-2, 1e-1)  # of the weights' mean diagonal in the normal
 FITTED = 0.75  # of the windows, in the choice of a ridge; the others judge
 GAIN = 0.03  # of the error, which a larger ridge must be worth
 ROUNDING = 1e-6  # of the squared targets
+TINY = torch.finfo(torch.float32).tiny
 BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 ROUNDS = 8  # of moving the targets on a flat side
 
@@ -68,17 +69,12 @@ class Substitute(nn.Module):
 class Windows:
     """Windows of a region's input, and how to solve for weights on them. They do not depend on the target.
 
-    count: how many of each batch. rows: [groups, windows, weights], with a further column of ones for a bias. normals:
-    the normal equations of the windows before `cut`, and of the others, in float64. factors: theirs, of those before
-    the cut or of all, by ridge (Cholesky).
+    count: how many of each batch.
     """
 
     geometry: Geometry
     count: int
-    rows: Tensor
-    cut: int
-    normals: tuple[Tensor, Tensor]
-    factors: dict[tuple[float, bool], Tensor]
+    equations: _ByWeights | _ByWindows
 
     @classmethod
     def of(cls, sources: Sequence[Tensor], geometry: Geometry) -> Windows:
@@ -86,76 +82,158 @@ class Windows:
         weights = geometry.weights // geometry.out_channels
         count = math.ceil(max(FEWEST_ROWS, ROWS_PER_WEIGHT * weights) / len(sources))
         rows = torch.cat([_windows(x, geometry, count) for x in sources], dim=1).float()
-        if geometry.bias:
-            rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
-        cut = int(FITTED * rows.shape[1])
-        normals = _products(rows[:, :cut], rows[:, :cut]), _products(rows[:, cut:], rows[:, cut:])
-        if not all(normal.isfinite().all() for normal in normals):
-            raise InvalidInputError("the calibration batches give activations that are not finite")
-        return cls(geometry, count, rows, cut, normals, {})
+        equations = _ByWindows if rows.shape[1] < rows.shape[2] else _ByWeights
+        return cls(geometry, count, equations(rows, bias=geometry.bias))
 
     def fit(self, targets: Sequence[Tensor], flat: tuple[float, float] = (-math.inf, math.inf)) -> AffineMap:
         """The map whose outputs are closest to `targets`, the region's output for the same batches.
 
         flat: below and above what the activation behind the region is constant.
         """
-        g = self.geometry
+        g, equations = self.geometry, self.equations
         places = Geometry.pointwise(g.out_channels, g.out_channels, g.dims, groups=g.groups)
         goal = torch.cat([_windows(y, places, self.count) for y in targets], dim=1).float()
-        factor = self._factor(self._best_ridge(goal), judge=False)
-        solution = self._solve(goal, factor)
+        ridge = _best_ridge(equations.errors(goal), goal[:, equations.cut :])
+        solution = equations.solve(goal, ridge)
         for _ in range(ROUNDS if any(math.isfinite(side) for side in flat) else 0):
-            reached = self.rows @ solution
+            reached = equations.reached(solution)
             moved = torch.where(goal <= flat[0], reached.clamp_max(flat[0]), goal)
             moved = torch.where(goal >= flat[1], reached.clamp_min(flat[1]), moved)
-            solution = self._solve(moved, factor)
-        weight, bias = (solution[:, :-1], solution[:, -1].reshape(-1)) if g.bias else (solution, None)
+            solution = equations.solve(moved, ridge)
+        weight, bias = equations.weights(solution)
         kernel = weight.mT.reshape(g.out_channels, g.in_channels // g.groups, *g.kernel_size)
         return AffineMap(g, kernel.contiguous(), bias)
 
-    def _best_ridge(self, goal: Tensor) -> float:
-        """The smallest with which a fit to the windows before the cut predicts those behind it nearly as well as any.
 
-        Where windows are plenty, or the region is one convolution, that is the smallest of all.
-        """
+def _best_ridge(errors: Sequence[float], judged: Tensor) -> float:
+    """The smallest with which a fit to the windows before the cut predicts those behind it nearly as well as any.
+
+    Where windows are plenty, or the region is one convolution, that is the smallest of all.
+    """
+    most = min(errors) + GAIN * abs(min(errors)) + ROUNDING * float(judged.double().square().sum())
+    return next(ridge for ridge, error in zip(RIDGES, errors, strict=True) if not error > most)
+
+
+class _ByWeights:
+    """Ridge regression of targets [groups, windows, channels] on windows by the normal equations: as many as weights.
+
+    rows: [groups, windows, weights], with a further column of ones for a bias. normals: the normal equations of the
+    windows before `cut`, and of the others, in float64. factors: theirs, of those before the cut or of all, by ridge.
+    """
+
+    def __init__(self, rows: Tensor, *, bias: bool) -> None:
+        self.rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2) if bias else rows
+        self.bias, self.cut = bias, int(FITTED * rows.shape[1])
+        before, behind = self.rows[:, : self.cut], self.rows[:, self.cut :]
+        self.normals = _checked(_products(before, before)), _checked(_products(behind, behind))
+        self.factors: dict[tuple[float, bool], Tensor] = {}
+
+    def errors(self, goal: Tensor) -> list[float]:
+        """Squared errors behind the cut of what is fitted before it, for each of `RIDGES`."""
         rows, cut = self.rows, self.cut
         given, judged = _products(rows[:, :cut], goal[:, :cut]), _products(rows[:, cut:], goal[:, cut:])
         squares = float(goal[:, cut:].double().square().sum())
-        errors = []
-        for ridge in RIDGES:
-            solution = torch.cholesky_solve(given, self._factor(ridge, judge=True))
-            errors.append(squares + float((solution * (self.normals[1] @ solution - 2 * judged)).sum()))
-        most = min(errors) + GAIN * abs(min(errors)) + ROUNDING * squares
-        return next(ridge for ridge, error in zip(RIDGES, errors, strict=True) if not error > most)
+        solutions = (torch.cholesky_solve(given, self._factor(ridge, judge=True)) for ridge in RIDGES)
+        return [squares + float((found * (self.normals[1] @ found - 2 * judged)).sum()) for found in solutions]
+
+    def solve(self, goal: Tensor, ridge: float) -> Tensor:
+        """What all windows lead to."""
+        factor = self._factor(ridge, judge=False)
+        return torch.cholesky_solve(_products(self.rows, goal), factor).to(goal.dtype)
+
+    def reached(self, solution: Tensor) -> Tensor:
+        return self.rows @ solution
+
+    def weights(self, solution: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[groups, weights, channels], and the bias."""
+        return (solution[:, :-1], solution[:, -1].reshape(-1)) if self.bias else (solution, None)
 
     def _factor(self, ridge: float, *, judge: bool) -> Tensor:
-        """Of the windows before the cut, to be judged, or of all."""
         if (ridge, judge) not in self.factors:
             before, behind = self.normals
-            self.factors[ridge, judge] = _factor(before if judge else before + behind, ridge, bias=self.geometry.bias)
+            normal = before if judge else before + behind
+            diagonal = normal.diagonal(dim1=1, dim2=2)
+            weights = diagonal[:, :-1] if self.bias else diagonal
+            scale = weights.mean(1, keepdim=True).clamp_min(TINY).expand_as(diagonal).clone()
+            if self.bias:  # which has no ridge: else the fit would depend on the unit in which the input is given
+                scale[:, -1] = TINY
+            self.factors[ridge, judge] = _cholesky(normal, scale, ridge)
         return self.factors[ridge, judge]
 
-    def _solve(self, goal: Tensor, factor: Tensor) -> Tensor:
-        return torch.cholesky_solve(_products(self.rows, goal), factor).to(goal.dtype)
+
+class _ByWindows:
+    """The same fits by their dual, with as many equations as windows: for fewer windows than weights.
+
+    The weights are a combination of windows (Saunders et al., "Ridge Regression Learning Algorithm in Dual Variables",
+    1998), with a bias of the windows less their mean. rows: [groups, windows, weights], divided by `unit`, less `mean`.
+    products: of the rows with each other, in float64. squares: of each window, by weight. factors: by ridge.
+    """
+
+    def __init__(self, rows: Tensor, *, bias: bool) -> None:
+        self.bias, self.cut = bias, int(FITTED * rows.shape[1])
+        squares = rows.double().square().mean(2)
+        self.unit = squares.mean(1).sqrt().clamp_min(TINY).view(-1, 1, 1)
+        self.squares = squares / self.unit[..., 0].square()
+        rows = (rows / self.unit).to(rows.dtype)
+        self.mean = rows.mean(1, keepdim=True)
+        self.rows = rows - self.mean if bias else rows
+        self.products = _checked((self.rows @ self.rows.mT).double())
+        self.factors: dict[float, Tensor] = {}
+
+    def errors(self, goal: Tensor) -> list[float]:
+        """Squared errors behind the cut of what is fitted before it, for each of `RIDGES`."""
+        cut, products, goal = self.cut, self.products[:, :, : self.cut], goal.double()
+        given, judged = goal[:, :cut], goal[:, cut:]
+        middle = given.mean(1, keepdim=True) if self.bias else goal.new_zeros(())
+        if self.bias:  # less the mean of those before the cut, on both sides
+            products = products - products.mean(2, keepdim=True)
+            products = products - products[:, :cut].mean(1, keepdim=True)
+        factors = (_cholesky(products[:, :cut], self._scale(cut), ridge) for ridge in RIDGES)
+        combinations = (torch.cholesky_solve(given - middle, factor) for factor in factors)
+        return [float((products[:, cut:] @ found + middle - judged).square().sum()) for found in combinations]
+
+    def solve(self, goal: Tensor, ridge: float) -> Tensor:
+        """What all windows lead to: how they are combined, and the mean target for a bias."""
+        if ridge not in self.factors:
+            self.factors[ridge] = _cholesky(self.products, self._scale(None), ridge)
+        goal = goal.double()
+        if not self.bias:
+            return torch.cholesky_solve(goal, self.factors[ridge])
+        middle = goal.mean(1, keepdim=True)
+        return torch.cat([torch.cholesky_solve(goal - middle, self.factors[ridge]), middle], dim=1)
+
+    def reached(self, solution: Tensor) -> Tensor:
+        count = self.rows.shape[1]
+        reached = self.products @ solution[:, :count]
+        return (reached + solution[:, count:] if self.bias else reached).to(self.rows.dtype)
+
+    def weights(self, solution: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[groups, weights, channels], and the bias."""
+        count = self.rows.shape[1]
+        weight = self.rows.mT @ solution[:, :count].to(self.rows.dtype)
+        bias = (solution[:, count:] - self.mean @ weight).reshape(-1).to(weight.dtype) if self.bias else None
+        return (weight / self.unit).to(weight.dtype), bias
+
+    def _scale(self, cut: int | None) -> Tensor:
+        """By which a ridge is multiplied, for each window before the cut, or for all."""
+        squares = self.squares[:, :cut]
+        return squares.sum(1, keepdim=True).clamp_min(1).expand_as(squares)
 
 
 def _products(rows: Tensor, values: Tensor) -> Tensor:
     return (rows.mT @ values).double()
 
 
-def _factor(normal: Tensor, ridge: float, *, bias: bool) -> Tensor:
-    """The Cholesky factor, with a larger ridge where the products' rounding in float32 needs it.
+def _checked(products: Tensor) -> Tensor:
+    if not products.isfinite().all():
+        raise InvalidInputError("the calibration batches give activations that are not finite")
+    return products
 
-    A bias, the last weight, has none: else the fit would depend on the unit in which the input is given.
-    """
-    tiny = torch.finfo(torch.float32).tiny
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    weights = diagonal[:, :-1] if bias else diagonal
-    scale = weights.mean(1, keepdim=True).clamp_min(tiny).expand_as(diagonal).clone()
-    if bias:
-        scale[:, -1] = tiny
+
+def _cholesky(matrix: Tensor, scale: Tensor, ridge: float) -> Tensor:
+    """The factor, with a larger ridge where the products' rounding in float32 needs it."""
     while True:
-        factor, failed = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge * scale))
+        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(ridge * scale))
         if not failed.any():
             return factor
         ridge *= 10
