@@ -20,7 +20,8 @@ from cifar_models import ResNet, load
 def row(method: str, accuracy: float, seed: int = 0) -> dict[str, Any]:
     before, after = {"flops": 200, "depth": 20}, {"flops": 100, "depth": 12}
     scores = {"test": [0.9, accuracy], "held_out": [0.5, accuracy], "before": before, "after": after}
-    return {"network": "net", "method": method, "budget": 0.5, "epochs": 5, "seed": seed, **scores}
+    origin = {"provenance": {"machine": {"cpu": "Abacus(R) of 1622"}}}
+    return {"network": "net", "method": method, "budget": 0.5, "epochs": 5, "seed": seed, **scores, **origin}
 
 
 def latency(name: str, runtime: str, speedup: float) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def test_seeds_are_averaged_and_what_was_not_run_is_said(results: Path) -> None:
     expected = [name for name in METHODS if name not in FOR_TIME]  # whose budgets are others
     by_method = dict(zip(expected, lines, strict=True))
     assert "87.00% (86.00%–88.00%)" in by_method["elc"] and "-3.00" in by_method["elc"] and "50.0%" in by_method["elc"]
-    assert "87.00%" in by_method["torch-pruning"]
+    assert "87.00%" in by_method["torch-pruning"] and by_method["torch-pruning"].endswith("Abacus")
     assert "cannot reach the budget" in by_method["grown"] and "not run" in by_method["scratch"]
 
 
@@ -58,6 +59,10 @@ def test_the_headline_has_what_people_would_use_with_its_speed(results: Path) ->
     elc, pruned = (line for line in lines)
     assert "elc" in elc and "87.00% (86.00%–88.00%)" in elc and elc.endswith("2.00×")
     assert "torch-pruning" in pruned and "×" not in pruned
+    others = [{**row("elc", 0.85), "budget": 0.65}, {**row("elc-eager", 0.85), "budget": 0.5}]
+    stored = [*tables.stored(), *others]
+    assert tables.headline_table(stored).splitlines()[2:] == lines
+    assert len(tables.speed_table(stored).splitlines()) == 2 + len(lines) + len(others)
 
 
 def test_speeds_are_named_by_method_and_budget(results: Path) -> None:

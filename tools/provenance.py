@@ -6,6 +6,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -75,6 +77,14 @@ def describe(provenance: dict[str, Any]) -> str:
         f"torch {versions['torch']}, torchvision {versions['torchvision']}, elc_fx at {commit}"
         f"{' with local changes' if provenance['modified'] and provenance['commit'] else ''}. `{provenance['command']}`"
     )
+
+
+def describe_all(provenances: Sequence[dict[str, Any]]) -> str:
+    """The same for a table of rows that were measured apart."""
+    dates = sorted(own["date"][:10] for own in provenances)
+    processors = Counter(own["machine"]["cpu"] for own in provenances)
+    versions = sorted({f"torch {own['versions']['torch']}" for own in provenances})
+    return f"{dates[0]} to {dates[-1]}; {', '.join(cpu for cpu, _ in processors.most_common())}; {', '.join(versions)}"
 
 
 def _command() -> str:

@@ -61,6 +61,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "compress": ("compress", lambda result: bench_compress.table(result["rows"], STYLE)),
     "benchmark_accuracy": ("benchmark", lambda result: benchmark.accuracy_table(result["rows"], STYLE)),
     "benchmark_headline": ("benchmark", lambda result: benchmark.headline_table(result["rows"], STYLE)),
+    "benchmark_speed": ("benchmark", lambda result: benchmark.speed_table(result["rows"], STYLE)),
     "benchmark_latency": ("benchmark_latency", lambda result: benchmark.latency_table(result["rows"], STYLE)),
     "quantised": ("quantised", lambda result: quantise.table(result["rows"], STYLE)),
     "quantised_speed": ("quantised", lambda result: quantise.speed_table(result["rows"], STYLE)),
@@ -76,14 +77,15 @@ def render(name: str, results: Path) -> str:
     stem, table = TABLES[name]
     folder, file = results / stem, results / f"{stem}.json"
     if folder.is_dir():  # a file for each row
-        rows = benchmark.stored()
-        result = {"rows": rows, "provenance": max((row["provenance"] for row in rows), key=lambda p: p["date"])}
-        note = f"; each row's own command and date are in docs/results/{stem}/"
+        result = {"rows": benchmark.stored()}
+        measured = provenance.describe_all([row["provenance"] for row in result["rows"]])
+        measured += f"; the command, commit and machine of each row are in docs/results/{stem}/"
     elif file.exists():
-        result, note = json.loads(file.read_text(encoding="utf-8")), ""
+        result = json.loads(file.read_text(encoding="utf-8"))
+        measured = provenance.describe(result["provenance"])
     else:
         return "Not measured yet.\n"
-    return f"{table(result)}\n\n*Measured {provenance.describe(result['provenance'])}{note}*\n"
+    return f"{table(result)}\n\n*Measured {measured}*\n"
 
 
 def fill(text: str, results: Path) -> str:
