@@ -20,6 +20,7 @@ from elc_fx.inputs import ExampleInputs, batches_of
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.latency import Backend
+from elc_fx.planning.plan import Plan
 from elc_fx.planning.planner import Planner
 from elc_fx.planning.sensitivity import SAMPLES
 from elc_fx.randomness import randomness_of_the_caller, seed_all
@@ -61,12 +62,7 @@ def _compressed(
     verify: bool,
     backend: Backend,
 ) -> nn.Module:
-    batches = list(_first(calibration if calibration is not None else _inputs(finetune), SAMPLES))
-    folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
-    planner = Planner(model, example_inputs, batches, fine_tuned=finetune is not None, cache=folder, backend=backend)
-    plan = planner.plan(budget)
-    gradual = finetune is not None and finetune.gates > 0
-    network: nn.Module = decouple(model, plan, batches) if gradual else planner.collapse(plan)
+    plan, network = _planned(model, example_inputs, budget, calibration, finetune, backend)
     history = None if finetune is None else Finetuning(network, finetune, model).run()
     if isinstance(network, DecoupledModule):
         set_gate(network, 0)
@@ -75,6 +71,23 @@ def _compressed(
     report: Report = getattr(small, REPORT)
     setattr(small, REPORT, replace(report, plan=plan, epochs=() if history is None else history.epochs))
     return small
+
+
+def _planned(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: Budget,
+    calibration: Iterable[Any] | None,
+    finetune: FinetuneConfig | None,
+    backend: Backend,
+) -> tuple[Plan, nn.Module]:
+    """The plan and what is trained. What the planner measured with is free again while it is trained."""
+    batches = list(_first(calibration if calibration is not None else _inputs(finetune), SAMPLES))
+    folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
+    planner = Planner(model, example_inputs, batches, fine_tuned=finetune is not None, cache=folder, backend=backend)
+    plan = planner.plan(budget)
+    gradual = finetune is not None and finetune.gates > 0
+    return plan, decouple(model, plan, batches) if gradual else planner.collapse(plan)
 
 
 def _inputs(finetune: FinetuneConfig | None) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from training_run import Pictures, loader, network
 
 import elc_fx
 from elc_fx.planning import latency
+from elc_fx.training import Finetuning
 
 HALF = elc_fx.Budget(flops=0.5)
 
@@ -51,6 +53,27 @@ def test_a_latency_is_measured_as_the_result_will_run(
     options: dict[str, Any] = {"budget": elc_fx.Budget(latency=0.9), "calibration": [image()], "backend": backend}
     elc_fx.compile(teacher, image()[:1], mode="decouple", **options)
     assert asked == {elc_fx.api.TIMED_BY[backend]}
+
+
+@pytest.mark.parametrize("gates", [0.0, 0.5])
+def test_what_was_planned_with_is_free_while_the_network_is_trained(
+    gates: float, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planners: list[weakref.ref[Any]] = []
+    create, run = elc_fx.Planner.__init__, Finetuning.run
+
+    def created(planner: elc_fx.Planner, *given: Any, **options: Any) -> None:
+        create(planner, *given, **options)
+        planners.append(weakref.ref(planner.sensitivity))  # type: ignore[arg-type]
+
+    def running(training: Finetuning) -> Any:
+        assert [reference() for reference in planners] == [None]
+        return run(training)
+
+    monkeypatch.setattr(elc_fx.Planner, "__init__", created)
+    monkeypatch.setattr(Finetuning, "run", running)
+    elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, finetune=tuning(gates=gates))
+    assert planners
 
 
 @pytest.mark.parametrize("gates", [0.0, 0.5])
