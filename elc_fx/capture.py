@@ -52,6 +52,7 @@ DROPOUT_FUNCTIONS = {
     "stochastic_depth",
     "drop_path",
 }
+OPERATORS = ("aten", "prim", "prims", "torchvision")  # whose overwriting is known
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
 PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc"}  # asks for somebody else
 
@@ -201,9 +202,11 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def runs_foreign_code(captured: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node calls Python that is not torch's: it may write into what it reads, and nobody knows what it is."""
+    """Whether a node calls code that is not torch's: it may write into what it reads, and nobody knows what it is."""
     if node.op == "call_module":
         return not is_leaf(module_of(captured, node))
+    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(node.target).partition(".")[0] not in OPERATORS
     if node.op != "call_function" or not inspect.isfunction(node.target):
         return False
     return node.target.__module__.partition(".")[0] not in ("torch", "torchvision")

@@ -88,6 +88,29 @@ def test_both_systems_of_equations_have_the_same_solution(bias: bool, unit: floa
             torch.testing.assert_close(rows @ found + found_offset.view(2, 1, 3), reached, rtol=1e-6, atol=1e-8)
 
 
+def test_what_is_next_to_nothing_has_no_huge_weights() -> None:
+    """A channel that is nearly dead in the calibration batches may live in others."""
+    torch.manual_seed(0)
+    geometry = Geometry(2, 2, (9, 9), (1, 1), (1, 1), ((4, 4), (4, 4)), groups=2, bias=True)
+    x = torch.randn(2, 2, 5, 5) * torch.tensor([1.0, 1e-35]).view(-1, 1, 1)
+    fitted = Windows.of([x], geometry).fit([torch.randn(2, 2, 5, 5)])
+    assert float(fitted.kernel.abs().max()) < 1e6
+
+
+def test_windows_are_factorised_once_for_all_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    calls: list[object] = []
+    cholesky = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: (calls.append(0), cholesky(matrix))[1])
+    for count in (2, 64):  # fewer windows than weights, and more
+        x = [torch.randn(count, 16, 4, 4)]
+        windows = Windows.of(x, Geometry(4, 16, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), bias=True))
+        calls.clear()
+        for _ in range(3):
+            windows.fit([torch.randn(count, 4, 4, 4)])
+        assert len(RIDGES) < len(calls) <= 2 * len(RIDGES)
+
+
 def test_a_wide_layer_with_few_samples_is_fitted_in_no_time() -> None:
     """By its weights that would be 25,088 equations: 5 GB each of four times."""
     torch.manual_seed(0)

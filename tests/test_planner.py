@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -121,7 +122,6 @@ def test_samples_count_alike_in_batches_of_all_sizes() -> None:
     apart = made.sensitivity.together(made.choices[:1])
     calibration.batches, calibration.sizes = [[part] for part in x.split(8)], [8] * 4
     calibration.judged = [3]
-    made.sensitivity.kept.clear()  # it is of the batches before
     assert made.sensitivity.together(made.choices[:1]) == pytest.approx(apart, rel=1e-4)
 
 
@@ -133,29 +133,84 @@ def test_sets_measured_one_after_the_other_lose_what_they_lose_alone(
     monkeypatch.setattr(sensitivity, "KEPT", keep)
     made, steps, step = planner(), list[Any](), sensitivity._step
     measuring, by_name = made.sensitivity, {choice.candidate.full_name: choice for choice in made.choices}
-    assert measuring is not None and measuring.keeps
+    assert measuring is not None
     first, middle, last = (by_name[name] for name in ("0:1x1", "3:3x3", "5:3x3"))
     sets = [[first, last], [first], [first, middle], [first, middle, last], [first, last]]
-    alone = []
-    for choices in sets:
-        measuring.kept.clear()
-        alone.append(measuring.together(choices))
-    measuring.kept.clear()
+    alone = [measuring.together(choices) for choices in sets]
+    assert not measuring.kept
     monkeypatch.setattr(sensitivity, "_step", lambda walks, node: (steps.append(node), step(walks, node)))
     taken = []
-    for choices, expected in zip(sets, alone, strict=True):
-        steps.clear()
-        assert measuring.together(choices) == expected
-        assert sum(map(sensitivity._numbers, measuring.kept.values())) <= keep
-        taken.append(len(steps) / len(measuring.nodes))
+    with measuring.keeping():
+        for choices, expected in zip(sets, alone, strict=True):
+            steps.clear()
+            assert measuring.together(choices) == expected
+            assert sum(map(sensitivity._numbers, measuring.kept.values())) <= keep
+            taken.append(len(steps) / len(measuring.nodes))
     assert walks is None or taken == pytest.approx(walks, abs=0.05)
+    assert not measuring.kept
 
 
-def test_nothing_is_kept_of_code_that_is_not_torchs() -> None:
-    model = nn.Sequential(*network()[:4], Writing(writes=False), *network()[4:]).eval()
+def test_convolutions_are_fitted_to_the_model_as_it_is_now() -> None:
+    """Nothing that was kept for a plan outlives it: the model may have changed since."""
+    model, batches = network(), data(1)
+    made = Planner(model, batches[0][:1], batches, fine_tuned=False, progress=False)
+    plan = made.plan(elc_fx.Budget(flops=0.7))
+    torch.manual_seed(1)
+    model.load_state_dict(ready(network()).state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5).add_(0.1 * torch.randn_like(parameter))
+        model.train()(batches[0])
+        model.eval()
+    again = Planner(model, batches[0][:1], batches, fine_tuned=False, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(made.collapse(plan)(batches[0]), again.collapse(plan)(batches[0]))
+
+
+def test_a_loss_that_writes_into_what_it_is_given_changes_nothing_else() -> None:
+    def written(output: Tensor, expected: Tensor) -> Tensor:
+        return expected.sub_(output).square_().mean()
+
+    def read(output: Tensor, expected: Tensor) -> Tensor:
+        return (expected - output).square().mean()
+
+    writing, reading = (planner(loss=loss) for loss in (written, read))
+    assert writing.losses == reading.losses
+    assert writing.plan(elc_fx.Budget(flops=0.6)) == reading.plan(elc_fx.Budget(flops=0.6))
+
+
+class Writing(nn.Module):
+    """No trace can enter it; it writes into what it reads, and counts."""
+
+    def __init__(self, *, writes: bool) -> None:
+        super().__init__()
+        self.writes, self.calls = writes, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return (x.mul_(0.5) if self.writes else x * 0.5) if x.sum() < math.inf else x
+
+
+@torch.library.custom_op("elc_fx_tests::halved_", mutates_args=["x"])
+def halved_(x: Tensor) -> Tensor:
+    x.mul_(0.5)
+    return x.clone()
+
+
+class Operator(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        halved: Tensor = torch.ops.elc_fx_tests.halved_(x)
+        return halved
+
+
+@pytest.mark.parametrize("foreign", [Operator, functools.partial(Writing, writes=True)])
+def test_nothing_is_kept_where_code_runs_that_is_not_torchs(foreign: Any) -> None:
+    model = nn.Sequential(*network()[:4], foreign(), *network()[4:]).eval()
     made = Planner(model, data()[0][:1], data(), fine_tuned=False, progress=False)
-    assert made.sensitivity is not None and made.sensitivity.together(made.choices[:1]) >= 0
-    assert not made.sensitivity.kept
+    assert made.sensitivity is not None
+    with made.sensitivity.keeping():
+        losses = [made.sensitivity.together(made.choices[-2:-1]) for _ in range(3)]
+        assert not made.sensitivity.kept and losses[0] == losses[1] == losses[2]
 
 
 def test_an_output_that_is_not_finite_is_told() -> None:
@@ -571,18 +626,6 @@ def test_a_cache_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     for cache in (tmp_path / "cache", "nul\0l", tmp_path / ("x" * 300)):
         with pytest.raises(elc_fx.InvalidInputError, match="nothing can be kept in"):
             planner(cache=cache)
-
-
-class Writing(nn.Module):
-    """No trace can enter it; it writes into what it reads, and counts."""
-
-    def __init__(self, *, writes: bool) -> None:
-        super().__init__()
-        self.writes, self.calls = writes, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return (x.mul_(0.5) if self.writes else x * 0.5) if x.sum() < math.inf else x
 
 
 def test_a_module_that_writes_into_its_input_changes_nothing_of_the_callers() -> None:

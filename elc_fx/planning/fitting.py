@@ -8,6 +8,7 @@ each minimises over the targets and the weights in turn.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ RIDGES = (1e-5, 1e-3, 1e-2, 1e-1)  # of the weights' mean diagonal in the normal
 FITTED = 0.75  # of the windows, in the choice of a ridge; the others judge
 GAIN = 0.03  # of the error, which a larger ridge must be worth
 ROUNDING = 1e-6  # of the squared targets
+PART = 4096  # weights at a time, of which rows are needed in float64
 TINY = torch.finfo(torch.float32).tiny
 BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 ROUNDS = 8  # of moving the targets on a flat side
@@ -166,41 +168,42 @@ class _ByWindows:
 
     The weights are a combination of windows (Saunders et al., "Ridge Regression Learning Algorithm in Dual Variables",
     1998), with a bias of the windows less their mean. rows: [groups, windows, weights], divided by `unit`, less `mean`.
-    products: of the rows with each other, in float64. squares: of each window, by weight. factors: by ridge.
+    products: of the rows with each other, in float64, as they are for all of them, and for those before the cut, whose
+    mean is another. squares: of each window, by weight. factors: by ridge, of those before the cut or of all.
     """
 
     def __init__(self, rows: Tensor, *, bias: bool) -> None:
         self.bias, self.cut = bias, int(FITTED * rows.shape[1])
-        squares = rows.double().square().mean(2)
-        self.unit = squares.mean(1).sqrt().clamp_min(TINY).view(-1, 1, 1)
+        squares = torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64).square() / rows.shape[2]
+        self.unit = squares.mean(1).sqrt().clamp_min(TINY**0.5).view(-1, 1, 1)  # weights of less would be infinite
         self.squares = squares / self.unit[..., 0].square()
         rows = (rows / self.unit).to(rows.dtype)
         self.mean = rows.mean(1, keepdim=True)
         self.rows = rows - self.mean if bias else rows
-        self.products = _checked((self.rows @ self.rows.mT).double())
-        self.factors: dict[float, Tensor] = {}
+        parts = (part.double() for part in self.rows.split(PART, dim=2))
+        self.products = _checked(functools.reduce(torch.add, (part @ part.mT for part in parts)))
+        before = self.products[:, :, : self.cut]
+        if bias:
+            before = before - before.mean(2, keepdim=True)
+            before = before - before[:, : self.cut].mean(1, keepdim=True)
+        self.before = before
+        self.factors: dict[tuple[float, bool], Tensor] = {}
 
     def errors(self, goal: Tensor) -> list[float]:
         """Squared errors behind the cut of what is fitted before it, for each of `RIDGES`."""
-        cut, products, goal = self.cut, self.products[:, :, : self.cut], goal.double()
+        cut, goal = self.cut, goal.double()
         given, judged = goal[:, :cut], goal[:, cut:]
         middle = given.mean(1, keepdim=True) if self.bias else goal.new_zeros(())
-        if self.bias:  # less the mean of those before the cut, on both sides
-            products = products - products.mean(2, keepdim=True)
-            products = products - products[:, :cut].mean(1, keepdim=True)
-        factors = (_cholesky(products[:, :cut], self._scale(cut), ridge) for ridge in RIDGES)
-        combinations = (torch.cholesky_solve(given - middle, factor) for factor in factors)
-        return [float((products[:, cut:] @ found + middle - judged).square().sum()) for found in combinations]
+        solutions = (torch.cholesky_solve(given - middle, self._factor(ridge, judge=True)) for ridge in RIDGES)
+        return [float((self.before[:, cut:] @ found + middle - judged).square().sum()) for found in solutions]
 
     def solve(self, goal: Tensor, ridge: float) -> Tensor:
         """What all windows lead to: how they are combined, and the mean target for a bias."""
-        if ridge not in self.factors:
-            self.factors[ridge] = _cholesky(self.products, self._scale(None), ridge)
-        goal = goal.double()
+        factor, goal = self._factor(ridge, judge=False), goal.double()
         if not self.bias:
-            return torch.cholesky_solve(goal, self.factors[ridge])
+            return torch.cholesky_solve(goal, factor)
         middle = goal.mean(1, keepdim=True)
-        return torch.cat([torch.cholesky_solve(goal - middle, self.factors[ridge]), middle], dim=1)
+        return torch.cat([torch.cholesky_solve(goal - middle, factor), middle], dim=1)
 
     def reached(self, solution: Tensor) -> Tensor:
         count = self.rows.shape[1]
@@ -214,10 +217,13 @@ class _ByWindows:
         bias = (solution[:, count:] - self.mean @ weight).reshape(-1).to(weight.dtype) if self.bias else None
         return (weight / self.unit).to(weight.dtype), bias
 
-    def _scale(self, cut: int | None) -> Tensor:
-        """By which a ridge is multiplied, for each window before the cut, or for all."""
-        squares = self.squares[:, :cut]
-        return squares.sum(1, keepdim=True).clamp_min(1).expand_as(squares)
+    def _factor(self, ridge: float, *, judge: bool) -> Tensor:
+        if (ridge, judge) not in self.factors:
+            cut = self.cut if judge else None
+            products, squares = (self.before if judge else self.products)[:, :cut], self.squares[:, :cut]
+            scale = squares.sum(1, keepdim=True).clamp_min(1).expand_as(squares)
+            self.factors[ridge, judge] = _cholesky(products, scale, ridge)
+        return self.factors[ridge, judge]
 
 
 def _products(rows: Tensor, values: Tensor) -> Tensor:

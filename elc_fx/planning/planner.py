@@ -116,7 +116,8 @@ class Planner:
         self.model = self.model.with_latency(self.latency if "latency" in budget.names else None)
         best = self._in_time(budget, lambda solution, limits: solution, lambda solution: solution.loss)
         if self.sensitivity is not None:
-            best = self._in_time(budget, self._refined, lambda solution: self.loss_together(solution.chosen), best)
+            with self.sensitivity.keeping():
+                best = self._in_time(budget, self._refined, lambda solution: self.loss_together(solution.chosen), best)
         return self._plan_of(best)
 
     def _in_time(

@@ -12,6 +12,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,7 +40,7 @@ from elc_fx.serial import SerialGraph
 
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
 SAMPLES, NUMBERS = 1024, 2**26  # that are used, and what they hold at most, if nobody says how many
-KEPT = 2**28  # numbers of the original's values that are kept for the sets of choices measured next
+KEPT = 2**28  # numbers of the original's values that are kept between sets of choices
 JUDGED = 4  # one of so many batches is not fitted to, but judged on: fits to few windows look better than they are
 
 
@@ -160,7 +161,7 @@ class Walk(fx.Interpreter):
 
 def _checked(loss: Loss, output: Any, expected: Any) -> float:
     """What a function of the user's gives. Raises InvalidInputError where that is no loss."""
-    given = loss(output, expected)
+    given = loss(fresh(output), fresh(expected))  # it may write into them, and others are measured by them too
     try:
         value = float(given)
     except (TypeError, ValueError, RuntimeError):
@@ -186,9 +187,8 @@ class Sensitivity:
         self.loss: Loss = divergence if loss is None else partial(_checked, loss)
         self.progress = progress and sys.stderr.isatty()
         self.seeds = dict(self.position)
-        # Code that is not torch's may give something else each time.
-        self.keeps = not any(runs_foreign_code(self.graph_module, node) for node in self.nodes)
         self.kept: dict[fx.Node, list[Any]] = {}  # what the original gives there for each batch; the latest used last
+        self.keeps = False
 
     def each_alone(self, choices: Sequence[Choice], known: StoredTable) -> list[float]:
         """The loss of every choice when it alone is collapsed. known: what was measured before; gets the rest.
@@ -247,6 +247,19 @@ class Sensitivity:
         mean = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
         return mean if mean == mean else math.inf  # what gives NaN is never chosen
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Meanwhile the model and the batches stay as they are: what the original gives is kept for the next set.
+
+        Not where code that is not torch's runs, which may give something else each time, or write into it.
+        """
+        self.keeps = not any(runs_foreign_code(self.graph_module, node) for node in self.nodes)
+        try:
+            yield
+        finally:
+            self.keeps = False
+            self.kept.clear()
+
     def together(self, choices: Sequence[Choice]) -> float:
         """The loss when all choices are collapsed."""
         outputs, expected, _ = self._walked(choices, self.calibration.fitted_on)
@@ -292,18 +305,21 @@ class Sensitivity:
 
     def _through_original(self, wanted: set[fx.Node]) -> Iterator[tuple[fx.Node, list[Any]]]:
         """Every node in order, with what the original gives there for each batch where that is wanted."""
-        known = {node: self.kept.pop(node) for node in wanted & self.kept.keys()}
-        last = max((self.position[node] for node in wanted - known.keys()), default=-1)
+        pending = wanted & self.kept.keys()
+        last = max((self.position[node] for node in wanted - pending), default=-1)
         walks, needed = self._walks(), self._needed_until([])
         for position, node in enumerate(self.nodes):
             if position <= last:
                 _step(walks, node)
-            values = known[node] if node in known else [walk.env[node] for walk in walks] if node in wanted else []
+            values = []
+            if node in wanted:
+                values = self.kept.pop(node) if node in pending else [walk.env[node] for walk in walks]
             yield node, values
+            pending.discard(node)
             if node in wanted and self.keeps:
                 self.kept[node] = values
                 while sum(map(_numbers, self.kept.values())) > KEPT:
-                    del self.kept[next(iter(self.kept))]
+                    del self.kept[next(other for other in self.kept if other not in pending)]
             if position <= last:
                 for walk in walks:
                     self._forget(walk, node, needed)
