@@ -182,6 +182,7 @@ def test_a_plan_keeps_a_latency_that_was_measured(
         return [2.0, 1.0] if blocks == latency.WHOLE_BLOCKS else [1.0, 2.0]
 
     monkeypatch.setattr(latency, "seconds", seconds)
+    monkeypatch.setattr(planning, "CORRECTIONS", 0)
     made = planner(backend=backend, cache=tmp_path)
     plan = made.plan(elc_fx.Budget(latency=0.7))
     assert plan.prediction is not None and plan.prediction.before.latency is not None
