@@ -183,7 +183,7 @@ def test_a_plan_keeps_a_latency_that_was_measured(
 
     monkeypatch.setattr(latency, "seconds", seconds)
     monkeypatch.setattr(planning, "CORRECTIONS", 0)
-    made = planner(backend=backend, cache=tmp_path)
+    made = planner(backend=backend, cache=tmp_path, longest=1, largest_kernel=1)
     plan = made.plan(elc_fx.Budget(latency=0.7))
     assert plan.prediction is not None and plan.prediction.before.latency is not None
     assert 0 < (plan.prediction.after.latency or 0) <= 0.7 * plan.prediction.before.latency
@@ -193,7 +193,7 @@ def test_a_plan_keeps_a_latency_that_was_measured(
         raise AssertionError(unit.key)
 
     monkeypatch.setattr(latency.LatencyMeter, "_measured", never)
-    planner(backend=backend, cache=tmp_path).plan(elc_fx.Budget(latency=0.7))
+    planner(backend=backend, cache=tmp_path, longest=1, largest_kernel=1).plan(elc_fx.Budget(latency=0.7))
 
 
 def test_layers_of_every_kind_are_measured() -> None:
