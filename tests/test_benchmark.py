@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import elc_fx
-from benchmark import methods, pruning, rows, tables
+from benchmark import latencies, methods, pruning, rows, tables
 from benchmark.methods import FOR_TIME, METHODS
 from cifar_models import ResNet, load
 
@@ -81,7 +82,8 @@ def test_a_plot_of_the_same_rows_is_the_same_file(results: Path) -> None:
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Arguments of a row of a network of 8 layers, and a few images."""
-    monkeypatch.setattr(rows, "FOLDER", tmp_path / "results")
+    for module in (rows, latencies):
+        monkeypatch.setattr(module, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(methods, "CALIBRATION", 32)
     monkeypatch.setattr(methods, "CALIBRATION_BATCH", 8)
     monkeypatch.setattr(pruning, "chosen", lambda: ("GroupMagnitude", "global"))
@@ -114,6 +116,16 @@ def test_a_row_has_the_plan_that_made_its_network(
         decoupled = elc_fx.decouple(model, elc_fx.Plan.from_json(json.dumps(stored["plan"])))
         elc_fx.set_gate(decoupled, 0)
         assert elc_fx.measure(elc_fx.merge(decoupled), x).flops == stored["after"]["flops"] and share <= 0.6
+    kept, names = latencies._networks(task["weights"], task["runs"], None)
+    assert names.keys() == {*kept, "net-scratch-0.6-1-0", "net-uniform-0.6-1-0", "net-at-once-0.6-1-0"}
+    shutil.rmtree(task["runs"])
+    again, names = latencies._networks(task["weights"], task["runs"], task["data"])
+    assert list(names) == ["original", "batch norms folded", "net-torch-pruning-0.6-1-0"]
+    layers = [
+        [tuple(value.shape) for value in found["net-torch-pruning-0.6-1-0"].state_dict().values()]
+        for found in (kept, again)
+    ]
+    assert layers[0] == layers[1]
     rows.train(method=["scratch"], **task)
     assert "net-scratch-0.6-1-0 is there" in capsys.readouterr().out
 

@@ -14,9 +14,10 @@ from torch import nn
 import elc_fx
 import provenance
 import terminal
-from benchmark.methods import RUNTIMES
+from benchmark.methods import METHODS, RUNTIMES, Task
 from benchmark.rows import FOLDER, RUNS
 from cifar_models import load
+from elc_fx import exporting
 from elc_fx.planning.latency import Backend, rounds, runner
 
 RESULT = provenance.RESULTS / "benchmark_latency.json"
@@ -30,14 +31,16 @@ def measure(
     runtime: Annotated[list[str], typer.Option(help="Several times for several.")] = RUNTIMES,
     batch: Annotated[list[int], typer.Option(help="Images at a time; several times for several.")] = BATCHES,
     runs: Annotated[Path, typer.Option(help="Where `train` kept the networks.")] = RUNS,
+    data: Annotated[Path | None, typer.Option(help="CIFAR-10, to prune networks again that are not kept.")] = None,
+    result: Annotated[Path, typer.Option(help="What is stored; another file for another processor.")] = RESULT,
 ) -> None:
     """Times all networks that were made of one, with the original and its exact merge, in turns.
 
-    Networks of the same layers are timed once. Stores docs/results/benchmark_latency.json; a network, runtime and batch
-    that is measured again replaces its rows.
+    Pruned ones that are not kept are pruned again, and not trained, since times do not depend on weights.
+    Networks of the same layers are timed once. A network, runtime and batch that is measured again replaces its rows.
     """
     run = provenance.collect()
-    networks, names = _networks(weights, runs)
+    networks, names = _networks(weights, runs, data)
     for backend, size in terminal.tracked([(b, n) for b in runtime for n in batch], str):
         x = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         calls = [runner(network, [x], cast(Backend, backend)) for network in networks.values()]
@@ -46,10 +49,10 @@ def measure(
             {"network": weights.stem, "row": row, "runtime": backend, "batch": size, **_summary(times, name)}
             for row, name in names.items()
         ]
-        kept = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
+        kept = json.loads(result.read_text(encoding="utf-8"))["rows"] if result.exists() else []
         key = weights.stem, backend, size
         rows = [*(row for row in kept if (row["network"], row["runtime"], row["batch"]) != key), *new]
-        provenance.store(RESULT, run, {"rows": rows})
+        provenance.store(result, run, {"rows": rows})
 
 
 def _summary(times: dict[str, list[float]], name: str) -> dict[str, Any]:
@@ -59,19 +62,30 @@ def _summary(times: dict[str, list[float]], name: str) -> dict[str, Any]:
     return {"seconds": statistics.median(times[name]), "speedup": median, "quartiles": [low, high]}
 
 
-def _networks(weights: Path, runs: Path) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _networks(weights: Path, runs: Path, data: Path | None) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """One network of each architecture, by the first row that has it; and for each row that name."""
     model = load(weights)
     networks: dict[str, nn.Module] = {ORIGINAL: model, FOLDED: elc_fx.compile(model)}
     names, seen = {ORIGINAL: ORIGINAL, FOLDED: FOLDED}, dict[str, str]()
     for file in sorted(FOLDER.glob(f"{weights.stem}-*.json")):
-        program = runs / file.stem / "model.pt2"
-        if not program.exists():
+        program = _program(json.loads(file.read_text(encoding="utf-8")), runs / file.stem / "model.pt2", weights, data)
+        if program is None:
             continue
-        network = torch.export.load(program).module(check_guards=False)
+        network = program.module(check_guards=False)
         layers = repr([(node.target, node.args[2:]) for node in network.graph.nodes if node.op == "call_function"])
         layers += repr([tuple(value.shape) for value in network.state_dict().values()])
         name = seen.setdefault(layers, file.stem)
         networks.setdefault(name, network)
         names[file.stem] = name
     return networks, names
+
+
+def _program(row: dict[str, Any], kept: Path, weights: Path, data: Path | None) -> torch.export.ExportedProgram | None:
+    """The row's network, or one of the same layers if it can be pruned again."""
+    if kept.exists():
+        return torch.export.load(kept)
+    method = METHODS[row["method"]]
+    if method.plan is not None or data is None:
+        return None
+    network = method.network(Task(weights, data, row["budget"], row["seed"], FOLDER), None).eval()
+    return exporting.export(elc_fx.compile(network), (torch.zeros(1, 3, 32, 32),)).program
