@@ -64,7 +64,8 @@ def test_what_was_planned_with_is_free_while_the_network_is_trained(
 
     def created(planner: elc_fx.Planner, *given: Any, **options: Any) -> None:
         create(planner, *given, **options)
-        planners.append(weakref.ref(planner.sensitivity))  # type: ignore[arg-type]
+        assert planner.sensitivity is not None
+        planners.append(weakref.ref(planner.sensitivity))
 
     def running(training: Finetuning) -> Any:
         assert [reference() for reference in planners] == [None]
