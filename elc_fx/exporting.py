@@ -10,12 +10,13 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from elc_fx.errors import ElcError
+from elc_fx.errors import ElcError, MissingPackageError
 from elc_fx.files import write_whole
 from elc_fx.origins import all_origins
 from elc_fx.packages import required
@@ -96,19 +97,24 @@ def require_onnx() -> None:
         required(package, "elc_fx[onnx]")
 
 
+def onnx_model(model: nn.Module, inputs: Sequence[Any], dynamic_shapes: Any = None) -> Any:
+    """The model as an `onnx.ModelProto`, for these inputs. Raises MissingPackageError, and what the exporter raises."""
+    require_onnx()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch's exporter uses itself
+        program = torch.onnx.export(model, tuple(inputs), dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False)
+    assert program is not None
+    return program.model_proto
+
+
 def onnx_bytes(model: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     """The model as ONNX, for any batch size. Raises ExportError, MissingPackageError."""
-    require_onnx()
     several = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
     batch = Dim("batch")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what torch's exporter uses itself
-            program = torch.onnx.export(
-                model, several, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False
-            )
-        assert program is not None
-        return bytes(program.model_proto.SerializeToString())
+        return bytes(onnx_model(model, several, tuple({0: batch} for _ in inputs)).SerializeToString())
+    except MissingPackageError:
+        raise
     except Exception as error:  # whatever torch's exporter runs into
         raise ExportError(f"torch.onnx.export refuses the model: {_first_line(error)}") from error
 

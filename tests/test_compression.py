@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ def test_a_latency_is_measured_as_the_result_will_run(
 ) -> None:
     asked: set[str] = set()
 
-    def measured(meter: latency.LatencyMeter, *_: object) -> Any:
+    def measured(meter: latency.LatencyMeter, units: Sequence[Any]) -> list[float]:
         asked.add(meter.backend)
-        return 1.0
+        return [1.0] * len(units)
 
     monkeypatch.setattr(latency.LatencyMeter, "_measured", measured)
     monkeypatch.setattr(latency.LatencyMeter, "_whole", lambda meter, choices: (2.0, 1.0))

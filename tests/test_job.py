@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_run import Pictures, loader, network
+from training_run import Pictures, loader, network, short_network
 from typer.testing import CliRunner
 
 import elc_fx
@@ -90,7 +90,9 @@ def test_everything_is_written_and_the_data_is_only_read(files: Path, tmp_path: 
 
 def test_latencies_are_those_of_the_runtime_that_is_named(files: Path, tmp_path: Path) -> None:
     budget = "flops=0.9,latency=1 s"
-    given = [*arguments(files, tmp_path / "out"), "--backend", "onnxruntime", "--budget", budget, "--json"]
+    save_file(short_network().state_dict(), tmp_path / "weights.safetensors")
+    model = ["--model", "training_run:short_network", "--weights", str(tmp_path / "weights.safetensors")]
+    given = [*arguments(files, tmp_path / "out"), *model, "--backend", "onnxruntime", "--budget", budget, "--json"]
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.stderr
     shown = json.loads(result.stdout)

@@ -43,8 +43,8 @@ def saved_weights(candidates: Sequence[elc_fx.Candidate]) -> int:
 def by_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock under which a layer takes one second for each of its weights, and any call `CALL` more."""
 
-    def measured(self: latency.LatencyMeter, unit: Any) -> float:
-        return float(sum(p.numel() for p in unit.make().parameters() if p.dim() > 1))
+    def measured(self: latency.LatencyMeter, units: Sequence[Any]) -> list[float]:
+        return [float(sum(p.numel() for p in unit.make().parameters() if p.dim() > 1)) for unit in units]
 
     monkeypatch.setattr(latency.LatencyMeter, "_measured", measured)
     weights = 3 * 6 * 9 + 8 * 36 * 9 + 24  # of `network`
@@ -73,8 +73,9 @@ def test_choices_that_were_timed_too_fast_are_made_again(corrections: int, monke
     """What the planner takes for fast is slower in the network: without corrections the plan is above its limit."""
     right = latency.LatencyMeter._measured
 
-    def measured(self: latency.LatencyMeter, unit: Any) -> float:
-        return right(self, unit) * (0.3 if "1×3" in unit.key else 1.0)
+    def measured(self: latency.LatencyMeter, units: Sequence[Any]) -> list[float]:
+        times = zip(units, right(self, units), strict=True)
+        return [time * (0.3 if "1×3" in unit.key else 1.0) for unit, time in times]
 
     monkeypatch.setattr(latency.LatencyMeter, "_measured", measured)
     monkeypatch.setattr(planning, "CORRECTIONS", corrections)
@@ -189,11 +190,69 @@ def test_a_plan_keeps_a_latency_that_was_measured(
     assert 0 < (plan.prediction.after.latency or 0) <= 0.7 * plan.prediction.before.latency
     assert plan.prediction.latency == (2.0, 1.0)
 
-    def never(self: latency.LatencyMeter, unit: Any) -> float:
-        raise AssertionError(unit.key)
+    def never(self: latency.LatencyMeter, units: Sequence[Any]) -> list[float]:
+        raise AssertionError([unit.key for unit in units])
 
     monkeypatch.setattr(latency.LatencyMeter, "_measured", never)
     planner(backend=backend, cache=tmp_path, longest=1, largest_kernel=1).plan(elc_fx.Budget(latency=0.7))
+
+
+def chain(count: int) -> tuple[nn.Module, list[torch.Tensor]]:
+    layers = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(count)]
+    return nn.Sequential(*layers).eval(), [torch.randn(1, 4, 8, 8)]
+
+
+class Pairs(nn.Module):
+    """Layers side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 6, 3, stride=2), nn.Linear(5, 7)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        return [self.first(x), self.second(y)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime", "openvino"])
+def test_what_is_exported_together_runs_as_what_is_exported_alone(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports: list[Any] = []
+    right = latency.onnx_model
+    monkeypatch.setattr(latency, "onnx_model", lambda *given: exports.append(given) or right(*given))
+    pairs = Pairs().eval(), [torch.randn(2, 4, 8, 8), torch.randn(3, 5)]
+    networks = [chain(2), pairs, chain(3)]
+    calls = latency.runners(networks, backend)
+    assert len(exports) == (backend in latency.RUNS)
+    for (layers, inputs), call in zip(networks, calls, strict=True):
+        expected = latency.runner(layers, inputs, "eager")()
+        expected = [expected] if isinstance(expected, torch.Tensor) else expected
+        given: Any = call()
+        actual = [given] if isinstance(given, torch.Tensor) else [torch.as_tensor(value) for value in given]
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_refused_among_others_is_named() -> None:
+    class Refused(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("not this one")
+
+    with pytest.raises(elc_fx.LatencyError, match=r"(?s)onnxruntime does not run this network: .*not this one"):
+        latency.runners([chain(1), (Refused(), [torch.zeros(1)])], "onnxruntime")
+
+
+@given(st.lists(st.tuples(st.integers(0, 2 * latency.MOST_NUMBERS), st.integers(1, 2**20), st.booleans()), max_size=12))
+def test_layers_are_measured_in_groups_that_are_not_too_large(sizes: list[tuple[int, int, bool]]) -> None:
+    units = [
+        latency._Unit(str(i), (((size,), torch.float32),), nn.Identity, shared, weights)
+        for i, (weights, size, shared) in enumerate(sizes)
+    ]
+    groups = list(latency._grouped(units))
+    assert sorted(unit.key for group in groups for unit in group) == sorted(unit.key for unit in units)
+    for group in groups:
+        assert len(group) == 1 or all(unit.shared for unit in group)
+        assert len(group) == 1 or sum(unit.numbers for unit in group) <= latency.MOST_NUMBERS
+    assert all(unit.copies == 1 or unit.copies * unit.weights <= latency.MOST_NUMBERS for unit in units)
 
 
 def test_layers_of_every_kind_are_measured() -> None:
@@ -255,7 +314,7 @@ class Optional(nn.Module):
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("given", [{}, {"mask": torch.ones(4), "power": 3.0}])
 def test_inputs_that_are_no_tensors(backend: Any, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency.LatencyMeter, "_measured", lambda self, unit: 1e-4)
+    monkeypatch.setattr(latency.LatencyMeter, "_measured", lambda self, units: [1e-4] * len(units))
     inputs = {"x": torch.randn(1, 3, 8, 8), **given}
     plan = Planner(Optional().eval(), inputs, loss="uniform", backend=backend, progress=False).plan(
         elc_fx.Budget(latency="1 s")
@@ -315,9 +374,9 @@ def test_modules_that_look_alike_are_measured_each(tmp_path: Path, monkeypatch: 
     assert stored.described(attentions[0]) != stored.described(attentions[1])
     measured: list[str] = []
 
-    def note(self: latency.LatencyMeter, unit: Any) -> float:
-        measured.append(unit.key)
-        return 1.0
+    def note(self: latency.LatencyMeter, units: Sequence[Any]) -> list[float]:
+        measured.extend(unit.key for unit in units)
+        return [1.0] * len(units)
 
     monkeypatch.setattr(latency.LatencyMeter, "_measured", note)
     for _ in range(2):

@@ -50,6 +50,13 @@ def network() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(32, 4)).eval()
 
 
+def short_network() -> nn.Module:
+    """With as few layers as a plan can be made for."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 4)).eval()
+
+
 def loader(count: int = 128) -> DataLoader[Any]:
     return DataLoader(Pictures(count), 16, shuffle=True, drop_last=True)
 

@@ -2,24 +2,27 @@
 
 A layer is run several times over in one small network, with weights of its own each time, and the time of a network
 with half as many is taken off: so its time is that inside of a network, not that of a call. Where its output has the
-shape of its input, the copies follow each other, since runtimes keep data in layouts of their own between layers. What
-a network takes beyond its layers is not measured, but follows: two networks are timed as a whole, the original and one
-of the fastest that choices can leave behind, and the time of all others is on the line through both, until more of them
-are known (`Planner` times its plans).
+shape of its input, the copies follow each other, since runtimes keep data in layouts of their own between layers.
+Layers for runtimes other than torch are exported several at a time, since every export begins with seconds of work that
+does not depend on the network. What a network takes beyond its layers is not measured, but follows: two networks are
+timed as a whole, the original and one of the fastest that choices can leave behind, and the time of all others is on
+the line through both, until more of them are known (`Planner` times its plans).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +35,7 @@ from torch import Tensor, fx, nn
 from elc_fx.affine import AffineMap, Geometry
 from elc_fx.capture import is_drop_path, is_identity, runs_foreign_code
 from elc_fx.errors import ElcError, InvalidInputError
-from elc_fx.exporting import require_onnx
+from elc_fx.exporting import onnx_model
 from elc_fx.fusion import layer_of, padded
 from elc_fx.graph import function_name, module_of
 from elc_fx.lossless import LosslessCompilation
@@ -48,7 +51,8 @@ from elc_fx.shapes import run_recording
 Backend = Literal["eager", "compile", "onnxruntime", "openvino"]
 Call = Callable[[], object]
 
-COPIES = 8  # of a layer by which two networks differ
+COPIES = 8  # of a layer by which two networks differ; fewer where their weights would be more than
+MOST_NUMBERS = 2**25  # which the weights and inputs of layers that are exported together are at most, too
 BLOCKS = 7  # of which the fastest counts: what else runs on a machine only adds
 WHOLE_BLOCKS = 21  # for whole networks
 BLOCK_SECONDS = 0.03
@@ -73,6 +77,35 @@ def runner(module: nn.Module, inputs: Sequence[Any], backend: Backend) -> Call:
         raise
     except Exception as error:  # whatever the backend runs into
         raise LatencyError(f"{backend} does not run this network: {type(error).__name__}: {error}") from error
+
+
+def runners(networks: Sequence[tuple[nn.Module, Sequence[Tensor]]], backend: Backend) -> list[Call]:
+    """As `runner`, for several networks; what is exported is exported together, if it can be."""
+    check_backend(backend)
+    if backend in RUNS and len(networks) > 1:
+        with contextlib.suppress(Exception):  # then each alone: the error is that of the one which is refused
+            parts = zip(_parts(networks), networks, strict=True)
+            calls = [_running(backend, model, inputs) for model, (_, inputs) in parts]
+            for call in calls:
+                call()
+            return calls
+    return [runner(network, inputs, backend) for network, inputs in networks]
+
+
+def _parts(networks: Sequence[tuple[nn.Module, Sequence[Tensor]]]) -> Iterator[Any]:
+    """The ONNX model of each network, cut out of one model of all."""
+    from onnx.utils import Extractor
+
+    with torch.no_grad():
+        sizes = [(len(inputs), len(pytree.tree_leaves(network(*inputs)))) for network, inputs in networks]
+    together = onnx_model(_Beside([network for network, _ in networks]), [tuple(inputs) for _, inputs in networks])
+    names = [[value.name for value in values] for values in (together.graph.input, together.graph.output)]
+    if [len(own) for own in names] != [sum(counts) for counts in zip(*sizes, strict=True)]:
+        raise LatencyError("the exported networks have other inputs or outputs than were given")
+    given, returned = map(iter, names)
+    extractor = Extractor(together)
+    for inputs, outputs in sizes:
+        yield extractor.extract_model(list(islice(given, inputs)), list(islice(returned, outputs)))
 
 
 def check_backend(backend: Any) -> None:
@@ -101,22 +134,15 @@ def _compiled(module: nn.Module, inputs: tuple[Any, ...]) -> Call:
 
 
 def _exported(runtime: str, module: nn.Module, inputs: tuple[Any, ...]) -> Call:
-    run, arrays = RUNS[runtime](_onnx(module, inputs)), _arrays(inputs)
+    return _running(runtime, onnx_model(module, inputs), inputs)
+
+
+def _running(runtime: str, model: Any, inputs: Sequence[Any]) -> Call:
+    """inputs: of these, an exported network is given the tensors; the rest is part of it."""
+    run = RUNS[runtime](model.SerializeToString())
+    leaves = pytree.tree_leaves(tuple(inputs))
+    arrays = [value.detach().cpu().numpy() for value in leaves if isinstance(value, Tensor)]
     return lambda: run(arrays)
-
-
-def _arrays(inputs: tuple[Any, ...]) -> list[Any]:
-    """What an exported network is given: the rest is part of it."""
-    return [value.detach().cpu().numpy() for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
-
-
-def _onnx(module: nn.Module, inputs: tuple[Any, ...]) -> bytes:
-    require_onnx()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what torch's exporter uses itself
-        program = torch.onnx.export(module, inputs, dynamo=True, verbose=False)
-    assert program is not None
-    return bytes(program.model_proto.SerializeToString())
 
 
 _RUNNERS: dict[str, Callable[[nn.Module, tuple[Any, ...]], Call]] = {
@@ -181,11 +207,14 @@ class LatencyMeter:
         units = {unit.key: unit for unit in (*nodes.values(), *merged.values()) if unit is not None}
         times: dict[str, float] = of_the_first(lambda: {key: known[key] for key in units if key in known})
         missing = [unit for unit in units.values() if unit.key not in times]
-        bar = track(missing, f"{len(missing)} layers", console=Console(stderr=True), disable=not self.progress)
-        for unit in bar:
-            times[unit.key] = of_the_first(functools.partial(self._measured, unit))
-            if unit.shared:
-                known[unit.key] = times[unit.key]
+        groups = list(_grouped(missing)) if self.backend in RUNS else [[unit] for unit in missing]
+        bar = track(groups, f"{len(missing)} layers", console=Console(stderr=True), disable=not self.progress)
+        for group in bar:
+            measured = of_the_first(functools.partial(self._measured, group))
+            for unit, time_taken in zip(group, measured, strict=True):
+                times[unit.key] = time_taken
+                if unit.shared:
+                    known[unit.key] = time_taken
         spent = {name: 0.0 if unit is None else times[unit.key] for name, unit in nodes.items()}
         summed = LatencyModel(sum(spent.values()), spent, {key: times[unit.key] for key, unit in merged.items()})
         fast = _fast(summed, choices)
@@ -217,10 +246,15 @@ class LatencyMeter:
         parts = (self.backend, self.device.type, name, os.cpu_count(), torch.get_num_threads(), *versions)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
-    def _measured(self, unit: _Unit) -> float:
-        calls = [runner(*self._copies(unit, count), self.backend) for count in (COPIES, 2 * COPIES)]
-        fewer, more = seconds(calls)
-        return max(more - fewer, 0.0) / COPIES
+    def _measured(self, units: Sequence[_Unit]) -> list[float]:
+        """The time of each."""
+        networks = [self._copies(unit, count) for unit in units for count in (unit.copies, 2 * unit.copies)]
+        calls = iter(runners(networks, self.backend))
+        times = []
+        for unit, fewer, more in zip(units, calls, calls, strict=True):
+            less, all_of_it = seconds([fewer, more])
+            times.append(max(all_of_it - less, 0.0) / unit.copies)
+        return times
 
     def _copies(self, unit: _Unit, count: int) -> tuple[nn.Module, list[Tensor]]:
         """A network of copies of a unit, and its inputs."""
@@ -265,7 +299,8 @@ class LatencyMeter:
     def _layer(self, geometry: Geometry, source: fx.Node) -> _Unit:
         inputs = (self.values[source],)
         geometry = replace(geometry, bias=True, fill=False)
-        return _Unit(f"{geometry} {inputs}", inputs, lambda: _Layer(geometry, self.dtype), layer=True)
+        weights = geometry.out_channels * geometry.in_channels // geometry.groups * math.prod(geometry.kernel_size)
+        return _Unit(f"{geometry} {inputs}", inputs, lambda: _Layer(geometry, self.dtype), weights=weights)
 
     def _vanishes(self, node: fx.Node) -> bool:
         """Whether a deployed network has no such module."""
@@ -302,15 +337,29 @@ class _Unit:
     """What is timed.
 
     inputs: shape and data type of each. make: a new one, with weights of its own. shared: whether any other of its key
-    takes as long, in any network: not so where code is not torch's, of which nobody knows what it depends on. layer: a
-    convolution or linear layer.
+    takes as long, in any network: not so where code is not torch's, of which nobody knows what it depends on. weights:
+    how many a convolution or linear layer has; 0 for all else.
     """
 
     key: str
     inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     make: Callable[[], nn.Module]
     shared: bool = True
-    layer: bool = False
+    weights: int = 0
+
+    @property
+    def layer(self) -> bool:
+        return self.weights > 0
+
+    @property
+    def copies(self) -> int:
+        """By which its two networks differ."""
+        return max(1, min(COPIES, MOST_NUMBERS // max(self.weights, 1)))
+
+    @property
+    def numbers(self) -> int:
+        """In its two networks, at most."""
+        return 3 * self.copies * (self.weights + sum(math.prod(shape) for shape, _ in self.inputs))
 
 
 class _Layer(nn.Module):
@@ -326,6 +375,32 @@ class _Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(padded(replace(self.geometry, ones=False), x))
         return y
+
+
+def _grouped(units: Sequence[_Unit]) -> Iterator[list[_Unit]]:
+    """Those of torch together, as long as they do not have too many numbers; all else alone."""
+    group: list[_Unit] = []
+    for unit in units:
+        if not unit.shared:
+            yield [unit]
+            continue
+        if group and sum(one.numbers for one in (*group, unit)) > MOST_NUMBERS:
+            yield group
+            group = []
+        group.append(unit)
+    if group:
+        yield group
+
+
+class _Beside(nn.Module):
+    """Networks side by side, each with inputs of its own."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, *inputs: Sequence[Tensor]) -> list[Any]:
+        return [network(*own) for network, own in zip(self.networks, inputs, strict=True)]
 
 
 class _Copies(nn.Module):
