@@ -70,6 +70,8 @@ class Task:
 
     def losses(self, kept: Callable[[elc_fx.Candidate], bool]) -> dict[str, float]:
         """Of each candidate alone that is kept."""
+        if not any(kept(choice.candidate) for choice in self.planned.choices):
+            return {}  # measuring the others takes minutes
         pairs = zip(self.planned.choices, self.planned.losses, strict=True)
         return {choice.candidate.full_name: loss for choice, loss in pairs if kept(choice.candidate)}
 
