@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +26,7 @@ from torch.fx.proxy import ParameterProxy
 
 from elc_fx.errors import ElcError
 from elc_fx.graph import module_of, overwritten_argument, signature_of
-from elc_fx.questions import Question, Watch, branches_on_training, may_ask
+from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask
 from elc_fx.randomness import generators
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -116,19 +116,25 @@ def capture(
             refused[module] = Refusal(name, reason)
     if root in refused:
         raise CaptureError(refused[root].reason)
+    cannot_be_entered, calls = dict(refused), None
     while True:
-        tracer = _Tracer(refused, given, bind_defaults, leaves, trainable)
+        tracer = _Tracer(refused, given, bind_defaults, leaves, trainable, calls)
         before, state = Attributes(root), generators()
         watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad(), watch, _no_question_of_grad_mode():
-                graph = tracer.trace(root)
+                with calls or nullcontext():
+                    graph = tracer.trace(root)
                 tracer.check_truthful(state)
         except Exception as error:
             # Whatever user code raises when it meets a stand-in for a tensor means the same: it cannot be traced.
-            raise CaptureError(_reason(error)) from error
+            if calls is not None or not tracer.asked_for_type:
+                raise CaptureError(_reason(error)) from error
         finally:
             changed = before.restore()
+        if calls is None and tracer.asked_for_type:  # perhaps by torch: again, twice as slowly, knowing who asks
+            refused, calls = dict(cannot_be_entered), Calls()
+            continue
         if all(module in refused for _, module in changed):
             break
         for name, module in changed:
@@ -283,6 +289,10 @@ class _Proxy(fx.Proxy):
         on_behalf_of_user = function == "is_tensor" or asker in ("torch._jit_internal", "torch.jit")
         if asker.startswith(ANSWERS_TYPE) and not on_behalf_of_user:
             return type(self)
+        tracer = cast(_Tracer, self.tracer)
+        if tracer.calls is not None and tracer.calls.torchs(frame):  # such as `torch.where(x > 0, x, 0.0)`
+            return type(self)
+        tracer.asked_for_type = True
         raise _UntruthfulError(f"`{function}` asks for the type of a traced value")
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -344,8 +354,11 @@ class _Tracer(fx.Tracer):
         bind_defaults: bool,
         leaves: tuple[type[nn.Module], ...],
         trainable: bool,
+        calls: Calls | None,
     ) -> None:
         super().__init__(param_shapes_constant=True)
+        self.calls = calls
+        self.asked_for_type = False
         self.leaves = leaves
         self.trainable = trainable
         self.refused = refused

@@ -76,6 +76,36 @@ class Watch:
                 self.note(frame.f_code.co_name, question, value)
 
 
+class Calls:
+    """While active, knows which C function a Python function is calling; nothing where a profiler is at work."""
+
+    def __init__(self) -> None:
+        self._running: list[tuple[types.FrameType, Any]] = []
+
+    def __enter__(self) -> None:
+        self._free = sys.getprofile() is None
+        if self._free:
+            sys.setprofile(self._note)
+
+    def __exit__(self, *_: object) -> None:
+        if self._free:
+            sys.setprofile(None)
+
+    def _note(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        if event == "c_call":
+            self._running.append((frame, argument))
+        elif event in ("c_return", "c_exception") and self._running:
+            self._running.pop()
+
+    def torchs(self, frame: types.FrameType) -> bool:
+        """Whether that function is torch's."""
+        if not self._running or self._running[-1][0] is not frame:
+            return False
+        function = self._running[-1][1]
+        module = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", None)
+        return isinstance(module, str) and module.partition(".")[0] == "torch"
+
+
 def may_ask(module: nn.Module) -> bool:
     """Whether a question stands anywhere in the code that the module's `forward` may run by itself.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import io
 import operator
 import pickle
 import random
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -137,6 +139,8 @@ QUESTIONS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "== None": lambda x, skip: x if skip == None else x + skip,  # noqa: E711
     "in (None,)": lambda x, skip: x if skip in (None,) else x + skip,
     "isinstance": lambda x, skip: x + skip if isinstance(skip, Tensor) else x,
+    "isinstance, beside torch": lambda x, skip: torch.where(x > 0, x, 0.0) + skip if isinstance(skip, Tensor) else x,
+    "isinstance by map": lambda x, skip: x + skip if all(map(isinstance, (x, skip), (Tensor, Tensor))) else x,
     "torch.is_tensor": lambda x, skip: x + skip if torch.is_tensor(skip) else x,
     "type": joined_by_type,
     "match": joined_by_match,
@@ -152,6 +156,40 @@ QUESTIONS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "helper": join,
     "helper of a helper": join_deeply,
 }
+
+
+ASKED_BY_TORCH: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "where": lambda s, x: s.last(torch.where(x > 0, x, 0.0)),
+    "where of numbers": lambda s, x: s.last(torch.where(x > 0, 1.0, 0.5).to(x.dtype)),
+    "cat of chunks": lambda s, x: s.last(torch.cat(x.chunk(2, 1), 1)),
+    "stack of splits": lambda s, x: s.last(torch.stack(torch.split(x, 2, 1)).sum(0).repeat(1, 2, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ASKED_BY_TORCH)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_torch_itself_asks_of_a_value_does_not_stop_tracing(name: str, nested: bool) -> None:
+    def computed(module: Any, x: Tensor) -> Tensor:
+        return ASKED_BY_TORCH[name](module, module.norm(module.first(x)))
+
+    parts = {"first": nn.Conv2d(4, 4, 3), "norm": nn.BatchNorm2d(4), "last": nn.Conv2d(4, 4, 1)}
+    model: nn.Module = Unary(computed, **parts)
+    compiled = check(ready(nn.Sequential(model) if nested else model), image(2, 4, 6, 6))
+    assert not opaque_reasons(compiled) and not batch_norms(compiled)
+
+
+def test_a_profiler_goes_on_with_its_work() -> None:
+    model = ready(Unary(ASKED_BY_TORCH["where"], last=nn.Conv2d(4, 4, 1)))
+    profile, x = cProfile.Profile(), image(1, 4, 5, 5)
+    profile.enable()
+    try:
+        before = sys.getprofile()
+        compiled = elc_fx.compile(model)
+        assert sys.getprofile() is before
+    finally:
+        profile.disable()
+    assert any("capture" in str(entry.code) for entry in profile.getstats())
+    assert_same(compiled(x), model(x))
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
