@@ -119,13 +119,17 @@ def test_a_row_has_the_plan_that_made_its_network(
     kept, names = latencies._networks(task["weights"], task["runs"], None)
     assert names.keys() == {*kept, "net-scratch-0.6-1-0", "net-uniform-0.6-1-0", "net-at-once-0.6-1-0"}
     shutil.rmtree(task["runs"])
-    again, names = latencies._networks(task["weights"], task["runs"], task["data"])
-    assert list(names) == ["original", "batch norms folded", "net-torch-pruning-0.6-1-0"]
-    layers = [
-        [tuple(value.shape) for value in found["net-torch-pruning-0.6-1-0"].state_dict().values()]
-        for found in (kept, again)
-    ]
-    assert layers[0] == layers[1]
+    again, made_again = latencies._networks(task["weights"], task["runs"], task["data"])
+    assert made_again == names
+    for name, network in kept.items():
+        layers = [[tuple(value.shape) for value in found.state_dict().values()] for found in (network, again[name])]
+        assert layers[0] == layers[1]
+    file = tmp_path / "results" / "net-uniform-0.6-1-0.json"
+    stored = json.loads(file.read_text())
+    stored["after"]["flops"] *= 2
+    file.write_text(json.dumps(stored))
+    assert "net-uniform-0.6-1-0" not in latencies._networks(task["weights"], task["runs"], task["data"])[1]
+    assert "net-uniform-0.6-1-0 is not timed" in capsys.readouterr().out
     rows.train(method=["scratch"], **task)
     assert "net-scratch-0.6-1-0 is there" in capsys.readouterr().out
 

@@ -14,15 +14,15 @@ from torch import nn
 import elc_fx
 import provenance
 import terminal
-from benchmark.methods import METHODS, RUNTIMES, Task
-from benchmark.rows import FOLDER, RUNS
+from benchmark.methods import BATCHES, FOR_TIME, METHODS, RUNTIMES, Task
+from benchmark.rows import FOLDER, RUNS, deployed
 from cifar_models import load
 from elc_fx import exporting
 from elc_fx.planning.latency import Backend, rounds, runner
 
 RESULT = provenance.RESULTS / "benchmark_latency.json"
-BATCHES = [1, 64]
 BLOCKS = 15  # of each network, in turns
+TOLERANCE = 0.01  # of the FLOPs of a network that is made again
 ORIGINAL, FOLDED = "original", "batch norms folded"
 
 
@@ -31,12 +31,12 @@ def measure(
     runtime: Annotated[list[str], typer.Option(help="Several times for several.")] = RUNTIMES,
     batch: Annotated[list[int], typer.Option(help="Images at a time; several times for several.")] = BATCHES,
     runs: Annotated[Path, typer.Option(help="Where `train` kept the networks.")] = RUNS,
-    data: Annotated[Path | None, typer.Option(help="CIFAR-10, to prune networks again that are not kept.")] = None,
+    data: Annotated[Path | None, typer.Option(help="CIFAR-10, to make networks again that are not kept.")] = None,
     result: Annotated[Path, typer.Option(help="What is stored; another file for another processor.")] = RESULT,
 ) -> None:
     """Times all networks that were made of one, with the original and its exact merge, in turns.
 
-    Pruned ones that are not kept are pruned again, and not trained, since times do not depend on weights.
+    Those that are not kept are planned or pruned again, and not trained, since times do not depend on weights.
     Networks of the same layers are timed once. A network, runtime and batch that is measured again replaces its rows.
     """
     run = provenance.collect()
@@ -81,11 +81,22 @@ def _networks(weights: Path, runs: Path, data: Path | None) -> tuple[dict[str, n
 
 
 def _program(row: dict[str, Any], kept: Path, weights: Path, data: Path | None) -> torch.export.ExportedProgram | None:
-    """The row's network, or one of the same layers if it can be pruned again."""
+    """The row's network, or one of about its costs that is made again without training; None where there is neither."""
     if kept.exists():
         return torch.export.load(kept)
-    method = METHODS[row["method"]]
-    if method.plan is not None or data is None:
+    if data is None or "after" not in row or (row["method"] in FOR_TIME and not row.get("plan")):
+        return None  # a plan for time is another one each time
+    task, method = (
+        Task(weights, data, row["budget"], row["seed"], kept.parent.parent / "losses"),
+        METHODS[row["method"]],
+    )
+    if row.get("plan"):
+        plan = elc_fx.Plan.from_json(json.dumps(row["plan"]))
+    else:
+        plan = method.plan(task) if method.plan is not None else None
+    network = deployed(method.network(task, plan), task.x)
+    measured, stored = elc_fx.measure(network, task.x).to_dict(), row["after"]
+    if measured["depth"] != stored["depth"] or abs(measured["flops"] / stored["flops"] - 1) > TOLERANCE:
+        print(f"{kept.parent.name} is not timed: made again, its costs are {measured}, not {stored}")
         return None
-    network = method.network(Task(weights, data, row["budget"], row["seed"], FOLDER), None).eval()
-    return exporting.export(elc_fx.compile(network), (torch.zeros(1, 3, 32, 32),)).program
+    return exporting.export(network, (task.x,)).program

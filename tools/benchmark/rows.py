@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor, nn
 
 import elc_fx
 import provenance
@@ -67,9 +68,7 @@ def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
         seed=1000 * task.seed,
         **method.options,
     )
-    if isinstance(network, elc_fx.DecoupledModule):
-        network = elc_fx.merge(network)
-    small = elc_fx.compile(network, task.x)
+    small = deployed(network, task.x)
     exporting.save(exporting.export(small, (task.x,)), folder / "model.pt2")
     test = pictures.load(task.data, "test")
     assert test is not None
@@ -82,3 +81,11 @@ def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
         "after": comparison.after.to_dict(),
         "history": [asdict(epoch) for epoch in history.epochs],
     }
+
+
+def deployed(network: nn.Module, x: Tensor) -> nn.Module:
+    """What remains of a network that a method made: its regions and batch norms merged."""
+    if isinstance(network, elc_fx.DecoupledModule):
+        elc_fx.set_gate(network, 0)
+        network = elc_fx.merge(network.eval())
+    return elc_fx.compile(network.eval(), x)
