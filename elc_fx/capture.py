@@ -54,7 +54,8 @@ DROPOUT_FUNCTIONS = {
 }
 OPERATORS = ("aten", "prim", "prims", "torchvision")  # whose overwriting is known
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
-PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc"}  # asks for somebody else
+PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc", "torch.utils._pytree"}  # for others
+ASKS_FOR_USER = {"is_tensor", "typename"}  # functions of torch
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ class _Proxy(fx.Proxy):
         while frame.f_back is not None and frame.f_globals.get("__name__") in PASSES_TYPE_ON:
             frame = frame.f_back
         asker, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        on_behalf_of_user = function == "is_tensor" or asker in ("torch._jit_internal", "torch.jit")
+        on_behalf_of_user = function in ASKS_FOR_USER or asker in ("torch._jit_internal", "torch.jit")
         if asker.startswith(ANSWERS_TYPE) and not on_behalf_of_user:
             return type(self)
         tracer = cast(_Tracer, self.tracer)

@@ -90,6 +90,7 @@ class Calls:
     def __exit__(self, *_: object) -> None:
         if self._free:
             sys.setprofile(None)
+        self._running.clear()  # of this very call, whose frame would stay, and with it those of all callers
 
     def _note(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "c_call":
@@ -219,11 +220,12 @@ def _find_questions(code: types.CodeType) -> Iterator[Question]:
             yield from _about("None", _origin(before))
         elif name in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in ("type", "hasattr", "getattr", "callable"):
             yield from _about("type", _origin(instructions[index + 1 : index + 2]))
-        elif name in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH"):
+        elif name in EXCEPTS or (name.startswith("LOAD_") and instruction.argval == "suppress"):  # of contextlib
             yield Question("exception", "*")
 
 
 OWN = os.path.dirname(__file__)
+EXCEPTS = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH")
 SKIPPED = ("CACHE", "EXTENDED_ARG", "NOP", "PUSH_NULL")
 
 

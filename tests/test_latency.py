@@ -241,18 +241,54 @@ def test_what_is_refused_among_others_is_named() -> None:
         latency.runners([chain(1), (Refused(), [torch.zeros(1)])], "onnxruntime")
 
 
-@given(st.lists(st.tuples(st.integers(0, 2 * latency.MOST_NUMBERS), st.integers(1, 2**20), st.booleans()), max_size=12))
-def test_layers_are_measured_in_groups_that_are_not_too_large(sizes: list[tuple[int, int, bool]]) -> None:
+def test_a_part_that_is_a_constant_is_exported_alone() -> None:
+    """The exporter computes it beforehand, and a model without a node for its output is none."""
+
+    class Zeros(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    exports: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        right = latency.onnx_model
+        patch.setattr(latency, "onnx_model", lambda *given: exports.append(1) or right(*given))
+        calls = latency.runners([chain(1), (Zeros(), [torch.ones(3)]), chain(2)], "onnxruntime")
+    assert len(exports) == 2
+    (zeros,) = calls[1]()  # type: ignore[attr-defined]
+    assert zeros.tolist() == [0, 0, 0]
+
+
+sizes = st.tuples(*(st.integers(0, 2 * latency.MOST_NUMBERS // 2**shift) for shift in (0, 5, 5)), st.booleans())
+
+
+@given(st.lists(sizes, max_size=30))
+def test_layers_are_measured_in_groups_that_are_not_too_large(given: list[tuple[int, int, int, bool]]) -> None:
     units = [
-        latency._Unit(str(i), (((size,), torch.float32),), nn.Identity, shared, weights)
-        for i, (weights, size, shared) in enumerate(sizes)
+        latency._Unit(str(i), (((size,), torch.float32),), nn.Identity, shared, weights=weights, outputs=outputs)
+        for i, (weights, size, outputs, shared) in enumerate(given)
     ]
     groups = list(latency._grouped(units))
     assert sorted(unit.key for group in groups for unit in group) == sorted(unit.key for unit in units)
     for group in groups:
         assert len(group) == 1 or all(unit.shared for unit in group)
         assert len(group) == 1 or sum(unit.numbers for unit in group) <= latency.MOST_NUMBERS
+        assert len(group) <= latency.TOGETHER
     assert all(unit.copies == 1 or unit.copies * unit.weights <= latency.MOST_NUMBERS for unit in units)
+
+
+def test_what_a_layer_gives_counts_too() -> None:
+    """One channel becomes many: several such layers at once would take far more memory than what they read."""
+    model = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 1, 3, padding=1)).eval()
+    made = Planner(model, torch.randn(1, 1, 32, 32), loss="uniform", backend="onnxruntime", progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        groups: list[list[Any]] = []
+        patch.setattr(latency.LatencyMeter, "_whole", lambda meter, choices: (2.0, 1.0))
+        patch.setattr(
+            latency.LatencyMeter, "_measured", lambda meter, units: groups.append(list(units)) or [1.0] * len(units)
+        )
+        made.plan(elc_fx.Budget(latency="3 s"))
+    first = next(unit for group in groups for unit in group if unit.layer and unit.inputs[0][0][1] == 1)
+    assert first.outputs == 64 * 32 * 32
 
 
 def test_layers_of_every_kind_are_measured() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import cProfile
+import gc
 import io
 import operator
 import pickle
@@ -11,6 +13,7 @@ import random
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -43,6 +46,7 @@ from networks import (
 )
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils._pytree import tree_map_only
 
 import elc_fx
 from elc_fx import lossless
@@ -133,6 +137,12 @@ def joined_by_walrus(x: Tensor, skip: Tensor | None) -> Tensor:
     return x + other if (other := skip) is not None else x
 
 
+def joined_by_suppress(x: Tensor, skip: Tensor | None) -> Tensor:
+    with contextlib.suppress(TypeError):
+        return x + skip  # type: ignore[operator]
+    return x
+
+
 QUESTIONS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "is None": lambda x, skip: x if skip is None else x + skip,
     "is not None": lambda x, skip: x + skip if skip is not None else x,
@@ -141,10 +151,13 @@ QUESTIONS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "isinstance": lambda x, skip: x + skip if isinstance(skip, Tensor) else x,
     "isinstance, beside torch": lambda x, skip: torch.where(x > 0, x, 0.0) + skip if isinstance(skip, Tensor) else x,
     "isinstance by map": lambda x, skip: x + skip if all(map(isinstance, (x, skip), (Tensor, Tensor))) else x,
+    "torch.typename": lambda x, skip: x + skip if "Tensor" in torch.typename(skip) else x,
+    "tree_map_only": lambda x, skip: x + tree_map_only(Tensor, lambda v: 2 * v, (x, skip))[0],
     "torch.is_tensor": lambda x, skip: x + skip if torch.is_tensor(skip) else x,
     "type": joined_by_type,
     "match": joined_by_match,
     "except": joined_by_exception,
+    "suppress": joined_by_suppress,
     "hasattr": lambda x, skip: x + skip if hasattr(skip, "shape") else x,
     "callable": lambda x, skip: x + skip if callable(getattr(skip, "add", None)) else x,
     "comprehension": lambda x, skip: sum(v for v in (x, skip) if v is not None),  # type: ignore[misc]
@@ -176,6 +189,26 @@ def test_what_torch_itself_asks_of_a_value_does_not_stop_tracing(name: str, nest
     model: nn.Module = Unary(computed, **parts)
     compiled = check(ready(nn.Sequential(model) if nested else model), image(2, 4, 6, 6))
     assert not opaque_reasons(compiled) and not batch_norms(compiled)
+
+
+def test_nothing_of_the_caller_is_kept() -> None:
+    """Neither by the hook that knows who asks, nor by the frames that it saw."""
+
+    class Large:
+        pass
+
+    def caller() -> Any:
+        large, model = Large(), ready(Unary(ASKED_BY_TORCH["where"], last=nn.Conv2d(4, 4, 1)))
+        elc_fx.compile(model)
+        return weakref.ref(large)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()
+    assert sys.getprofile() is None
 
 
 def test_a_profiler_goes_on_with_its_work() -> None:

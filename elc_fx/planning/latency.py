@@ -51,8 +51,9 @@ from elc_fx.shapes import run_recording
 Backend = Literal["eager", "compile", "onnxruntime", "openvino"]
 Call = Callable[[], object]
 
-COPIES = 8  # of a layer by which two networks differ; fewer where their weights would be more than
-MOST_NUMBERS = 2**25  # which the weights and inputs of layers that are exported together are at most, too
+COPIES = 8  # of a layer by which two networks differ; fewer where these have more weights than MOST_NUMBERS
+TOGETHER = 8  # layers are exported at most, with at most
+MOST_NUMBERS = 2**25  # weights, inputs and outputs
 BLOCKS = 7  # of which the fastest counts: what else runs on a machine only adds
 WHOLE_BLOCKS = 21  # for whole networks
 BLOCK_SECONDS = 0.03
@@ -82,17 +83,17 @@ def runner(module: nn.Module, inputs: Sequence[Any], backend: Backend) -> Call:
 def runners(networks: Sequence[tuple[nn.Module, Sequence[Tensor]]], backend: Backend) -> list[Call]:
     """As `runner`, for several networks; what is exported is exported together, if it can be."""
     check_backend(backend)
+    parts: Sequence[Any] = [None] * len(networks)
     if backend in RUNS and len(networks) > 1:
         with contextlib.suppress(Exception):  # then each alone: the error is that of the one which is refused
-            parts = zip(_parts(networks), networks, strict=True)
-            calls = [_running(backend, model, inputs) for model, (_, inputs) in parts]
-            for call in calls:
-                call()
-            return calls
-    return [runner(network, inputs, backend) for network, inputs in networks]
+            parts = _parts(networks)
+    calls = []
+    for part, (network, inputs) in zip(parts, networks, strict=True):
+        calls.append(_call_of_part(part, inputs, backend) or runner(network, inputs, backend))
+    return calls
 
 
-def _parts(networks: Sequence[tuple[nn.Module, Sequence[Tensor]]]) -> Iterator[Any]:
+def _parts(networks: Sequence[tuple[nn.Module, Sequence[Tensor]]]) -> list[Any]:
     """The ONNX model of each network, cut out of one model of all."""
     from onnx.utils import Extractor
 
@@ -104,8 +105,22 @@ def _parts(networks: Sequence[tuple[nn.Module, Sequence[Tensor]]]) -> Iterator[A
         raise LatencyError("the exported networks have other inputs or outputs than were given")
     given, returned = map(iter, names)
     extractor = Extractor(together)
-    for inputs, outputs in sizes:
-        yield extractor.extract_model(list(islice(given, inputs)), list(islice(returned, outputs)))
+    return [
+        extractor.extract_model(list(islice(given, inputs)), list(islice(returned, outputs)))
+        for inputs, outputs in sizes
+    ]
+
+
+def _call_of_part(part: Any, inputs: Sequence[Tensor], backend: Backend) -> Call | None:
+    """None where a part does not run by itself, such as one whose output became a constant."""
+    if part is None:
+        return None
+    try:
+        call = _running(backend, part, inputs)
+        call()
+        return call
+    except Exception:  # whatever the runtime runs into; the network is exported alone then
+        return None
 
 
 def check_backend(backend: Any) -> None:
@@ -203,7 +218,9 @@ class LatencyMeter:
         self.values = run_recording(self.graph.captured, lambda value: (tuple(value.shape), value.dtype))[1]
         known = StoredTable(self.cache, f"latencies-{self._key()}")
         nodes = {node.name: self._unit(node) if node is leader else None for node, leader in self._leaders().items()}
-        merged = {choice.key: self._layer(choice.geometry, choice.region.source) for choice in choices}
+        merged = {
+            choice.key: self._layer(choice.geometry, choice.region.source, choice.region.output) for choice in choices
+        }
         units = {unit.key: unit for unit in (*nodes.values(), *merged.values()) if unit is not None}
         times: dict[str, float] = of_the_first(lambda: {key: known[key] for key in units if key in known})
         missing = [unit for unit in units.values() if unit.key not in times]
@@ -287,20 +304,27 @@ class LatencyMeter:
         if node.op == "call_module" and self._vanishes(node):
             return None
         if self._convolves(node):
-            return self._layer(operations[node].geometry, operations[node].source)
+            return self._layer(operations[node].geometry, operations[node].source, node)
         inputs = tuple(self.values[source] for source in sources)
         network = self.graph.graph_module
         shared, what = not runs_foreign_code(network, node), node.name
         if shared:
             called = described(module_of(network, node)) if node.op == "call_module" else function_name(node)
             what = f"{called} {_plain(node)}"
-        return _Unit(f"{what} {inputs}", inputs, lambda: _alone(network, node), shared)
+        weights = sum(p.numel() for p in module_of(network, node).parameters()) if node.op == "call_module" else 0
+        make, outputs = functools.partial(_alone, network, node), self._numbers_of(node)
+        return _Unit(f"{what} {inputs}", inputs, make, shared, weights=weights, outputs=outputs)
 
-    def _layer(self, geometry: Geometry, source: fx.Node) -> _Unit:
+    def _layer(self, geometry: Geometry, source: fx.Node, output: fx.Node) -> _Unit:
         inputs = (self.values[source],)
         geometry = replace(geometry, bias=True, fill=False)
         weights = geometry.out_channels * geometry.in_channels // geometry.groups * math.prod(geometry.kernel_size)
-        return _Unit(f"{geometry} {inputs}", inputs, lambda: _Layer(geometry, self.dtype), weights=weights)
+        outputs = self._numbers_of(output)
+        make = functools.partial(_Layer, geometry, self.dtype)
+        return _Unit(f"{geometry} {inputs}", inputs, make, layer=True, weights=weights, outputs=outputs)
+
+    def _numbers_of(self, node: fx.Node) -> int:
+        return math.prod(self.values[node][0]) if node in self.values else 0
 
     def _vanishes(self, node: fx.Node) -> bool:
         """Whether a deployed network has no such module."""
@@ -337,19 +361,17 @@ class _Unit:
     """What is timed.
 
     inputs: shape and data type of each. make: a new one, with weights of its own. shared: whether any other of its key
-    takes as long, in any network: not so where code is not torch's, of which nobody knows what it depends on. weights:
-    how many a convolution or linear layer has; 0 for all else.
+    takes as long, in any network: not so where code is not torch's, of which nobody knows what it depends on. layer: a
+    convolution or linear layer. weights, outputs: how many numbers they are.
     """
 
     key: str
     inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     make: Callable[[], nn.Module]
     shared: bool = True
+    layer: bool = False
     weights: int = 0
-
-    @property
-    def layer(self) -> bool:
-        return self.weights > 0
+    outputs: int = 0
 
     @property
     def copies(self) -> int:
@@ -359,7 +381,8 @@ class _Unit:
     @property
     def numbers(self) -> int:
         """In its two networks, at most."""
-        return 3 * self.copies * (self.weights + sum(math.prod(shape) for shape, _ in self.inputs))
+        inputs = sum(math.prod(shape) for shape, _ in self.inputs)
+        return 3 * self.copies * (self.weights + inputs + self.outputs)
 
 
 class _Layer(nn.Module):
@@ -384,7 +407,7 @@ def _grouped(units: Sequence[_Unit]) -> Iterator[list[_Unit]]:
         if not unit.shared:
             yield [unit]
             continue
-        if group and sum(one.numbers for one in (*group, unit)) > MOST_NUMBERS:
+        if len(group) == TOGETHER or (group and sum(one.numbers for one in (*group, unit)) > MOST_NUMBERS):
             yield group
             group = []
         group.append(unit)
