@@ -16,6 +16,7 @@ import elc_fx
 from benchmark import latencies, methods, pruning, rows, tables
 from benchmark.methods import FOR_TIME, METHODS
 from cifar_models import ResNet, load
+from elc_fx.planning.latency import LatencyMeter
 
 
 def row(method: str, accuracy: float, seed: int = 0) -> dict[str, Any]:
@@ -132,6 +133,16 @@ def test_a_row_has_the_plan_that_made_its_network(
     assert "net-uniform-0.6-1-0 is not timed" in capsys.readouterr().out
     rows.train(method=["scratch"], **task)
     assert "net-scratch-0.6-1-0 is there" in capsys.readouterr().out
+
+
+def test_a_plan_for_the_time_of_many_images_makes_its_network(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LatencyMeter, "_measured", lambda meter, units: [float(unit.numbers) for unit in units])
+    monkeypatch.setattr(LatencyMeter, "_whole", lambda meter, choices: (2.0, 1.0))
+    rows.train(method=["elc-eager-64"], **{**task, "budget": 0.7})
+    stored = json.loads((tmp_path / "results" / "net-elc-eager-64-0.7-1-0.json").read_text())
+    assert stored["plan"]["candidates"] and stored["after"]["flops"] < stored["before"]["flops"]
 
 
 def test_a_budget_out_of_reach_is_a_row_too(task: dict[str, Any], tmp_path: Path) -> None:

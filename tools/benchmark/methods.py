@@ -121,6 +121,11 @@ def _fitted(task: Task, plan: elc_fx.Plan) -> nn.Module:
     return task.planned.collapse(plan)
 
 
+def _fitted_for_time(images: int, task: Task, plan: elc_fx.Plan) -> nn.Module:
+    """A candidate is one of its inputs, whose costs it has."""
+    return task.planner(images).collapse(plan)
+
+
 def _decoupled(task: Task, plan: elc_fx.Plan) -> nn.Module:
     return elc_fx.decouple(task.model, plan, task.calibration)
 
@@ -143,7 +148,7 @@ FOR_TIME = {
     f"elc-{backend}" + (f"-{images}" if images > 1 else ""): Method(
         f"the same; the budget is a share of the time under {backend}, images at once: {images}",
         partial(_planned_for_time, backend, images),
-        _fitted,
+        partial(_fitted_for_time, images),
     )
     for images in BATCHES
     for backend in get_args(Backend)
