@@ -43,18 +43,17 @@ def train(
             continue
         task = Task(weights, data, budget, seed, runs / "losses")
         key = {"network": weights.stem, "method": name, "budget": budget, "epochs": epochs, "seed": seed}
-        try:
-            row = trained(task, name, epochs, runs / stem)
-        except elc_fx.PlanError as error:
-            row = {"unreachable": str(error)}
-        provenance.store(FOLDER / f"{stem}.json", run, key | row)
+        provenance.store(FOLDER / f"{stem}.json", run, key | trained(task, name, epochs, runs / stem))
 
 
 def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
-    """What came of it; the network is written to the folder as model.pt2."""
+    """What came of it, or why there is no plan; the network is written to the folder as model.pt2."""
     method, (train, kept) = METHODS[name], task.images
     torch.manual_seed(task.seed)
-    plan = method.plan(task) if method.plan is not None else None
+    try:
+        plan = method.plan(task) if method.plan is not None else None
+    except elc_fx.PlanError as error:
+        return {"unreachable": str(error)}
     network = method.network(task, plan)
     held_out = list(kept.batches(pictures.SCORED_BATCH))
     untrained = pictures.accuracy(network.eval(), kept)
