@@ -51,9 +51,9 @@ from elc_fx.shapes import run_recording
 Backend = Literal["eager", "compile", "onnxruntime", "openvino"]
 Call = Callable[[], object]
 
-COPIES = 8  # of a layer by which two networks differ; fewer where these have more weights than MOST_NUMBERS
-TOGETHER = 8  # layers are exported at most, with at most
-MOST_NUMBERS = 2**25  # weights, inputs and outputs
+COPIES = 8  # of a layer, by which two networks differ; fewer where they would have more weights than MOST_NUMBERS
+TOGETHER = 8  # layers in one exported model, at most
+MOST_NUMBERS = 2**25  # weights, inputs and outputs in one exported model, at most
 BLOCKS = 7  # of which the fastest counts: what else runs on a machine only adds
 WHOLE_BLOCKS = 21  # for whole networks
 BLOCK_SECONDS = 0.03
