@@ -117,10 +117,10 @@ def test_a_row_has_the_plan_that_made_its_network(
         decoupled = elc_fx.decouple(model, elc_fx.Plan.from_json(json.dumps(stored["plan"])))
         elc_fx.set_gate(decoupled, 0)
         assert elc_fx.measure(elc_fx.merge(decoupled), x).flops == stored["after"]["flops"] and share <= 0.6
-    kept, names = latencies._networks(task["weights"], task["runs"], None)
+    kept, names = latencies._networks(task["weights"], task["runs"], None, list(METHODS))
     assert names.keys() == {*kept, "net-scratch-0.6-1-0", "net-uniform-0.6-1-0", "net-at-once-0.6-1-0"}
     shutil.rmtree(task["runs"])
-    again, made_again = latencies._networks(task["weights"], task["runs"], task["data"])
+    again, made_again = latencies._networks(task["weights"], task["runs"], task["data"], list(METHODS))
     assert made_again == names
     for name, network in kept.items():
         layers = [[tuple(value.shape) for value in found.state_dict().values()] for found in (network, again[name])]
@@ -129,7 +129,9 @@ def test_a_row_has_the_plan_that_made_its_network(
     stored = json.loads(file.read_text())
     stored["after"]["flops"] *= 2
     file.write_text(json.dumps(stored))
-    assert "net-uniform-0.6-1-0" not in latencies._networks(task["weights"], task["runs"], task["data"])[1]
+    assert (
+        "net-uniform-0.6-1-0" not in latencies._networks(task["weights"], task["runs"], task["data"], list(METHODS))[1]
+    )
     assert "net-uniform-0.6-1-0 is not timed" in capsys.readouterr().out
     rows.train(method=["scratch"], **task)
     assert "net-scratch-0.6-1-0 is there" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -23,6 +24,7 @@ from elc_fx.planning.latency import Backend, rounds, runner
 RESULT = provenance.RESULTS / "benchmark_latency.json"
 BLOCKS = 15  # of each network, in turns
 TOLERANCE = 0.01  # of the FLOPs of a network that is made again
+METHOD_NAMES = list(METHODS)
 ORIGINAL, FOLDED = "original", "batch norms folded"
 
 
@@ -30,6 +32,7 @@ def measure(
     weights: Annotated[Path, typer.Option(help="The weight file of the original.")],
     runtime: Annotated[list[str], typer.Option(help="Several times for several.")] = RUNTIMES,
     batch: Annotated[list[int], typer.Option(help="Images at a time; several times for several.")] = BATCHES,
+    method: Annotated[list[str], typer.Option(help="Several times for several.")] = METHOD_NAMES,
     runs: Annotated[Path, typer.Option(help="Where `train` kept the networks.")] = RUNS,
     data: Annotated[Path | None, typer.Option(help="CIFAR-10, to make networks again that are not kept.")] = None,
     result: Annotated[Path, typer.Option(help="What is stored; another file for another processor.")] = RESULT,
@@ -40,7 +43,7 @@ def measure(
     Networks of the same layers are timed once. A network, runtime and batch that is measured again replaces its rows.
     """
     run = provenance.collect()
-    networks, names = _networks(weights, runs, data)
+    networks, names = _networks(weights, runs, data, method)
     for backend, size in terminal.tracked([(b, n) for b in runtime for n in batch], str):
         x = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         calls = [runner(network, [x], cast(Backend, backend)) for network in networks.values()]
@@ -62,13 +65,16 @@ def _summary(times: dict[str, list[float]], name: str) -> dict[str, Any]:
     return {"seconds": statistics.median(times[name]), "speedup": median, "quartiles": [low, high]}
 
 
-def _networks(weights: Path, runs: Path, data: Path | None) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _networks(
+    weights: Path, runs: Path, data: Path | None, methods: Sequence[str]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """One network of each architecture, by the first row that has it; and for each row that name."""
     model = load(weights)
     networks: dict[str, nn.Module] = {ORIGINAL: model, FOLDED: elc_fx.compile(model)}
     names, seen = {ORIGINAL: ORIGINAL, FOLDED: FOLDED}, dict[str, str]()
     for file in sorted(FOLDER.glob(f"{weights.stem}-*.json")):
-        program = _program(json.loads(file.read_text(encoding="utf-8")), runs / file.stem / "model.pt2", weights, data)
+        row = json.loads(file.read_text(encoding="utf-8"))
+        program = _program(row, runs / file.stem / "model.pt2", weights, data) if row["method"] in methods else None
         if program is None:
             continue
         network = program.module(check_guards=False)
