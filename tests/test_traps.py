@@ -137,9 +137,9 @@ def joined_by_walrus(x: Tensor, skip: Tensor | None) -> Tensor:
     return x + other if (other := skip) is not None else x
 
 
-def joined_by_suppress(x: Tensor, skip: Tensor | None) -> Tensor:
+def joined_by_suppress(x: Tensor, skip: Any) -> Tensor:
     with contextlib.suppress(TypeError):
-        return x + skip  # type: ignore[operator]
+        x = x + skip
     return x
 
 

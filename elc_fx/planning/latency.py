@@ -70,8 +70,12 @@ def runner(module: nn.Module, inputs: Sequence[Any], backend: Backend) -> Call:
     inputs: of `forward`, by position; what is no tensor is a constant. Raises `LatencyError`, `MissingPackageError`.
     """
     check_backend(backend)
+    return _started(functools.partial(_RUNNERS[backend], module, tuple(inputs)), backend)
+
+
+def _started(make: Callable[[], Call], backend: Backend) -> Call:
     try:
-        call = _RUNNERS[backend](module, tuple(inputs))
+        call = make()
         call()
         return call
     except ElcError:
@@ -87,10 +91,15 @@ def runners(networks: Sequence[tuple[nn.Module, Sequence[Tensor]]], backend: Bac
     if backend in RUNS and len(networks) > 1:
         with contextlib.suppress(Exception):  # then each alone: the error is that of the one which is refused
             parts = _parts(networks)
-    calls = []
-    for part, (network, inputs) in zip(parts, networks, strict=True):
-        calls.append(_call_of_part(part, inputs, backend) or runner(network, inputs, backend))
-    return calls
+    pairs = zip(parts, networks, strict=True)
+    return [_part_or_alone(part, network, inputs, backend) for part, (network, inputs) in pairs]
+
+
+def _part_or_alone(part: Any, network: nn.Module, inputs: Sequence[Tensor], backend: Backend) -> Call:
+    if part is not None:
+        with contextlib.suppress(LatencyError):  # one whose output became a constant, say, does not run by itself
+            return _started(functools.partial(_running, backend, part, inputs), backend)
+    return runner(network, inputs, backend)
 
 
 def _parts(networks: Sequence[tuple[nn.Module, Sequence[Tensor]]]) -> list[Any]:
@@ -109,18 +118,6 @@ def _parts(networks: Sequence[tuple[nn.Module, Sequence[Tensor]]]) -> list[Any]:
         extractor.extract_model(list(islice(given, inputs)), list(islice(returned, outputs)))
         for inputs, outputs in sizes
     ]
-
-
-def _call_of_part(part: Any, inputs: Sequence[Tensor], backend: Backend) -> Call | None:
-    """None where a part does not run by itself, such as one whose output became a constant."""
-    if part is None:
-        return None
-    try:
-        call = _running(backend, part, inputs)
-        call()
-        return call
-    except Exception:  # whatever the runtime runs into; the network is exported alone then
-        return None
 
 
 def check_backend(backend: Any) -> None:

@@ -92,14 +92,9 @@ def _program(row: dict[str, Any], kept: Path, weights: Path, data: Path | None) 
         return torch.export.load(kept)
     if data is None or "after" not in row or (row["method"] in FOR_TIME and not row.get("plan")):
         return None  # a plan for time is another one each time
-    task, method = (
-        Task(weights, data, row["budget"], row["seed"], kept.parent.parent / "losses"),
-        METHODS[row["method"]],
-    )
-    if row.get("plan"):
-        plan = elc_fx.Plan.from_json(json.dumps(row["plan"]))
-    else:
-        plan = method.plan(task) if method.plan is not None else None
+    task = Task(weights, data, row["budget"], row["seed"], kept.parent.parent / "losses")
+    method, stored_plan = METHODS[row["method"]], row.get("plan")
+    plan = elc_fx.Plan.from_json(json.dumps(stored_plan)) if stored_plan else method.plan(task)
     network = deployed(method.network(task, plan), task.x)
     measured, stored = elc_fx.measure(network, task.x).to_dict(), row["after"]
     if measured["depth"] != stored["depth"] or abs(measured["flops"] / stored["flops"] - 1) > TOLERANCE:

@@ -86,11 +86,11 @@ class Task:
 class Method:
     """What it is, how its network is planned and made, and what of the training differs.
 
-    plan: None where nothing is planned. epochs: times those of the others.
+    plan: gives None where nothing is planned. epochs: times those of the others.
     """
 
     what: str
-    plan: Callable[[Task], elc_fx.Plan] | None
+    plan: Callable[[Task], elc_fx.Plan | None]
     network: Callable[[Task, Any], nn.Module]
     options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 1
@@ -98,6 +98,10 @@ class Method:
 
 def _planned(task: Task) -> elc_fx.Plan:
     return task.plan
+
+
+def _unplanned(task: Task) -> None:
+    """What is pruned has no plan."""
 
 
 def _planned_for_time(backend: Backend, images: int, task: Task) -> elc_fx.Plan:
@@ -156,8 +160,8 @@ FOR_TIME = {
 METHODS = {
     "elc": Method("planned, fitted, trained", _planned, _fitted),
     **FOR_TIME,
-    "torch-pruning": Method("channels pruned by Torch-Pruning", None, partial(_pruned, None)),
-    "torch-pruning-8": Method("the same, all widths multiples of 8", None, partial(_pruned, 8)),
+    "torch-pruning": Method("channels pruned by Torch-Pruning", _unplanned, partial(_pruned, None)),
+    "torch-pruning-8": Method("the same, all widths multiples of 8", _unplanned, partial(_pruned, 8)),
     "scratch": Method("the same layers as elc, random weights", _planned, _random, FROM_SCRATCH),
     "scratch-3x": Method("the same, three times as many epochs", _planned, _random, FROM_SCRATCH, 3),
     "uniform": Method("the fewest layers that meet the budget, without a plan", _uniform, _fitted),

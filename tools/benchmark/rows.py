@@ -51,7 +51,7 @@ def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
     method, (train, kept) = METHODS[name], task.images
     torch.manual_seed(task.seed)
     try:
-        plan = method.plan(task) if method.plan is not None else None
+        plan = method.plan(task)
     except elc_fx.PlanError as error:
         return {"unreachable": str(error)}
     network = method.network(task, plan)
