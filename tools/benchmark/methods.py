@@ -108,6 +108,11 @@ def _planned_for_time(backend: Backend, images: int, task: Task) -> elc_fx.Plan:
     return task.planner(images, backend=backend).plan(elc_fx.Budget(latency=task.budget))
 
 
+def _balanced(task: Task) -> elc_fx.Plan:
+    """Half of what goes (as a factor) is layers, the other half is what a layer costs."""
+    return task.planned.plan(elc_fx.Budget(flops=task.budget, depth=task.budget**0.5))
+
+
 def _uniform(task: Task) -> elc_fx.Plan:
     return task.plan_of("uniform")
 
@@ -160,6 +165,7 @@ FOR_TIME = {
 METHODS = {
     "elc": Method("planned, fitted, trained", _planned, _fitted),
     **FOR_TIME,
+    "balanced": Method("the same; the layers are limited too, to the square root of the budget", _balanced, _fitted),
     "torch-pruning": Method("channels pruned by Torch-Pruning", _unplanned, partial(_pruned, None)),
     "torch-pruning-8": Method("the same, all widths multiples of 8", _unplanned, partial(_pruned, 8)),
     "scratch": Method("the same layers as elc, random weights", _planned, _random, FROM_SCRATCH),
