@@ -12,6 +12,7 @@ from torch import nn
 import elc_fx
 from elc_fx.activations import flat_beyond
 from elc_fx.affine import AffineMap, Geometry
+from elc_fx.fusion import padded
 from elc_fx.planning.fitting import RIDGES, Substitute, Windows, _ByWeights, _ByWindows
 
 GEOMETRIES = {
@@ -176,3 +177,45 @@ def test_windows_of_one_image_do_not_choose_a_ridge_for_each_other() -> None:
         together, apart = ([*x.split(size)] for size in (8, 1))
         found = [Windows.of(batches, geometry).fit([region(y) for y in batches]) for batches in (together, apart)]
     torch.testing.assert_close(found[0].kernel, found[1].kernel, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalising_changes_nothing_but_lengths(dtype: torch.dtype) -> None:
+    """Filters of many lengths, one that is zero, and one whose bias is all that it gives; outputs of several sizes."""
+    torch.manual_seed(0)
+    geometry = Geometry(5, 4, (3, 1), (1, 1), (1, 1), ((1, 1), (0, 0)), groups=1, bias=True)
+    lengths = torch.tensor([100.0, 1.0, 1e-3, 0.0, 1e-9])
+    kernel = torch.randn(5, 4, 3, 1, dtype=dtype) * lengths.view(-1, 1, 1, 1)
+    bias = torch.tensor([1.0, -2.0, 0.0, 3.0, 50.0], dtype=dtype)
+    layer = Substitute(AffineMap(geometry, kernel, bias), dtype)
+    inputs = [torch.randn(4, 4, 8, 8, dtype=dtype), torch.randn(5, 4, 2, 3, dtype=dtype) + 2]
+    with torch.no_grad():
+        outputs = [layer(x) for x in inputs]
+        layer.normalise(outputs)
+        rounding = 1e-5 if dtype == torch.float32 else 1e-12
+        for x, y in zip(inputs, outputs, strict=True):
+            torch.testing.assert_close(layer(x), y, rtol=rounding, atol=rounding)
+    reached = layer.layer.weight.flatten(1).norm(dim=1)
+    wanted = torch.full((5,), math.sqrt(2), dtype=dtype)
+    wanted[3] = 0
+    torch.testing.assert_close(reached, wanted)
+    everything = torch.cat([layer.layer(padded(geometry, x)).transpose(0, 1).flatten(1) for x in inputs], dim=1)
+    for found, moment in ((layer.norm.running_mean, everything.mean(1)), (layer.norm.running_var, everything.var(1))):
+        torch.testing.assert_close(found[:3], moment[:3], rtol=2e-2, atol=1e-3)
+
+
+def test_what_trains_does_not_depend_on_the_length_of_a_fitted_filter() -> None:
+    """The same region, written with a batch norm or with long filters: one step of training leads to the same."""
+    torch.manual_seed(0)
+    geometry = Geometry(3, 2, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), bias=True)
+    kernel, bias, x = torch.randn(3, 2, 3, 3).double(), torch.randn(3).double(), torch.randn(16, 2, 6, 6).double()
+    towards, steps = torch.randn(16, 3, 6, 6).double(), []
+    for scale in (1.0, 30.0):
+        layer = Substitute(AffineMap(geometry, scale * kernel, scale * bias), torch.float64)
+        with torch.no_grad():
+            layer.normalise([layer(x)])
+        layer.train()
+        (towards * layer(x) / scale).sum().backward()
+        steps.append(layer.layer.weight.grad)
+    assert float(steps[0].norm()) > 1
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=1e-4)  # but for the batch norm's eps

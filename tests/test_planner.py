@@ -19,7 +19,6 @@ from networks import flops, image, ready
 from torch import Tensor, nn
 
 import elc_fx
-from elc_fx.affine import AffineMap
 from elc_fx.planning import sensitivity, stored
 from elc_fx.planning.candidates import serial_graph
 from elc_fx.planning.planner import LAYER_LOSS, Planner
@@ -658,18 +657,6 @@ def test_another_default_device() -> None:
     plan = elc_fx.plan(model, x, elc_fx.Budget(flops=0.6), batches, progress=False)
     with torch.device("meta"):
         assert elc_fx.plan(model, x, elc_fx.Budget(flops=0.6), batches, progress=False) == plan
-
-
-def test_normalising_outputs_of_several_sizes() -> None:
-    """The batch norm has the moments of all positions, and changes nothing."""
-    identity = AffineMap.identity(3, 2, torch.empty(0)) + AffineMap.scale(torch.zeros(3), torch.zeros(3), 2)
-    layer = sensitivity.Substitute(identity, torch.float32)
-    outputs = [torch.randn(4, 3, 8, 8), torch.randn(5, 3, 2, 3) + 2]
-    layer.normalise(outputs)
-    everything = torch.cat([y.movedim(1, -1).reshape(-1, 3) for y in outputs])
-    torch.testing.assert_close(layer.norm.running_mean, everything.mean(0))
-    torch.testing.assert_close(layer.norm.running_var, everything.var(0, correction=0))
-    torch.testing.assert_close(layer.norm(outputs[0]), outputs[0], rtol=1e-5, atol=1e-5)
 
 
 def test_samples_without_a_batch_axis() -> None:

@@ -30,6 +30,8 @@ ROUNDING = 1e-6  # of the squared targets
 PART = 4096  # weights at a time, of which rows are needed in float64
 TINY = torch.finfo(torch.float32).tiny
 BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+FILTER_LENGTH = math.sqrt(2)  # of weights of variance 2 / fan-in (He et al., "Delving Deep into Rectifiers", 2015)
+SHORTEST = 1e-12  # scale of a filter, which may be zero
 ROUNDS = 8  # of moving the targets on a flat side
 
 
@@ -51,20 +53,32 @@ class Substitute(nn.Module):
         y: Tensor = self.norm(self.layer(padded(self.geometry, x)))
         return y
 
+    @torch.no_grad()
     def normalise(self, outputs: Sequence[Tensor]) -> None:
-        """Puts a batch norm behind the convolution, with the moments of its outputs, that changes nothing in eval."""
+        """Puts a batch norm behind the convolution, with the moments of its outputs, that changes nothing in eval.
+
+        Then the length of a filter does not matter either, but to training: the longer it is, the less a step turns it
+        (van Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017). Fitted filters are as long as
+        the batch norms that they stand for have made them, each another length. Here all get the same.
+        """
         if not self.geometry.dims or not self.geometry.bias:  # what has no bias shall not get one
             return
         if any(y.dim() != 2 + self.geometry.dims for y in outputs):  # nor does a batch norm take a sample without batch
             return
+        layer: Any = self.layer
         values = torch.cat([y.transpose(0, 1).flatten(1) for y in outputs], dim=1).float()  # sizes may differ
-        variance, mean = torch.var_mean(values, 1, correction=0)
+        variance, mean = (moment.double() for moment in torch.var_mean(values, 1, correction=0))
+        length = torch.linalg.vector_norm(layer.weight.flatten(1), dim=1, dtype=torch.float64)
+        scale = (length / FILTER_LENGTH).clamp_min(SHORTEST)
         norm: Any = BATCH_NORMS[self.geometry.dims](self.geometry.out_channels, device=values.device)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-        norm.weight.data.copy_((variance + norm.eps).sqrt())
-        norm.bias.data.copy_(mean)
-        self.norm = norm.to(outputs[0]).eval()
+        norm = norm.to(outputs[0])
+        norm.running_mean.copy_((mean - layer.bias) / scale)
+        norm.running_var.copy_(variance / scale.square())
+        norm.weight.copy_((variance / scale.square() + norm.eps).sqrt() * scale)
+        norm.bias.copy_(mean)
+        layer.weight.div_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+        layer.bias.zero_()  # the batch norm's does
+        self.norm = norm.eval()
 
 
 @dataclass(frozen=True)
