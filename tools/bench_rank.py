@@ -28,7 +28,6 @@ from bench_plan import accuracy, until_met
 from cifar_models import load
 from elc_fx import data as pictures
 from elc_fx.planning.cost import Choice
-from elc_fx.planning.planner import trained_loss
 
 RESULT = provenance.RESULTS / "plan_rank.json"
 POWERS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the losses, in the order that candidates are drawn in
@@ -49,7 +48,7 @@ def main(
     drawn = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     test, train = known.taken(drawn[:held_out]), known.taken(drawn[held_out : held_out + images])
     inputs = train.taken(slice(512)).inputs()
-    planner = elc_fx.Planner(model, inputs[:1], list(inputs.split(128)), fine_tuned=False)
+    planner = elc_fx.Planner(model, inputs[:1], list(inputs.split(128)))
     batches = list(test.batches(250))
     rows: list[dict[str, Any]] = []
     if RESULT.exists():
@@ -75,11 +74,6 @@ def main(
         rows.append(row)
         print({key: row[key] for key in ("flops", "sum", "together", "untrained", "trained")}, flush=True)
         provenance.store(RESULT, run, {"network": weights.stem, "budget": budget, "images": images, "rows": rows})
-    known_losses = {c.candidate.full_name: (c, loss) for c, loss in zip(planner.choices, planner.losses, strict=True)}
-    for row in rows:
-        parts = [known_losses[name] for name in row["regions"]]
-        row["predicted"] = sum(trained_loss(loss, len(choice.candidate.layers) - 1) for choice, loss in parts)
-    provenance.store(RESULT, run, {"network": weights.stem, "budget": budget, "images": images, "rows": rows})
     print(table(rows))
 
 
@@ -110,7 +104,6 @@ def table(rows: Sequence[Mapping[str, Any]], style: str = "simple") -> str:
     """Spearman's rank correlation with the accuracy after training, and the interval that holds 95 % of bootstraps."""
     trained = np.array([row["trained"] for row in rows])
     names = {
-        "predicted": "loss as the planner counts it for networks that are trained",
         "sum": "sum of the divergences of its candidates, each alone",
         "together": "divergence of the plan, measured as a whole",
         "untrained": "accuracy before training",

@@ -31,7 +31,6 @@ LONGEST_PLANNED = 6  # layers or blocks in a row that a planned candidate may re
 LARGEST_PLANNED = 5  # kernel
 REFINEMENTS = 8
 EMPHASES = (0.7, 1.5, 2.0, 3.0)  # powers of the losses
-LAYER_LOSS = 0.2  # that training does not give back, for each layer that goes
 ACCURACY = 0.05  # of a predicted latency, relative, with which a plan is not made again
 CORRECTIONS = 4  # of the latencies, at most, for one plan
 SHUN = 4.0  # by what the loss of a choice is multiplied to see how it is without
@@ -49,7 +48,6 @@ class Planner:
         calibration: Iterable[Any] | None = None,
         *,
         loss: LossChoice = "auto",
-        fine_tuned: bool = True,
         longest: int = LONGEST_PLANNED,
         largest_kernel: int = LARGEST_PLANNED,
         samples: int | None = None,
@@ -85,7 +83,6 @@ class Planner:
         elif calibration is None:
             raise InvalidInputError("calibration is None: pass batches to measure losses on, or loss='uniform'")
         else:
-            self.fine_tuned = fine_tuned and loss == "auto"
             with self._leaving_no_trace():
                 batches = Calibration(self.graph.graph_module, calibration, samples)
                 function: Loss | None = loss if callable(loss) else None
@@ -94,8 +91,7 @@ class Planner:
                 table = (
                     StoredTable() if cache is None or function else StoredTable(Path(cache), f"losses-{_key(batches)}")
                 )
-                measured = self.sensitivity.each_alone(self.choices, table)
-            self.losses = [self._worth(x, [c]) for x, c in zip(measured, self.choices, strict=True)]
+                self.losses = self.sensitivity.each_alone(self.choices, table)
 
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:
@@ -223,18 +219,13 @@ class Planner:
         chosen = tuple(sorted(positions))
         if chosen not in self.measured:
             choices = self._choices(chosen)
-            self.measured[chosen] = of_the_first(lambda: self._worth(self._measured(choices), choices))
+            self.measured[chosen] = of_the_first(lambda: self._measured(choices))
         return self.measured[chosen]
 
     def _measured(self, choices: Sequence[Choice]) -> float:
         assert self.sensitivity is not None
         with self._leaving_no_trace():
             return self.sensitivity.together(choices)
-
-    def _worth(self, measured: float, choices: Sequence[Choice]) -> float:
-        """What the divergence of a network in which these choices are collapsed counts."""
-        gone = sum(len(choice.region.layers) - 1 for choice in choices)
-        return trained_loss(measured, gone) if self.fine_tuned else measured
 
     def _in_order(self, chosen: Sequence[int]) -> list[int]:
         """As their outputs stand in the graph."""
@@ -274,15 +265,6 @@ def _within(limit: float, measured: Sequence[Solution], times: Sequence[float]) 
             f"were measured the fastest takes {least}; raise the budget, or plan while nothing else runs"
         )
     return [solution for solution, time in zip(measured, times, strict=True) if time <= max(limit, fastest)]
-
-
-def trained_loss(divergence: float, layers: int) -> float:
-    """What a divergence is worth if the network is trained afterwards, and so many layers less than before are left.
-
-    Training gives back most of a large divergence, and little of the depth: this ranks plans of equal FLOPs by their
-    accuracy after training better than the divergence does (docs/planning.md has the rank correlations).
-    """
-    return math.log1p(divergence) + LAYER_LOSS * layers
 
 
 def _correct(together: dict[Pair, float], solution: Solution, order: Sequence[int], measured: float) -> None:
@@ -330,8 +312,6 @@ def plan(
         loss: "auto", see docs/planning.md; "uniform": one for each layer that is replaced; a mapping from names of
             candidates ("layer1.0:3x3") to losses, where what is missing is never chosen; or a function (output, output
             of the original) → number.
-        fine_tuned: whether the network will be trained; then the loss "auto" is log(1 + divergence), and 0.2 for each
-            layer that goes. Else it is the divergence itself.
         longest, largest_kernel: which candidates there are, as for `candidates`.
         samples: how many samples of `calibration` are used; by default 1,024, or fewer of large inputs, which have many
             windows: as many as hold 2²⁶ numbers (445 images of 3×224×224), since much of the network's inside is kept.
