@@ -1,10 +1,10 @@
-"""What fine-tuning settings are worth: one plan of ResNet-20, trained in many ways for the same number of steps.
+"""What fine-tuning settings are worth: one plan of a network, trained in many ways for the same number of steps.
 
     python tools/bench_finetune.py --weights resnet20.safetensors --data cifar10-jpeg.tar.xz
 
 Every variant differs from the defaults of `elc_fx.FinetuneConfig` in what its name says. Choices are made by the
 accuracy on a held-out part of the training set, which the original has seen in its own training, so the figures are
-higher than on test images. Stores docs/results/finetune.json after each variant; what is there is not run again.
+higher than on test images. The result is stored after each variant; what is there is not run again.
 """
 
 import json
@@ -24,7 +24,8 @@ from elc_fx import data as pictures
 from elc_fx.planning.fitting import Substitute
 
 RESULT = provenance.RESULTS / "finetune.json"
-# start: "fitted" convolutions with a batch norm behind each; "bare" ones; "factors" of the decoupled network; "random".
+# start: "fitted" convolutions with a batch norm behind each; the same with filters "unscaled", as long as the fit made
+# them; "bare" ones; "factors" of the decoupled network; "random".
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "learning rate 0.05": {"learning_rate": 0.05},
@@ -34,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "features too, weight 1": {"features": 1.0},
     "temperature 2": {"temperature": 2.0},
     "no batch norm behind fitted convolutions": {"start": "bare"},
+    "filters as long as the fit made them": {"start": "unscaled"},
     "factors, gates closed over half": {"start": "factors", "gates": 0.5},
     "no distillation": {"distillation": 0.0},
     "moving average 0.99": {"ema": 0.99},
@@ -55,9 +57,23 @@ def network(start: str, model: nn.Module, planner: elc_fx.Planner, plan: elc_fx.
     for module in collapsed.modules():
         if isinstance(module, Substitute) and start == "bare":
             module.norm = nn.Identity()
+        if isinstance(module, Substitute) and start == "unscaled":
+            unscale(module)
         if start == "random" and hasattr(module, "reset_parameters"):
             module.reset_parameters()
     return collapsed
+
+
+@torch.no_grad()
+def unscale(fitted: Substitute) -> None:
+    """Makes the filters again as long as if the batch norm behind them were folded, without changing the output."""
+    convolution: Any = fitted.layer
+    norm: Any = fitted.norm
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    convolution.weight.mul_(scale.view(-1, 1, 1, 1))
+    norm.running_mean.mul_(scale)
+    norm.running_var.mul_(scale.square())
+    norm.weight.copy_((norm.running_var + norm.eps).sqrt())
 
 
 def main(
@@ -67,6 +83,8 @@ def main(
     epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 2,
     images: Annotated[int, typer.Option(help="That are trained on.")] = 22500,
     held_out: Annotated[int, typer.Option(help="Other training images, for the accuracy.")] = 5000,
+    variant: Annotated[list[str] | None, typer.Option(help="A setting; several times for several.")] = None,
+    result: Annotated[Path, typer.Option(help="Where it is stored.")] = RESULT,
 ) -> None:
     run = provenance.collect()
     model, known = load(weights), pictures.load(data)
@@ -77,8 +95,10 @@ def main(
     planner = elc_fx.Planner(model, batches[0][:1], batches)
     plan = planner.plan(elc_fx.Budget(flops=budget))
     setting = {"network": weights.stem, "budget": budget, "epochs": epochs, "images": images}
-    rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
-    left = [name for name in VARIANTS if name not in {row["variant"] for row in rows}]
+    rows = json.loads(result.read_text(encoding="utf-8"))["rows"] if result.exists() else []
+    if unknown := set(variant or ()) - set(VARIANTS):
+        raise typer.BadParameter(f"no setting {min(unknown)!r}; there are {', '.join(VARIANTS)}")
+    left = [name for name in variant or VARIANTS if name not in {row["variant"] for row in rows}]
     for name in terminal.tracked(left):
         options = dict(VARIANTS[name])
         torch.manual_seed(0)
@@ -89,7 +109,7 @@ def main(
         speed = history.epochs[-1].images_per_second
         rows.append({"variant": name, "before": untrained, "after": pictures.accuracy(trained, test), "speed": speed})
         print(rows[-1], flush=True)
-        provenance.store(RESULT, run, {**setting, "rows": rows})
+        provenance.store(result, run, {**setting, "rows": rows})
     print(table(rows))
 
 
