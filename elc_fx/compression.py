@@ -84,7 +84,7 @@ def _planned(
     """The plan and what is trained. What the planner measured with is free again while it is trained."""
     batches = list(_first(calibration if calibration is not None else _inputs(finetune), SAMPLES))
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
-    planner = Planner(model, example_inputs, batches, fine_tuned=finetune is not None, cache=folder, backend=backend)
+    planner = Planner(model, example_inputs, batches, cache=folder, backend=backend)
     plan = planner.plan(budget)
     gradual = finetune is not None and finetune.gates > 0
     return plan, decouple(model, plan, batches) if gradual else planner.collapse(plan)

@@ -100,7 +100,7 @@ def test_of_networks_that_were_all_predicted_wrongly_one_that_keeps_the_limit_is
         return before, after * (1 + share if choices else 1)
 
     monkeypatch.setattr(latency.LatencyMeter, "_whole", whole)
-    options: dict[str, Any] = {"calibration": data(), "fine_tuned": False} if calibrated else {"loss": "uniform"}
+    options: dict[str, Any] = {"calibration": data()} if calibrated else {"loss": "uniform"}
     made = Planner(network(), torch.zeros(1, 3, 8, 8), progress=False, **options)
     prediction = made.plan(elc_fx.Budget(latency=limit)).prediction
     assert prediction is not None and prediction.latency is not None

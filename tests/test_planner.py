@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import elc_fx
 from elc_fx.planning import sensitivity, stored
 from elc_fx.planning.candidates import serial_graph
-from elc_fx.planning.planner import DEPTH_LOSS, Planner
+from elc_fx.planning.planner import Planner
 
 HUGE = 10**400  # that no float can be
 
@@ -53,7 +53,7 @@ def data(batches: int = 2) -> list[Tensor]:
 
 
 def planner(**options: Any) -> Planner:
-    return Planner(network(), data()[0][:1], data(), progress=False, **{"fine_tuned": False, **options})
+    return Planner(network(), data()[0][:1], data(), progress=False, **options)
 
 
 @pytest.mark.parametrize("budget", [{"flops": 0.6}, {"depth": 6}, {"params": 0.7, "flops": 0.8}])
@@ -76,7 +76,7 @@ def test_the_merged_network_keeps_the_budget_to_the_number(budget: dict[str, flo
 def test_a_loss_is_that_of_the_network_with_the_fitted_convolution() -> None:
     """Fitted on the first batch, and judged on the second, by a run of the whole network."""
     first, second = data()
-    made, other = planner(), Planner(network(), first[:1], [first], fine_tuned=False, progress=False)
+    made, other = planner(), Planner(network(), first[:1], [first], progress=False)
     assert made.sensitivity is not None and other.sensitivity is not None
     assert [choice.key for choice in made.choices] == [choice.key for choice in other.choices]
     model = network().requires_grad_(False)
@@ -114,7 +114,7 @@ def test_large_batches_are_cut_so_that_some_are_judged_on() -> None:
 
 def test_samples_count_alike_in_batches_of_all_sizes() -> None:
     model, x = network(), image(32, 3, 8, 8, dtype=torch.float32)
-    made = Planner(model, x[:1], [*x.split((8, 8, 8, 7, 1))], fine_tuned=False, progress=False)
+    made = Planner(model, x[:1], [*x.split((8, 8, 8, 7, 1))], progress=False)
     assert made.sensitivity is not None
     calibration = made.sensitivity.calibration
     calibration.fitted_on, calibration.judged = [0, 1, 2], [3, 4]
@@ -152,7 +152,7 @@ def test_sets_measured_one_after_the_other_lose_what_they_lose_alone(
 def test_convolutions_are_fitted_to_the_model_as_it_is_now() -> None:
     """Nothing that was kept for a plan outlives it: the model may have changed since."""
     model, batches = network(), data(1)
-    made = Planner(model, batches[0][:1], batches, fine_tuned=False, progress=False)
+    made = Planner(model, batches[0][:1], batches, progress=False)
     plan = made.plan(elc_fx.Budget(flops=0.7))
     torch.manual_seed(1)
     model.load_state_dict(ready(network()).state_dict())
@@ -161,7 +161,7 @@ def test_convolutions_are_fitted_to_the_model_as_it_is_now() -> None:
             parameter.mul_(1.5).add_(0.1 * torch.randn_like(parameter))
         model.train()(batches[0])
         model.eval()
-    again = Planner(model, batches[0][:1], batches, fine_tuned=False, progress=False)
+    again = Planner(model, batches[0][:1], batches, progress=False)
     with torch.no_grad():
         torch.testing.assert_close(made.collapse(plan)(batches[0]), again.collapse(plan)(batches[0]))
 
@@ -205,7 +205,7 @@ class Operator(nn.Module):
 @pytest.mark.parametrize("foreign", [Operator, functools.partial(Writing, writes=True)])
 def test_nothing_is_kept_where_code_runs_that_is_not_torchs(foreign: Any) -> None:
     model = nn.Sequential(*network()[:4], foreign(), *network()[4:]).eval()
-    made = Planner(model, data()[0][:1], data(), fine_tuned=False, progress=False)
+    made = Planner(model, data()[0][:1], data(), progress=False)
     assert made.sensitivity is not None
     with made.sensitivity.keeping():
         losses = [made.sensitivity.together(made.choices[-2:-1]) for _ in range(3)]
@@ -238,7 +238,7 @@ def test_a_fit_to_few_windows_is_not_taken_for_a_good_one() -> None:
         ready(nn.Sequential(*layers, nn.Linear(64 * 4, 5))).float(),
         [torch.randn(8, 3, 2, 2) for _ in range(2)],
     )
-    options: Any = {"fine_tuned": False, "progress": False}
+    options: Any = {"progress": False}
     honest, blind = (Planner(model, batches[0][:1], given, **options) for given in (batches, batches[:1]))
     names = [choice.candidate.full_name for choice in honest.choices]
     assert honest.losses[names.index("2:1x1")] > 2 * blind.losses[names.index("2:1x1")]
@@ -381,7 +381,7 @@ def quiet() -> Any:
 
 def test_the_collapsed_network_is_the_one_that_was_measured() -> None:
     batches = data(1)  # more would be fitted to and judged on apart
-    made = Planner(network(), batches[0][:1], batches, longest=2, fine_tuned=False, progress=False)
+    made = Planner(network(), batches[0][:1], batches, longest=2, progress=False)
     plan = made.plan(elc_fx.Budget(flops=0.4))
     assert plan.prediction is not None and len(plan.candidates) > 1
     collapsed, model = made.collapse(plan), network()
@@ -438,20 +438,6 @@ def test_names_do_not_mix_up_stored_losses(tmp_path: Path) -> None:
     for longest in (1, 3, 6):
         stored, fresh = planner(longest=longest, cache=tmp_path), planner(longest=longest)
         assert stored.losses == pytest.approx(fresh.losses, rel=1e-4, abs=1e-9)
-
-
-def test_for_a_network_that_is_trained_layers_count() -> None:
-    plain, tuned = planner(), planner(fine_tuned=True)
-    layers = tuned.model.layers
-    assert layers == sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network().modules())
-    for choice, divergence, loss in zip(plain.choices, plain.losses, tuned.losses, strict=True):
-        assert loss == pytest.approx(divergence + DEPTH_LOSS * (len(choice.candidate.layers) - 1) / layers)
-    plan = tuned.plan(elc_fx.Budget(flops=0.6))
-    assert plan.prediction is not None
-    gone = sum(len(candidate.layers) - 1 for candidate in plan.candidates)
-    positions = [i for i, choice in enumerate(plain.choices) if choice.candidate in plan.candidates]
-    expected = plain.loss_together(positions) + DEPTH_LOSS * gone / layers
-    assert plan.prediction.together == pytest.approx(expected)
 
 
 # Found by trying what may be passed wrongly.
@@ -562,7 +548,7 @@ def test_losses_of_other_activations_are_not_found_in_the_cache(
         for activation in pair if cache else pair[1:]:
             torch.manual_seed(0)
             model = nn.Sequential(nn.Conv2d(3, 6, 3), activation, nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(96, 3))
-            made = Planner(model.eval(), x, [x], cache=cache, fine_tuned=False, progress=False)
+            made = Planner(model.eval(), x, [x], cache=cache, progress=False)
             losses.append(made.losses)
     assert losses[1] == losses[2] != losses[0]
 
@@ -688,9 +674,6 @@ def test_each_call_of_a_layer_counts() -> None:
     planner = Planner(model, x, loss="uniform")
     losses = {choice.candidate.full_name: loss for choice, loss in zip(planner.choices, planner.losses, strict=True)}
     assert losses["conv:3x3"] == 2 and losses["conv@conv_1:1x3"] == 1
-    measured = Planner(model, x, [x], progress=False)
-    both = next(i for i, choice in enumerate(measured.choices) if choice.candidate.full_name == "conv:3x3")
-    assert measured.losses[both] > DEPTH_LOSS / 2
 
 
 ONE_CLOCK = """

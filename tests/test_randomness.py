@@ -66,7 +66,7 @@ def test_planning_is_the_same_each_time_and_leaves_no_trace() -> None:
     expected, losses = drawn(), []
     for seed in (1, 1, 2):
         seed_all(seed)
-        planner = elc_fx.Planner(model, x, [x], fine_tuned=False, progress=False)
+        planner = elc_fx.Planner(model, x, [x], progress=False)
         planner.collapse(planner.plan(elc_fx.Budget(flops=0.9, latency="1 s")))
         losses.append(planner.losses)
         if seed == 1:
@@ -79,6 +79,6 @@ def test_noise_is_no_loss() -> None:
     layers = [nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(96, 3)]  # one map, exactly
     quiet, x = nn.Sequential(*layers).eval(), torch.randn(64, 3, 8, 8)
     noisy = nn.Sequential(Noise(), *layers[:2], Noise(), *layers[2:]).eval()
-    small = [elc_fx.Planner(model, x, [x], fine_tuned=False, progress=False).losses for model in (quiet, noisy)]
+    small = [elc_fx.Planner(model, x, [x], progress=False).losses for model in (quiet, noisy)]
     assert max(small[0]) > 1e-4 and min(small[0]) < 1e-6
     assert all(a < 1e-6 for a, b in zip(small[1], small[0], strict=True) if b < 1e-6)

@@ -48,7 +48,7 @@ def main(
     drawn = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     test, train = known.taken(drawn[:held_out]), known.taken(drawn[held_out : held_out + images])
     inputs = train.taken(slice(512)).inputs()
-    planner = elc_fx.Planner(model, inputs[:1], list(inputs.split(128)), fine_tuned=False)
+    planner = elc_fx.Planner(model, inputs[:1], list(inputs.split(128)))
     batches = list(test.batches(250))
     rows: list[dict[str, Any]] = []
     if RESULT.exists():

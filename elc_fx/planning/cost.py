@@ -149,11 +149,6 @@ class CostModel:
         latency = None if self.latency is None else self.latency.after(chosen)
         return Costs(self.original.flops - saved, kept + added, self._depth(chosen, gone), latency)
 
-    @property
-    def layers(self) -> int:
-        """How many the network runs, side by side or one after the other."""
-        return sum(max(read.values(), default=0) for read in self.reads.values())
-
     def _depth(self, chosen: Sequence[Choice], gone: set[str]) -> int:
         """Layers on the longest way through the graph, where each choice is one layer from its source to its output."""
         merged = {choice.output: choice.source for choice in chosen}

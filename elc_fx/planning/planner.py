@@ -30,8 +30,7 @@ from elc_fx.randomness import reproducibly
 LONGEST_PLANNED = 6  # layers or blocks in a row that a planned candidate may replace: measuring all runs takes long
 LARGEST_PLANNED = 5  # kernel
 REFINEMENTS = 8
-EMPHASES = (0.7, 1.0, 1.5, 2.0, 3.0)  # powers of the divergences
-DEPTH_LOSS = 0.4  # that training does not give back, times the share of the layers that goes
+EMPHASES = (0.7, 1.5, 2.0, 3.0)  # powers of the losses
 ACCURACY = 0.05  # of a predicted latency, relative, with which a plan is not made again
 CORRECTIONS = 4  # of the latencies, at most, for one plan
 SHUN = 4.0  # by what the loss of a choice is multiplied to see how it is without
@@ -49,7 +48,6 @@ class Planner:
         calibration: Iterable[Any] | None = None,
         *,
         loss: LossChoice = "auto",
-        fine_tuned: bool = True,
         longest: int = LONGEST_PLANNED,
         largest_kernel: int = LARGEST_PLANNED,
         samples: int | None = None,
@@ -85,8 +83,6 @@ class Planner:
         elif calibration is None:
             raise InvalidInputError("calibration is None: pass batches to measure losses on, or loss='uniform'")
         else:
-            # What a layer that goes costs beside the divergence, if the network is trained afterwards.
-            self.layer_loss = DEPTH_LOSS / self.model.layers if fine_tuned and loss == "auto" else 0.0
             with self._leaving_no_trace():
                 batches = Calibration(self.graph.graph_module, calibration, samples)
                 function: Loss | None = loss if callable(loss) else None
@@ -95,8 +91,7 @@ class Planner:
                 table = (
                     StoredTable() if cache is None or function else StoredTable(Path(cache), f"losses-{_key(batches)}")
                 )
-                self.divergences = self.sensitivity.each_alone(self.choices, table)
-            self.losses = [self._worth(x, [c]) for x, c in zip(self.divergences, self.choices, strict=True)]
+                self.losses = self.sensitivity.each_alone(self.choices, table)
 
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:
@@ -183,9 +178,9 @@ class Planner:
             loss = self.loss_together(solution.chosen)
             best = min(best, solution, key=lambda s: self.loss_together(s.chosen))
         weighted = self.losses
-        largest = max((loss for loss in self.divergences if math.isfinite(loss)), default=0.0) or 1.0
+        largest = max((loss for loss in self.losses if math.isfinite(loss)), default=0.0) or 1.0
         for emphasis in EMPHASES if self.refinements else ():
-            raised = [(loss / largest) ** emphasis for loss in self.divergences]
+            raised = [(loss / largest) ** emphasis for loss in self.losses]
             solution = self._solved(raised, limits)
             if self.loss_together(solution.chosen) < self.loss_together(best.chosen):
                 best, weighted = solution, raised
@@ -224,17 +219,13 @@ class Planner:
         chosen = tuple(sorted(positions))
         if chosen not in self.measured:
             choices = self._choices(chosen)
-            self.measured[chosen] = of_the_first(lambda: self._worth(self._measured(choices), choices))
+            self.measured[chosen] = of_the_first(lambda: self._measured(choices))
         return self.measured[chosen]
 
     def _measured(self, choices: Sequence[Choice]) -> float:
         assert self.sensitivity is not None
         with self._leaving_no_trace():
             return self.sensitivity.together(choices)
-
-    def _worth(self, measured: float, choices: Sequence[Choice]) -> float:
-        """What the divergence of a network in which these choices are collapsed counts."""
-        return measured + self.layer_loss * sum(len(choice.region.layers) - 1 for choice in choices)
 
     def _in_order(self, chosen: Sequence[int]) -> list[int]:
         """As their outputs stand in the graph."""
@@ -321,8 +312,6 @@ def plan(
         loss: "auto", see docs/planning.md; "uniform": one for each layer that is replaced; a mapping from names of
             candidates ("layer1.0:3x3") to losses, where what is missing is never chosen; or a function (output, output
             of the original) → number.
-        fine_tuned: whether the network will be trained; then the loss "auto" is the divergence and 0.4 times the share
-            of the layers that goes. Else it is the divergence itself.
         longest, largest_kernel: which candidates there are, as for `candidates`.
         samples: how many samples of `calibration` are used; by default 1,024, or fewer of large inputs, which have many
             windows: as many as hold 2²⁶ numbers (445 images of 3×224×224), since much of the network's inside is kept.

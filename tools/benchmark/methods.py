@@ -113,10 +113,6 @@ def _balanced(task: Task) -> elc_fx.Plan:
     return task.planned.plan(elc_fx.Budget(flops=task.budget, depth=task.budget**0.5))
 
 
-def _by_divergence(task: Task) -> elc_fx.Plan:
-    return task.planner(fine_tuned=False).plan(elc_fx.Budget(flops=task.budget))
-
-
 def _uniform(task: Task) -> elc_fx.Plan:
     return task.plan_of("uniform")
 
@@ -128,6 +124,10 @@ def _grown(task: Task) -> elc_fx.Plan:
 
 def _merges(task: Task) -> elc_fx.Plan:
     return task.plan_of(task.losses(lambda candidate: candidate.merges))
+
+
+def _shrinks(task: Task) -> elc_fx.Plan:
+    return task.plan_of(task.losses(lambda candidate: not candidate.merges))
 
 
 def _fitted(task: Task, plan: elc_fx.Plan) -> nn.Module:
@@ -169,7 +169,7 @@ FOR_TIME = {
 METHODS = {
     "elc": Method("planned, fitted, trained", _planned, _fitted),
     **FOR_TIME,
-    "divergence": Method("planned by the divergence alone: layers that go cost nothing", _by_divergence, _fitted),
+    "shrinks": Method("planned with single layers alone, whose kernels shrink: all layers stay", _shrinks, _fitted),
     "balanced": Method("the same; the layers are limited too, to the square root of the budget", _balanced, _fitted),
     "torch-pruning": Method("channels pruned by Torch-Pruning", _unplanned, partial(_pruned, None)),
     "torch-pruning-8": Method("the same, all widths multiples of 8", _unplanned, partial(_pruned, 8)),

@@ -16,7 +16,7 @@ from elc_fx.report.charts import INK, STYLE, picture
 
 Row = Mapping[str, Any]
 NOT_RUN = "not run"
-USED = ("elc", *FOR_TIME, "torch-pruning", "torch-pruning-8")  # the other methods show what each idea buys
+USED = ("elc", "shrinks", *FOR_TIME, "torch-pruning", "torch-pruning-8")  # the other methods show what each idea buys
 PAPER = (0.5, 0.454, 0.259)  # shares of the FLOPs that are left in "Efficient Layer Compression Without Pruning"
 ACCURACY = (
     "network",
@@ -53,8 +53,8 @@ def stored() -> list[Row]:
     return sorted(rows, key=lambda r: (r["network"], -r["budget"], r["epochs"], order.index(r["method"]), r["seed"]))
 
 
-def _latencies() -> list[Row]:
-    file = provenance.RESULTS / "benchmark_latency.json"
+def _latencies(name: str = "benchmark_latency") -> list[Row]:
+    file = provenance.RESULTS / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
 
 
@@ -82,18 +82,25 @@ def headline_table(rows: Sequence[Row], style: str = "simple") -> str:
 
 
 def speed_table(rows: Sequence[Row], style: str = "simple") -> str:
-    """What people would use: costs, accuracy, and how many times as fast as the original with folded batch norms."""
-    times = _speedups(_latencies())
+    """What people would use: costs, accuracy, and how many times as fast as the original with folded batch norms.
+
+    With a star, what was only timed on the other processor, against the original there.
+    """
+    times, others = _speedups(_latencies()), _speedups(_latencies("benchmark_latency_amd"))
     columns = sorted({column[1:] for column in times}, key=lambda column: (RUNTIMES.index(column[0]), column[1]))
     lines = []
     for (network, method, _, epochs), own in _grouped(rows).items():
         if method in USED and "test" in own[0]:
-            speeds = [times.get((_stem(own[0]), *column)) for column in columns]
+            keys = [(_stem(own[0]), *column) for column in columns]
             accuracy, points, _, flops, _, seeds = _cells(own)
-            cells = ["" if speed is None else f"{speed:.2f}×" for speed in speeds]
+            cells = [_times(times[k]) if k in times else _times(others[k]) + "*" if k in others else "" for k in keys]
             lines.append([network, method, flops, epochs, accuracy, points, seeds, *cells])
     headers = ("network", "method", "FLOPs", "epochs", "test accuracy", "points", "seeds")
     return terminal.table(lines, (*headers, *(f"{name}, {size}" for name, size in columns)), style)
+
+
+def _times(speedup: float) -> str:
+    return f"{speedup:.2f}×"
 
 
 def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
