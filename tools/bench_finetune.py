@@ -57,7 +57,7 @@ def network(start: str, model: nn.Module, planner: elc_fx.Planner, plan: elc_fx.
     for module in collapsed.modules():
         if isinstance(module, Substitute) and start == "bare":
             module.norm = nn.Identity()
-        if isinstance(module, Substitute) and start == "unscaled":
+        if isinstance(module, Substitute) and isinstance(module.norm, nn.BatchNorm2d) and start == "unscaled":
             unscale(module)
         if start == "random" and hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -86,6 +86,8 @@ def main(
     variant: Annotated[list[str] | None, typer.Option(help="A setting; several times for several.")] = None,
     result: Annotated[Path, typer.Option(help="Where it is stored.")] = RESULT,
 ) -> None:
+    if unknown := set(variant or ()) - set(VARIANTS):
+        raise typer.BadParameter(f"no setting {min(unknown)!r}; there are {', '.join(VARIANTS)}")
     run = provenance.collect()
     model, known = load(weights), pictures.load(data)
     assert known is not None
@@ -96,9 +98,7 @@ def main(
     plan = planner.plan(elc_fx.Budget(flops=budget))
     setting = {"network": weights.stem, "budget": budget, "epochs": epochs, "images": images}
     rows = json.loads(result.read_text(encoding="utf-8"))["rows"] if result.exists() else []
-    if unknown := set(variant or ()) - set(VARIANTS):
-        raise typer.BadParameter(f"no setting {min(unknown)!r}; there are {', '.join(VARIANTS)}")
-    left = [name for name in variant or VARIANTS if name not in {row["variant"] for row in rows}]
+    left = [name for name in dict.fromkeys(variant or VARIANTS) if name not in {row["variant"] for row in rows}]
     for name in terminal.tracked(left):
         options = dict(VARIANTS[name])
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ def main(
 
 def table(rows: Sequence[Mapping[str, Any]], style: str = "simple") -> str:
     """The variants, from best to worst."""
-    default = next(row["after"] for row in rows if row["variant"] == "defaults")
+    default = next((row["after"] for row in rows if row["variant"] == "defaults"), float("nan"))
     lines = [
         [row["variant"], f"{row['before']:.1%}", f"{row['after']:.2%}", f"{100 * (row['after'] - default):+.2f}"]
         for row in sorted(rows, key=lambda row: -row["after"])

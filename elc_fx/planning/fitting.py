@@ -59,7 +59,8 @@ class Substitute(nn.Module):
 
         Then the length of a filter does not matter either, but to training: the longer it is, the less a step turns it
         (van Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017). Fitted filters are as long as
-        the batch norms that they stand for have made them, each another length. Here all get the same.
+        the batch norms that they stand for have made them, each another length. Here all get the same, but those that are
+        zero, and those in half precision, which may not hold the moments of what longer filters give.
         """
         if not self.geometry.dims or not self.geometry.bias:  # what has no bias shall not get one
             return
@@ -69,15 +70,17 @@ class Substitute(nn.Module):
         values = torch.cat([y.transpose(0, 1).flatten(1) for y in outputs], dim=1).float()  # sizes may differ
         variance, mean = (moment.double() for moment in torch.var_mean(values, 1, correction=0))
         length = torch.linalg.vector_norm(layer.weight.flatten(1), dim=1, dtype=torch.float64)
-        scale = (length / FILTER_LENGTH).clamp_min(SHORTEST)
+        scale, bias = (length / FILTER_LENGTH).clamp_min(SHORTEST), layer.bias.double()
+        if layer.weight.dtype.itemsize < 4:
+            scale, bias = torch.ones_like(scale), torch.zeros_like(bias)
         norm: Any = BATCH_NORMS[self.geometry.dims](self.geometry.out_channels, device=values.device)
         norm = norm.to(outputs[0])
-        norm.running_mean.copy_((mean - layer.bias) / scale)
+        norm.running_mean.copy_((mean - bias) / scale)
         norm.running_var.copy_(variance / scale.square())
         norm.weight.copy_((variance / scale.square() + norm.eps).sqrt() * scale)
         norm.bias.copy_(mean)
         layer.weight.div_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
-        layer.bias.zero_()  # the batch norm's does
+        layer.bias.sub_(bias)  # the batch norm's does the same
         self.norm = norm.eval()
 
 
