@@ -59,8 +59,8 @@ class Substitute(nn.Module):
 
         Then the length of a filter does not matter either, but to training: the longer it is, the less a step turns it
         (van Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017). Fitted filters are as long as
-        the batch norms that they stand for have made them, each another length. Here all get the same, but those that are
-        zero, and those in half precision, which may not hold the moments of what longer filters give.
+        the batch norms that they stand for have made them, each another length. Here all get the same, but those of
+        zeros, and those in half precision, which may not hold the moments of what longer filters give.
         """
         if not self.geometry.dims or not self.geometry.bias:  # what has no bias shall not get one
             return
