@@ -73,11 +73,12 @@ class Substitute(nn.Module):
         scale, bias = (length / FILTER_LENGTH).clamp_min(SHORTEST), layer.bias.double()
         if layer.weight.dtype.itemsize < 4:
             scale, bias = torch.ones_like(scale), torch.zeros_like(bias)
+        variance = variance / scale.square()
         norm: Any = BATCH_NORMS[self.geometry.dims](self.geometry.out_channels, device=values.device)
         norm = norm.to(outputs[0])
         norm.running_mean.copy_((mean - bias) / scale)
-        norm.running_var.copy_(variance / scale.square())
-        norm.weight.copy_((variance / scale.square() + norm.eps).sqrt() * scale)
+        norm.running_var.copy_(variance)
+        norm.weight.copy_((variance + norm.eps).sqrt() * scale)
         norm.bias.copy_(mean)
         layer.weight.div_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
         layer.bias.sub_(bias)  # the batch norm's does the same

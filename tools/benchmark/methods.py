@@ -117,17 +117,14 @@ def _uniform(task: Task) -> elc_fx.Plan:
     return task.plan_of("uniform")
 
 
-def _grown(task: Task) -> elc_fx.Plan:
-    """Of each candidate only the form whose kernels are all kept: they add up."""
-    return task.plan_of(task.losses(lambda candidate: not candidate.kernels))
+def _only(kept: Callable[[elc_fx.Candidate], bool], task: Task) -> elc_fx.Plan:
+    """Of the candidates that are kept."""
+    return task.plan_of(task.losses(kept))
 
 
-def _merges(task: Task) -> elc_fx.Plan:
-    return task.plan_of(task.losses(lambda candidate: candidate.merges))
-
-
-def _shrinks(task: Task) -> elc_fx.Plan:
-    return task.plan_of(task.losses(lambda candidate: not candidate.merges))
+_grown = partial(_only, lambda candidate: not candidate.kernels)  # of each candidate the form whose kernels add up
+_merges = partial(_only, lambda candidate: candidate.merges)
+_shrinks = partial(_only, lambda candidate: not candidate.merges)
 
 
 def _fitted(task: Task, plan: elc_fx.Plan) -> nn.Module:
@@ -170,7 +167,7 @@ METHODS = {
     "elc": Method("planned, fitted, trained", _planned, _fitted),
     **FOR_TIME,
     "shrinks": Method("planned with single layers alone, whose kernels shrink: all layers stay", _shrinks, _fitted),
-    "balanced": Method("the same; the layers are limited too, to the square root of the budget", _balanced, _fitted),
+    "balanced": Method("as elc; the layers are limited too, to the square root of the budget", _balanced, _fitted),
     "torch-pruning": Method("channels pruned by Torch-Pruning", _unplanned, partial(_pruned, None)),
     "torch-pruning-8": Method("the same, all widths multiples of 8", _unplanned, partial(_pruned, 8)),
     "scratch": Method("the same layers as elc, random weights", _planned, _random, FROM_SCRATCH),

@@ -87,20 +87,18 @@ def speed_table(rows: Sequence[Row], style: str = "simple") -> str:
     With a star, what was only timed on the other processor, against the original there.
     """
     times, others = _speedups(_latencies()), _speedups(_latencies("benchmark_latency_amd"))
+    shown = {k: f"{speedup:.2f}×*" for k, speedup in others.items()} | {
+        k: f"{speedup:.2f}×" for k, speedup in times.items()
+    }
     columns = sorted({column[1:] for column in times}, key=lambda column: (RUNTIMES.index(column[0]), column[1]))
     lines = []
     for (network, method, _, epochs), own in _grouped(rows).items():
         if method in USED and "test" in own[0]:
-            keys = [(_stem(own[0]), *column) for column in columns]
             accuracy, points, _, flops, _, seeds = _cells(own)
-            cells = [_times(times[k]) if k in times else _times(others[k]) + "*" if k in others else "" for k in keys]
+            cells = [shown.get((_stem(own[0]), *column), "") for column in columns]
             lines.append([network, method, flops, epochs, accuracy, points, seeds, *cells])
     headers = ("network", "method", "FLOPs", "epochs", "test accuracy", "points", "seeds")
     return terminal.table(lines, (*headers, *(f"{name}, {size}" for name, size in columns)), style)
-
-
-def _times(speedup: float) -> str:
-    return f"{speedup:.2f}×"
 
 
 def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
