@@ -22,7 +22,7 @@ from elc_fx.planning.budget import Budget
 from elc_fx.planning.latency import Backend
 from elc_fx.planning.plan import Plan
 from elc_fx.planning.planner import Planner
-from elc_fx.planning.sensitivity import SAMPLES
+from elc_fx.planning.sensitivity import FITTED_MORE, NUMBERS, SAMPLES
 from elc_fx.randomness import randomness_of_the_caller, seed_all
 from elc_fx.report import Report
 from elc_fx.training import FinetuneConfig, Finetuning
@@ -82,7 +82,7 @@ def _planned(
     backend: Backend,
 ) -> tuple[Plan, nn.Module]:
     """The plan and what is trained. What the planner measured with is free again while it is trained."""
-    batches = list(_first(calibration if calibration is not None else _inputs(finetune), SAMPLES))
+    batches = list(_used(calibration if calibration is not None else _inputs(finetune)))
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
     planner = Planner(model, example_inputs, batches, cache=folder, backend=backend)
     plan = planner.plan(budget)
@@ -98,11 +98,13 @@ def _inputs(finetune: FinetuneConfig | None) -> Iterator[Any]:
         yield batch[0]
 
 
-def _first(batches: Any, samples: int) -> Iterator[Any]:
-    """As many batches as hold so many samples."""
-    count = 0
+def _used(batches: Any) -> Iterator[Any]:
+    """As many batches as a planner uses."""
+    samples = numbers = 0
     for batch in batches_of(batches):
         yield batch
-        count += next((len(v) for v in pytree.tree_leaves(batch) if isinstance(v, Tensor) and v.dim()), 1)
-        if count >= samples:
+        tensors = [v for v in pytree.tree_leaves(batch) if isinstance(v, Tensor) and v.dim()]
+        samples += len(tensors[0]) if tensors else 1
+        numbers += sum(v.numel() for v in tensors)
+        if samples >= FITTED_MORE * SAMPLES or numbers >= NUMBERS:
             return

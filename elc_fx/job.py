@@ -175,7 +175,7 @@ def run(
         train.loader(batch), validation=list(kept.batches(pictures.SCORED_BATCH)), folder=folder / WORK, **options
     )
     drawn = train.taken(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
-    calibration = [batch for _, batch in zip(range(8), drawn.batches(CALIBRATION_BATCH), strict=False)]
+    calibration = drawn.batches(CALIBRATION_BATCH)
     with within_memory(model):
         small = compress(
             model, x, budget=budget, calibration=calibration, finetune=config, verify=True, backend=backend

@@ -221,13 +221,30 @@ def test_an_output_that_is_not_finite_is_told() -> None:
                 Planner(model, x, batches, progress=False)
 
 
-@pytest.mark.parametrize(("size", "expected"), [(8, 1024), (2**13, 341)])
-def test_fewer_samples_of_large_inputs_are_used(size: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "samples", "measured", "fitted"),
+    [(8, None, 1024, 4096), (2**11, None, 1024, 1365), (2**13, None, 341, 341), (2**13, 400, 400, 400), (8, 3, 3, 12)],
+)
+def test_fewer_samples_of_large_inputs_are_used(size: int, samples: int | None, measured: int, fitted: int) -> None:
     model = ready(nn.Sequential(nn.Conv1d(24, 2, 1), nn.ReLU(), nn.Conv1d(2, 2, 1))).float()
-    batches = (torch.zeros(1, 1, 1).expand(128, 24, size) for _ in range(9))
+    batches = (torch.zeros(1, 1, 1).expand(128, 24, size) for _ in range(40))
     graph = serial_graph(model, torch.zeros(1, 24, size)).graph_module
-    kept = sensitivity.Calibration(graph, batches, None).batches
-    assert sum(len(values[0]) for values in kept) == expected
+    both = sensitivity.Calibration.read(graph, batches, samples)
+    for calibration, expected in zip(both, (measured, fitted), strict=True):
+        assert [len(values[0]) for values in calibration.batches] == calibration.sizes
+        assert sum(calibration.sizes) == expected
+
+
+def test_the_choice_is_fitted_to_more_samples_than_it_was_measured_on() -> None:
+    model, x, fresh = network(), image(64, 3, 8, 8, dtype=torch.float32), image(256, 3, 8, 8, seed=9)
+    few, more = (Planner(model, x[:1], [given], samples=16, progress=False) for given in (x[:16], x))
+    assert few.losses == more.losses
+    plan = few.plan(elc_fx.Budget(flops=0.5))
+    assert plan == more.plan(elc_fx.Budget(flops=0.5))
+    with torch.no_grad():
+        wanted = model(fresh.float())
+        apart = [float((made.collapse(plan)(fresh.float()) - wanted).square().mean()) for made in (few, more)]
+    assert apart[1] < apart[0]
 
 
 def test_a_fit_to_few_windows_is_not_taken_for_a_good_one() -> None:

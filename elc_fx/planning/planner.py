@@ -72,7 +72,8 @@ class Planner:
         found = choices_of(self.graph, longest=longest, largest_kernel=largest_kernel)
         self.choices = [choice for choice in found if choice.candidate.saves]
         self.sensitivity: Sensitivity | None = None
-        self.refinements = refinements
+        self.calibration: Calibration | None = None  # what the choice is fitted to
+        self.refinements, self.progress = refinements, progress
         self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
         self.latency: LatencyModel | None = None  # once a budget has limited it
         self.timed: dict[tuple[int, ...], tuple[float, float]] = {}  # the original and what sets of choices leave
@@ -84,12 +85,12 @@ class Planner:
             raise InvalidInputError("calibration is None: pass batches to measure losses on, or loss='uniform'")
         else:
             with self._leaving_no_trace():
-                batches = Calibration(self.graph.graph_module, calibration, samples)
+                measured, self.calibration = Calibration.read(self.graph.graph_module, calibration, samples)
                 function: Loss | None = loss if callable(loss) else None
-                self.sensitivity = Sensitivity(self.graph, batches, function, progress=progress)
+                self.sensitivity = Sensitivity(self.graph, measured, function, progress=progress)
                 # Nobody can tell whether a function computes what it computed when the table was made.
                 table = (
-                    StoredTable() if cache is None or function else StoredTable(Path(cache), f"losses-{_key(batches)}")
+                    StoredTable() if cache is None or function else StoredTable(Path(cache), f"losses-{_key(measured)}")
                 )
                 self.losses = self.sensitivity.each_alone(self.choices, table)
 
@@ -203,15 +204,16 @@ class Planner:
         They are fitted in the order of the graph, each to what the network computes that is collapsed up to there.
         Raises `PlanError` for a candidate that is not one of `choices`, and `InvalidInputError` without calibration.
         """
-        if self.sensitivity is None:
+        if self.calibration is None:
             raise InvalidInputError("the losses were given: there are no calibration batches to fit convolutions to")
         numbers = {choice.candidate: i for i, choice in enumerate(self.choices)}
         for candidate in plan.candidates:
             if candidate not in numbers:
                 raise PlanError(f"`{candidate.full_name}` is not among the candidates that were planned with")
         choices = self._choices([numbers[candidate] for candidate in plan.candidates])
+        fits = Sensitivity(self.graph, self.calibration, None, progress=self.progress)
         with self._leaving_no_trace():
-            return self.sensitivity.collapsed(choices)
+            return fits.collapsed(choices)
 
     def loss_together(self, positions: Iterable[int]) -> float:
         """The loss when several of `choices` are collapsed, measured as a whole. positions: of them in `choices`."""
@@ -313,8 +315,10 @@ def plan(
             candidates ("layer1.0:3x3") to losses, where what is missing is never chosen; or a function (output, output
             of the original) → number.
         longest, largest_kernel: which candidates there are, as for `candidates`.
-        samples: how many samples of `calibration` are used; by default 1,024, or fewer of large inputs, which have many
-            windows: as many as hold 2²⁶ numbers (445 images of 3×224×224), since much of the network's inside is kept.
+        samples: how many samples of `calibration` losses are measured on; by default 1,024, or fewer of large inputs,
+            which have many windows: as many as hold 2²⁶ numbers (445 images of 3×224×224), since much of the network's
+            inside is kept. `Planner.collapse` fits to these, and to what follows: four times as many, if those hold so
+            many numbers at most.
         refinements: how often, at most, a choice is corrected, and then looked for without one of its candidates.
         backend: how the merged network will run, for budgets with a latency: "eager", "compile" (`torch.compile`),
             "onnxruntime" or "openvino".

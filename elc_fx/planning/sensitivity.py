@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,10 @@ from elc_fx.planning.substitution import substituted
 from elc_fx.randomness import generators, seed_all
 from elc_fx.serial import SerialGraph
 
+Step = TypeVar("Step")
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
-SAMPLES, NUMBERS = 1024, 2**26  # that are used, and what they hold at most, if nobody says how many
+SAMPLES, NUMBERS = 1024, 2**26  # to measure losses on, and what they hold at most, if nobody says how many
+FITTED_MORE = 4  # times as many samples, at most, are fitted to once the choice is made
 KEPT = 2**28  # numbers of the original's values that are kept between sets of choices
 JUDGED = 4  # one of so many batches is not fitted to, but judged on: fits to few windows look better than they are
 
@@ -51,11 +53,23 @@ class Calibration:
     judged: which of them convolutions are fitted to, and on which the network is judged.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, batches: Iterable[Any], samples: int | None) -> None:
-        check_computes(graph_module)
+    def __init__(self, graph_module: fx.GraphModule, batches: Sequence[list[Any]], sizes: Sequence[int]) -> None:
         self.graph_module = graph_module
-        self.batches: list[list[Any]] = []
-        self.sizes: list[int] = []
+        self.batches, self.sizes = batches, sizes
+        self.fitted_on, self.judged = _split(sizes)
+
+    @classmethod
+    def read(
+        cls, graph_module: fx.GraphModule, batches: Iterable[Any], samples: int | None
+    ) -> tuple[Calibration, Calibration]:
+        """What losses are measured on, and what is fitted to once the choice is made: the same and what follows.
+
+        samples: how many to measure on, at most. Raises InvalidInputError where there are none.
+        """
+        check_computes(graph_module)
+        parts: list[list[Any]] = []
+        sizes: list[int] = []
+        measured, total = samples or 0, 0
         weight = next(graph_module.parameters(), None)
         dtype = weight.dtype if weight is not None and weight.is_floating_point() else None
         for batch in batches_of(batches):
@@ -63,17 +77,22 @@ class Calibration:
             size = _size(values)
             if not size:
                 continue
-            samples = samples or _affordable(values)
-            size = min(size, samples - sum(self.sizes))
-            pieces = math.ceil(size / math.ceil(samples / JUDGED))  # one batch of all would leave none to judge on
-            bounds = [size * i // pieces for i in range(pieces + 1)]
-            self.batches.extend(_part(values, start, stop, dtype) for start, stop in itertools.pairwise(bounds))
-            self.sizes.extend(stop - start for start, stop in itertools.pairwise(bounds))
-            if sum(self.sizes) >= samples:
+            affordable = _affordable(values)
+            measured = measured or min(SAMPLES, affordable)
+            total = total or max(measured, min(FITTED_MORE * measured, affordable))
+            size = min(size, total - sum(sizes))
+            rest = min(max(0, measured - sum(sizes)), size)
+            for first, last in itertools.pairwise(sorted({0, rest, size})):
+                pieces = math.ceil((last - first) / math.ceil(measured / JUDGED))  # so that some are left to judge on
+                bounds = [first + (last - first) * i // pieces for i in range(pieces + 1)]
+                parts.extend(_part(values, start, stop, dtype) for start, stop in itertools.pairwise(bounds))
+                sizes.extend(stop - start for start, stop in itertools.pairwise(bounds))
+            if sum(sizes) >= total:
                 break
-        if not self.batches:
+        if not parts:
             raise InvalidInputError("calibration has no batches, or empty ones only")
-        self.fitted_on, self.judged = _split(self.sizes)
+        count = sum(so_far <= measured for so_far in itertools.accumulate(sizes))
+        return cls(graph_module, parts[:count], sizes[:count]), cls(graph_module, parts, sizes)
 
     def fingerprint(self) -> str:
         """Of the data and of everything that the graph computes with."""
@@ -97,9 +116,9 @@ def _size(values: Sequence[Any]) -> int:
 
 
 def _affordable(values: Sequence[Any]) -> int:
-    """How many samples like those of a batch are kept."""
+    """How many samples like those of a batch may be kept."""
     numbers = sum(v[0].numel() for v in values if isinstance(v, Tensor) and v.dim() and len(v) == _size(values))
-    return min(SAMPLES, max(1, NUMBERS // max(1, numbers)))
+    return max(1, NUMBERS // max(1, numbers))
 
 
 def _part(values: Sequence[Any], start: int, stop: int, dtype: torch.dtype | None) -> list[Any]:
@@ -215,8 +234,7 @@ class Sensitivity:
         walks = self._walks()
         fitted_on, judged = ([walks[i] for i in part] for part in (self.calibration.fitted_on, self.calibration.judged))
         expected = [self._output(self.calibration.batches[i], needed) for i in self.calibration.judged]
-        description, console = f"{len(choices)} candidates", Console(stderr=True)
-        bar = track(self.nodes, description, console=console, disable=not self.progress)
+        bar = self._shown(self.nodes, f"{len(choices)} candidates")
         windows: dict[Any, Windows] = {}  # of the sources that later candidates read too
         for position, node in enumerate(bar):
             _step(walks, node)
@@ -232,6 +250,11 @@ class Sensitivity:
             windows = {key: value for key, value in windows.items() if needed[key[0]] > position}
             for walk in walks:
                 self._forget(walk, node, needed)
+
+    def _shown(self, steps: Iterable[Step], description: str) -> Iterable[Step]:
+        """With a bar: something for each node."""
+        console = Console(stderr=True)
+        return track(steps, description, len(self.nodes), console=console, disable=not self.progress)
 
     def _output(self, values: Sequence[Any], needed: Mapping[fx.Node, int]) -> Any:
         """What the original gives for a batch."""
@@ -262,24 +285,25 @@ class Sensitivity:
 
     def together(self, choices: Sequence[Choice]) -> float:
         """The loss when all choices are collapsed."""
-        outputs, expected, _ = self._walked(choices, self.calibration.fitted_on)
+        outputs, expected, _ = self._walked(choices, self._originals(choices), self.calibration.fitted_on)
         return self._mean([float(self.loss(outputs[i], expected[i])) for i in self.calibration.judged])
 
     def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
         """A copy of the network in which the choices are convolutions, fitted one after the other on all batches."""
-        _, _, fitted = self._walked(choices, range(len(self.calibration.batches)))
+        steps = self._shown(self._originals(choices), f"{len(choices)} convolutions")
+        _, _, fitted = self._walked(choices, steps, range(len(self.calibration.batches)))
         network = substituted(self.graph_module, choices, fitted)
         network.eval()  # as the original
         return network
 
     @torch.no_grad()
     def _walked(
-        self, choices: Sequence[Choice], fitted_on: Sequence[int]
+        self, choices: Sequence[Choice], originals: Iterable[tuple[fx.Node, list[Any]]], fitted_on: Sequence[int]
     ) -> tuple[list[Any], list[Any], dict[str, Substitute]]:
         """The outputs of the collapsed network and of the original, and what stands for the choices, by their outputs.
 
         They are fitted in the order of the graph, each to what the network computes that is collapsed up to there.
-        fitted_on: which of the batches.
+        originals: from `_originals`. fitted_on: which of the batches.
         """
         ends = {choice.region.output: choice for choice in choices}
         inside = {node for choice in choices for node in choice.region.nodes()}
@@ -287,7 +311,7 @@ class Sensitivity:
         needed = self._needed_until(choices)
         collapsed = self._walks()
         expected: list[Any] = []
-        for node, values in self._through_original({*ends, self.nodes[-1]}):
+        for node, values in originals:
             if node in ends:
                 read, given = [collapsed[i] for i in fitted_on], [values[i] for i in fitted_on]
                 substitute = self._fitted(ends[node], read, given, {})
@@ -303,8 +327,9 @@ class Sensitivity:
             expected = values
         return [walk.env[self.nodes[-1]] for walk in collapsed], expected, fitted
 
-    def _through_original(self, wanted: set[fx.Node]) -> Iterator[tuple[fx.Node, list[Any]]]:
-        """Every node in order, with what the original gives there for each batch where that is wanted."""
+    def _originals(self, choices: Sequence[Choice]) -> Iterator[tuple[fx.Node, list[Any]]]:
+        """Every node in order, with what the original gives there for each batch where a choice or the network ends."""
+        wanted = {*(choice.region.output for choice in choices), self.nodes[-1]}
         pending = wanted & self.kept.keys()
         last = max((self.position[node] for node in wanted - pending), default=-1)
         walks, needed = self._walks(), self._needed_until([])

@@ -19,7 +19,7 @@ from elc_fx.planning.latency import Backend
 
 RUNTIMES: list[str] = list(get_args(Backend))
 BATCHES = [1, 64]  # whose time is measured
-CALIBRATION, CALIBRATION_BATCH = 1024, 128
+CALIBRATION, CALIBRATION_BATCH = 4096, 128
 FROM_SCRATCH = {"learning_rate": 0.1}  # random weights need more than trained ones
 
 
