@@ -235,6 +235,14 @@ def test_fewer_samples_of_large_inputs_are_used(size: int, samples: int | None, 
         assert sum(calibration.sizes) == expected
 
 
+def test_a_plan_that_is_there_is_collapsed_without_measuring_losses() -> None:
+    made, x = planner(), data()[1]
+    plan = made.plan(elc_fx.Budget(flops=0.6))
+    other = planner(loss="uniform")
+    assert other.sensitivity is None
+    assert torch.equal(other.collapse(plan)(x), made.collapse(plan)(x))
+
+
 def test_the_choice_is_fitted_to_more_samples_than_it_was_measured_on() -> None:
     model, x, fresh = network(), image(64, 3, 8, 8, dtype=torch.float32), image(256, 3, 8, 8, seed=9)
     few, more = (Planner(model, x[:1], [given], samples=16, progress=False) for given in (x[:16], x))

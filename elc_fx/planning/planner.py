@@ -77,15 +77,18 @@ class Planner:
         self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
         self.latency: LatencyModel | None = None  # once a budget has limited it
         self.timed: dict[tuple[int, ...], tuple[float, float]] = {}  # the original and what sets of choices leave
+        measured: Calibration | None = None
+        if calibration is not None:
+            with self._leaving_no_trace():
+                measured, self.calibration = Calibration.read(self.graph.graph_module, calibration, samples)
         if loss == "uniform":
             self.losses = [float(len(choice.region.layers)) for choice in self.choices]
         elif isinstance(loss, Mapping):
             self.losses = _from_table(loss, self.choices)
-        elif calibration is None:
+        elif measured is None:
             raise InvalidInputError("calibration is None: pass batches to measure losses on, or loss='uniform'")
         else:
             with self._leaving_no_trace():
-                measured, self.calibration = Calibration.read(self.graph.graph_module, calibration, samples)
                 function: Loss | None = loss if callable(loss) else None
                 self.sensitivity = Sensitivity(self.graph, measured, function, progress=progress)
                 # Nobody can tell whether a function computes what it computed when the table was made.
@@ -202,10 +205,11 @@ class Planner:
         """The network with the plan's regions as the convolutions that were fitted to them, without any training.
 
         They are fitted in the order of the graph, each to what the network computes that is collapsed up to there.
+        With a plan that is there already, no losses need be measured: `Planner(model, x, batches, loss="uniform")`.
         Raises `PlanError` for a candidate that is not one of `choices`, and `InvalidInputError` without calibration.
         """
         if self.calibration is None:
-            raise InvalidInputError("the losses were given: there are no calibration batches to fit convolutions to")
+            raise InvalidInputError("calibration is None: pass the planner batches to fit convolutions to")
         numbers = {choice.candidate: i for i, choice in enumerate(self.choices)}
         for candidate in plan.candidates:
             if candidate not in numbers:
