@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
 from elc_fx.compiled import REPORT
 from elc_fx.decoupling.collapse import merge
@@ -16,13 +15,12 @@ from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import set_gate
 from elc_fx.decoupling.rewrite import decouple
 from elc_fx.errors import InvalidInputError
-from elc_fx.inputs import ExampleInputs, batches_of
+from elc_fx.inputs import ExampleInputs
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.latency import Backend
 from elc_fx.planning.plan import Plan
 from elc_fx.planning.planner import Planner
-from elc_fx.planning.sensitivity import FITTED_MORE, NUMBERS, SAMPLES
 from elc_fx.randomness import randomness_of_the_caller, seed_all
 from elc_fx.report import Report
 from elc_fx.training import FinetuneConfig, Finetuning
@@ -82,12 +80,12 @@ def _planned(
     backend: Backend,
 ) -> tuple[Plan, nn.Module]:
     """The plan and what is trained. What the planner measured with is free again while it is trained."""
-    batches = list(_used(calibration if calibration is not None else _inputs(finetune)))
+    batches = calibration if calibration is not None else _inputs(finetune)
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
     planner = Planner(model, example_inputs, batches, cache=folder, backend=backend)
     plan = planner.plan(budget)
     gradual = finetune is not None and finetune.gates > 0
-    return plan, decouple(model, plan, batches) if gradual else planner.collapse(plan)
+    return plan, decouple(model, plan, planner.calibrations[1].named()) if gradual else planner.collapse(plan)
 
 
 def _inputs(finetune: FinetuneConfig | None) -> Iterator[Any]:
@@ -96,15 +94,3 @@ def _inputs(finetune: FinetuneConfig | None) -> Iterator[Any]:
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
         yield batch[0]
-
-
-def _used(batches: Any) -> Iterator[Any]:
-    """As many batches as a planner uses."""
-    samples = numbers = 0
-    for batch in batches_of(batches):
-        yield batch
-        tensors = [v for v in pytree.tree_leaves(batch) if isinstance(v, Tensor) and v.dim()]
-        samples += len(tensors[0]) if tensors else 1
-        numbers += sum(v.numel() for v in tensors)
-        if samples >= FITTED_MORE * SAMPLES or numbers >= NUMBERS:
-            return

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from training_run import Pictures, loader, network
 
 import elc_fx
-from elc_fx.planning import latency
+from elc_fx.planning import latency, sensitivity
 from elc_fx.training import Finetuning
 
 HALF = elc_fx.Budget(flops=0.5)
@@ -102,6 +102,23 @@ def test_without_fine_tuning_the_fitted_convolutions_stay(teacher: nn.Module) ->
     small = elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, calibration=batches)
     collapsed = elc_fx.Planner(teacher, image(), batches, progress=False).collapse(elc_fx.report_of(small).plan)  # type: ignore[arg-type]
     torch.testing.assert_close(small(batches[0]), collapsed(batches[0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gates", [0.0, 0.5])
+def test_as_many_samples_are_used_as_a_planner_uses(
+    gates: float, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else the batches hold."""
+    monkeypatch.setattr(sensitivity, "SAMPLES", 16)
+    monkeypatch.setattr(sensitivity, "NUMBERS", 4 * 16 * 3 * 8 * 8)
+    read: list[tuple[sensitivity.Calibration, sensitivity.Calibration]] = []
+    original = sensitivity.Calibration.read
+    monkeypatch.setattr(sensitivity.Calibration, "read", lambda *given: read.append(original(*given)) or read[-1])
+    batches = ((torch.randn(8, 3, 8, 8), torch.zeros(1).expand(8, 3, 900, 900)) for _ in range(1000))
+    options = {"finetune": tuning(gates=gates)} if gates else {}
+    elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, calibration=batches, **options)
+    assert [[sum(calibration.sizes) for calibration in pair] for pair in read] == [[16, 64]]
+    assert sum(1 for _ in batches) == 1000 - 64 // 8
 
 
 def test_a_folder_keeps_losses_plan_and_checkpoint(teacher: nn.Module, tmp_path: Path) -> None:

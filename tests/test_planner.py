@@ -223,7 +223,7 @@ def test_an_output_that_is_not_finite_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("size", "samples", "measured", "fitted"),
-    [(8, None, 1024, 4096), (2**11, None, 1024, 1365), (2**13, None, 341, 341), (2**13, 400, 400, 400), (8, 3, 3, 12)],
+    [(8, None, 1024, 4096), (2**11, None, 1024, 1280), (2**13, None, 341, 341), (2**13, 400, 400, 400), (8, 3, 3, 12)],
 )
 def test_fewer_samples_of_large_inputs_are_used(size: int, samples: int | None, measured: int, fitted: int) -> None:
     model = ready(nn.Sequential(nn.Conv1d(24, 2, 1), nn.ReLU(), nn.Conv1d(2, 2, 1))).float()
@@ -235,12 +235,30 @@ def test_fewer_samples_of_large_inputs_are_used(size: int, samples: int | None, 
         assert sum(calibration.sizes) == expected
 
 
+def test_beyond_what_is_measured_no_batch_is_used_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(), data()[0][:1]
+    graph = serial_graph(model, x).graph_module
+    batches = [image(size, 3, 8, 8, dtype=torch.float32) for size in (30, 7, 7, 7, 7, 40, 7)]
+
+    def sizes(samples: int) -> list[list[int]]:
+        return [list(made.sizes) for made in sensitivity.Calibration.read(graph, iter(batches), samples)]
+
+    assert sizes(12) == [[3] * 4, [3] * 10 + [2, 2, 3] * 2]  # of 48 at most
+    monkeypatch.setattr(sensitivity, "LARGEST", 20 * 6 * 8 * 8)  # 20 samples of what the first layer gives
+    assert sizes(12) == [[3] * 4, [3] * 6]
+    assert sizes(24) == [[6] * 4, [6] * 4]
+
+
 def test_a_plan_that_is_there_is_collapsed_without_measuring_losses() -> None:
     made, x = planner(), data()[1]
     plan = made.plan(elc_fx.Budget(flops=0.6))
-    other = planner(loss="uniform")
+    other = planner(loss="uniform", longest=1)
     assert other.sensitivity is None
     assert torch.equal(other.collapse(plan)(x), made.collapse(plan)(x))
+    batches = (data()[0] for _ in range(1 << 62))
+    assert planner(loss="uniform").plan(elc_fx.Budget(flops=0.6)).candidates, "the batches are not needed"
+    Planner(network(), x[:1], iter(batches), loss="uniform")
+    assert next(batches) is not None
 
 
 def test_the_choice_is_fitted_to_more_samples_than_it_was_measured_on() -> None:
@@ -414,8 +432,20 @@ def test_the_collapsed_network_is_the_one_that_was_measured() -> None:
         losses = [float(sensitivity.divergence(collapsed(x), model(x))) for x in batches]
     assert sum(losses) / len(losses) == pytest.approx(plan.prediction.together, rel=1e-4)
     assert elc_fx.measure(collapsed, data()[0][:1]).flops == plan.prediction.after.flops
-    with pytest.raises(elc_fx.PlanError, match="not among the candidates"):
-        planner(longest=1).collapse(elc_fx.Plan.of(network(), data()[0][:1]))
+
+
+def test_a_plan_of_another_model_is_not_collapsed() -> None:
+    made, plan = planner(loss="uniform"), elc_fx.Plan.of(network(), data()[0][:1])
+    other = nn.Sequential(*network()[:-1], nn.Linear(6, 7)).eval()
+    other[0] = nn.Conv2d(3, 6, 3)
+    with pytest.raises(elc_fx.PlanError, match="another model"):
+        Planner(other, data()[0][:1], data(), loss="uniform").collapse(plan)
+    with pytest.raises(elc_fx.PlanError, match="overlap"):
+        made.collapse(elc_fx.Plan((*plan.candidates, made.choices[0].candidate), plan.inputs))
+    with pytest.raises(elc_fx.InvalidInputError, match="plan is a str"):
+        made.collapse(plan.to_json())  # type: ignore[arg-type]
+    with pytest.raises(elc_fx.InvalidInputError, match="calibration is None"):
+        Planner(network(), data()[0][:1], loss="uniform").collapse(plan)
 
 
 def test_inputs_that_are_no_batches_stay_whole() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -72,22 +73,19 @@ class Planner:
         found = choices_of(self.graph, longest=longest, largest_kernel=largest_kernel)
         self.choices = [choice for choice in found if choice.candidate.saves]
         self.sensitivity: Sensitivity | None = None
-        self.calibration: Calibration | None = None  # what the choice is fitted to
+        self.calibration, self.samples = calibration, samples
         self.refinements, self.progress = refinements, progress
         self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
         self.latency: LatencyModel | None = None  # once a budget has limited it
         self.timed: dict[tuple[int, ...], tuple[float, float]] = {}  # the original and what sets of choices leave
-        measured: Calibration | None = None
-        if calibration is not None:
-            with self._leaving_no_trace():
-                measured, self.calibration = Calibration.read(self.graph.graph_module, calibration, samples)
         if loss == "uniform":
             self.losses = [float(len(choice.region.layers)) for choice in self.choices]
         elif isinstance(loss, Mapping):
             self.losses = _from_table(loss, self.choices)
-        elif measured is None:
+        elif calibration is None:
             raise InvalidInputError("calibration is None: pass batches to measure losses on, or loss='uniform'")
         else:
+            measured, _ = self.calibrations
             with self._leaving_no_trace():
                 function: Loss | None = loss if callable(loss) else None
                 self.sensitivity = Sensitivity(self.graph, measured, function, progress=progress)
@@ -96,6 +94,14 @@ class Planner:
                     StoredTable() if cache is None or function else StoredTable(Path(cache), f"losses-{_key(measured)}")
                 )
                 self.losses = self.sensitivity.each_alone(self.choices, table)
+
+    @functools.cached_property
+    def calibrations(self) -> tuple[Calibration, Calibration]:
+        """What losses are measured on, and what `collapse` fits to."""
+        if self.calibration is None:
+            raise InvalidInputError("calibration is None: pass the planner batches to fit convolutions to")
+        with self._leaving_no_trace():
+            return Calibration.read(self.graph.graph_module, self.calibration, self.samples)
 
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:
@@ -205,17 +211,15 @@ class Planner:
         """The network with the plan's regions as the convolutions that were fitted to them, without any training.
 
         They are fitted in the order of the graph, each to what the network computes that is collapsed up to there.
-        With a plan that is there already, no losses need be measured: `Planner(model, x, batches, loss="uniform")`.
-        Raises `PlanError` for a candidate that is not one of `choices`, and `InvalidInputError` without calibration.
+        For a plan that is there already no losses need be measured: `Planner(model, x, batches, loss="uniform")`.
+        Raises `PlanError` for a plan that was made for another model, and `InvalidInputError` without calibration.
         """
-        if self.calibration is None:
-            raise InvalidInputError("calibration is None: pass the planner batches to fit convolutions to")
-        numbers = {choice.candidate: i for i, choice in enumerate(self.choices)}
-        for candidate in plan.candidates:
-            if candidate not in numbers:
-                raise PlanError(f"`{candidate.full_name}` is not among the candidates that were planned with")
-        choices = self._choices([numbers[candidate] for candidate in plan.candidates])
-        fits = Sensitivity(self.graph, self.calibration, None, progress=self.progress)
+        if not isinstance(plan, Plan):
+            raise InvalidInputError(f"plan is a {type(plan).__name__}, expected an elc_fx.Plan")
+        plan.check_disjoint()
+        choices = [Choice(candidate, region) for candidate, region, _ in plan.locate(self.graph)]
+        _, fitted_to = self.calibrations
+        fits = Sensitivity(self.graph, fitted_to, None, progress=self.progress)
         with self._leaving_no_trace():
             return fits.collapsed(choices)
 
@@ -321,8 +325,8 @@ def plan(
         longest, largest_kernel: which candidates there are, as for `candidates`.
         samples: how many samples of `calibration` losses are measured on; by default 1,024, or fewer of large inputs,
             which have many windows: as many as hold 2²⁶ numbers (445 images of 3×224×224), since much of the network's
-            inside is kept. `Planner.collapse` fits to these, and to what follows: four times as many, if those hold so
-            many numbers at most.
+            inside is kept. `Planner.collapse` fits to these and to what follows, four times as many, if those hold so
+            many numbers at most, and the largest value inside of the network 2²⁸.
         refinements: how often, at most, a choice is corrected, and then looked for without one of its candidates.
         backend: how the merged network will run, for budgets with a latency: "eager", "compile" (`torch.compile`),
             "onnxruntime" or "openvino".

@@ -41,7 +41,8 @@ from elc_fx.serial import SerialGraph
 Step = TypeVar("Step")
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
 SAMPLES, NUMBERS = 1024, 2**26  # to measure losses on, and what they hold at most, if nobody says how many
-FITTED_MORE = 4  # times as many samples, at most, are fitted to once the choice is made
+FITTED_MORE = 4  # times as many samples, at most, are fitted to once the choice is made,
+LARGEST = 2**28  # of which the largest value inside of the network has so many numbers at most
 KEPT = 2**28  # numbers of the original's values that are kept between sets of choices
 JUDGED = 4  # one of so many batches is not fitted to, but judged on: fits to few windows look better than they are
 
@@ -74,14 +75,16 @@ class Calibration:
         dtype = weight.dtype if weight is not None and weight.is_floating_point() else None
         for batch in batches_of(batches):
             values = batch_values(graph_module, batch)
-            size = _size(values)
+            size, count = _size(values), sum(sizes)
             if not size:
                 continue
             affordable = _affordable(values)
             measured = measured or min(SAMPLES, affordable)
             total = total or max(measured, min(FITTED_MORE * measured, affordable))
-            size = min(size, total - sum(sizes))
-            rest = min(max(0, measured - sum(sizes)), size)
+            if count >= measured and size > total - count:  # beyond what is measured whole batches are enough
+                break
+            size = min(size, total - count)
+            rest = min(max(0, measured - count), size)
             for first, last in itertools.pairwise(sorted({0, rest, size})):
                 pieces = math.ceil((last - first) / math.ceil(measured / JUDGED))  # so that some are left to judge on
                 bounds = [first + (last - first) * i // pieces for i in range(pieces + 1)]
@@ -91,8 +94,15 @@ class Calibration:
                 break
         if not parts:
             raise InvalidInputError("calibration has no batches, or empty ones only")
-        count = sum(so_far <= measured for so_far in itertools.accumulate(sizes))
-        return cls(graph_module, parts[:count], sizes[:count]), cls(graph_module, parts, sizes)
+        bearable = LARGEST * sizes[0] // max(1, _largest(graph_module, parts[0]))
+        ends = list(itertools.accumulate(sizes))
+        few, more = (sum(end <= most for end in ends) for most in (measured, max(measured, bearable)))
+        return cls(graph_module, parts[:few], sizes[:few]), cls(graph_module, parts[:more], sizes[:more])
+
+    def named(self) -> list[dict[str, Any]]:
+        """The batches as mappings from names of inputs."""
+        names = [str(node.target) for node in self.graph_module.graph.find_nodes(op="placeholder")]
+        return [dict(zip(names, values, strict=True)) for values in self.batches]
 
     def fingerprint(self) -> str:
         """Of the data and of everything that the graph computes with."""
@@ -119,6 +129,25 @@ def _affordable(values: Sequence[Any]) -> int:
     """How many samples like those of a batch may be kept."""
     numbers = sum(v[0].numel() for v in values if isinstance(v, Tensor) and v.dim() and len(v) == _size(values))
     return max(1, NUMBERS // max(1, numbers))
+
+
+class _Sizes(fx.Interpreter):
+    """Runs a graph, and keeps how many numbers its largest value has."""
+
+    largest = 0
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        self.largest = max(self.largest, _numbers(value))
+        return value
+
+
+def _largest(graph_module: fx.GraphModule, values: Sequence[Any]) -> int:
+    """How many numbers the largest value inside of the network has for a batch."""
+    run = _Sizes(graph_module)
+    with torch.no_grad(), _batches_that_fit():
+        run.run(*fresh(values))
+    return run.largest
 
 
 def _part(values: Sequence[Any], start: int, stop: int, dtype: torch.dtype | None) -> list[Any]:
@@ -234,7 +263,7 @@ class Sensitivity:
         walks = self._walks()
         fitted_on, judged = ([walks[i] for i in part] for part in (self.calibration.fitted_on, self.calibration.judged))
         expected = [self._output(self.calibration.batches[i], needed) for i in self.calibration.judged]
-        bar = self._shown(self.nodes, f"{len(choices)} candidates")
+        bar = self._shown(self.nodes, f"candidates: {len(choices)}")
         windows: dict[Any, Windows] = {}  # of the sources that later candidates read too
         for position, node in enumerate(bar):
             _step(walks, node)
@@ -290,7 +319,7 @@ class Sensitivity:
 
     def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
         """A copy of the network in which the choices are convolutions, fitted one after the other on all batches."""
-        steps = self._shown(self._originals(choices), f"{len(choices)} convolutions")
+        steps = self._shown(self._originals(choices), f"fits: {len(choices)}")
         _, _, fitted = self._walked(choices, steps, range(len(self.calibration.batches)))
         network = substituted(self.graph_module, choices, fitted)
         network.eval()  # as the original
@@ -415,10 +444,17 @@ def divergence(output: Any, expected: Any) -> Tensor:
 
 
 def _step(walks: Iterable[Walk], node: fx.Node) -> None:
-    """Through the original. Raises InvalidInputError where a batch and the model do not go together."""
-    try:
+    """Through the original."""
+    with _batches_that_fit():
         for walk in walks:
             walk.step(node)
+
+
+@contextmanager
+def _batches_that_fit() -> Iterator[None]:
+    """Raises InvalidInputError where a batch and the model do not go together."""
+    try:
+        yield
     except Exception as error:  # whatever the model's own layers raise
         raise InvalidInputError(
             f"a calibration batch does not fit the model: {type(error).__name__}: {error}"
