@@ -89,6 +89,8 @@ def main(
     if unknown := set(variant or ()) - set(VARIANTS):
         raise typer.BadParameter(f"no setting {min(unknown)!r}; there are {', '.join(VARIANTS)}")
     run = provenance.collect()
+    setting = {"network": weights.stem, "budget": budget, "epochs": epochs, "images": images}
+    rows = _stored(result, setting, run.commit)
     model, known = load(weights), pictures.load(data)
     assert known is not None
     drawn = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
@@ -96,8 +98,6 @@ def main(
     batches = list(train.taken(slice(512)).inputs().split(128))
     planner = elc_fx.Planner(model, batches[0][:1], batches)
     plan = planner.plan(elc_fx.Budget(flops=budget))
-    setting = {"network": weights.stem, "budget": budget, "epochs": epochs, "images": images}
-    rows = json.loads(result.read_text(encoding="utf-8"))["rows"] if result.exists() else []
     left = [name for name in dict.fromkeys(variant or VARIANTS) if name not in {row["variant"] for row in rows}]
     for name in terminal.tracked(left):
         options = dict(VARIANTS[name])
@@ -111,6 +111,18 @@ def main(
         print(rows[-1], flush=True)
         provenance.store(result, run, {**setting, "rows": rows})
     print(table(rows))
+
+
+def _stored(result: Path, setting: Mapping[str, Any], commit: str | None) -> list[dict[str, Any]]:
+    """The variants that were run before, in the same setting and at the same commit."""
+    if not result.exists():
+        return []
+    stored = json.loads(result.read_text(encoding="utf-8"))
+    found = {**{key: stored.get(key) for key in setting}, "commit": stored["provenance"]["commit"]}
+    if differing := [key for key, value in {**setting, "commit": commit}.items() if found[key] != value]:
+        raise typer.BadParameter(f"{result} was run with another {differing[0]}; give another file as --result")
+    rows: list[dict[str, Any]] = stored["rows"]
+    return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]], style: str = "simple") -> str:
