@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def _planned(
     backend: Backend,
 ) -> tuple[Plan, nn.Module]:
     """The plan and what is trained. What the planner measured with is free again while it is trained."""
-    batches = calibration if calibration is not None else _inputs(finetune)
+    batches = calibration if calibration is not None else _Inputs(() if finetune is None else finetune.train_data)
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
     planner = Planner(model, example_inputs, batches, cache=folder, backend=backend)
     plan = planner.plan(budget)
@@ -88,9 +88,14 @@ def _planned(
     return plan, decouple(model, plan, planner.calibrations[1].named()) if gradual else planner.collapse(plan)
 
 
-def _inputs(finetune: FinetuneConfig | None) -> Iterator[Any]:
+@dataclass(frozen=True)
+class _Inputs:
     """Of the pairs (inputs, target) that are trained on."""
-    for batch in () if finetune is None else finetune.train_data:
-        if not isinstance(batch, list | tuple) or len(batch) != 2:
-            raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
-        yield batch[0]
+
+    pairs: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.pairs:
+            if not isinstance(batch, list | tuple) or len(batch) != 2:
+                raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
+            yield batch[0]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from training_run import Pictures, loader, network
 
 import elc_fx
+from elc_fx import compression
 from elc_fx.planning import latency, sensitivity
 from elc_fx.training import Finetuning
 
@@ -114,11 +115,19 @@ def test_as_many_samples_are_used_as_a_planner_uses(
     read: list[tuple[sensitivity.Calibration, sensitivity.Calibration]] = []
     original = sensitivity.Calibration.read
     monkeypatch.setattr(sensitivity.Calibration, "read", lambda *given: read.append(original(*given)) or read[-1])
+    lines: list[int] = []
+    decouple = compression.decouple
+    monkeypatch.setattr(
+        compression,
+        "decouple",
+        lambda *given: lines.append(sum(len(*batch.values()) for batch in given[2])) or decouple(*given),
+    )
     batches = ((torch.randn(8, 3, 8, 8), torch.zeros(1).expand(8, 3, 900, 900)) for _ in range(1000))
     options = {"finetune": tuning(gates=gates)} if gates else {}
     elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, calibration=batches, **options)
     assert [[sum(calibration.sizes) for calibration in pair] for pair in read] == [[16, 64]]
     assert sum(1 for _ in batches) == 1000 - 64 // 8
+    assert lines == ([64] if gates else [])
 
 
 def test_a_folder_keeps_losses_plan_and_checkpoint(teacher: nn.Module, tmp_path: Path) -> None:

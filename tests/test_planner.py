@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ def test_an_output_that_is_not_finite_is_told() -> None:
 def test_fewer_samples_of_large_inputs_are_used(size: int, samples: int | None, measured: int, fitted: int) -> None:
     model = ready(nn.Sequential(nn.Conv1d(24, 2, 1), nn.ReLU(), nn.Conv1d(2, 2, 1))).float()
     batches = (torch.zeros(1, 1, 1).expand(128, 24, size) for _ in range(40))
-    graph = serial_graph(model, torch.zeros(1, 24, size)).graph_module
+    graph = serial_graph(model, torch.zeros(1, 24, size))
     both = sensitivity.Calibration.read(graph, batches, samples)
     for calibration, expected in zip(both, (measured, fitted), strict=True):
         assert [len(values[0]) for values in calibration.batches] == calibration.sizes
@@ -236,17 +237,55 @@ def test_fewer_samples_of_large_inputs_are_used(size: int, samples: int | None, 
 
 
 def test_beyond_what_is_measured_no_batch_is_used_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = network(), data()[0][:1]
-    graph = serial_graph(model, x).graph_module
+    graph = serial_graph(network(), data()[0][:1])
     batches = [image(size, 3, 8, 8, dtype=torch.float32) for size in (30, 7, 7, 7, 7, 40, 7)]
 
     def sizes(samples: int) -> list[list[int]]:
         return [list(made.sizes) for made in sensitivity.Calibration.read(graph, iter(batches), samples)]
 
     assert sizes(12) == [[3] * 4, [3] * 10 + [2, 2, 3] * 2]  # of 48 at most
+    assert sizes(28) == [[7] * 4, [7] * 8 + [6, 7, 7, 6, 7, 7] + [7]]  # two that are left of the first batch are not
     monkeypatch.setattr(sensitivity, "LARGEST", 20 * 6 * 8 * 8)  # 20 samples of what the first layer gives
-    assert sizes(12) == [[3] * 4, [3] * 6]
+    assert sizes(12) == [[3] * 4, [3] * 4 + [2, 3, 3]]
     assert sizes(24) == [[6] * 4, [6] * 4]
+
+
+def test_samples_are_counted_wherever_an_input_holds_them() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, xs: list[Tensor]) -> Tensor:
+            y: Tensor = self.body(xs[0] + xs[1])
+            return y
+
+    batches = ({"xs": [x, x / 2]} for x in data(1) * 100)
+    made = Planner(Nested().eval(), {"xs": [data()[0][:1]] * 2}, batches, samples=20, progress=False)
+    assert [sum(calibration.sizes) for calibration in made.calibrations] == [20, 80]
+    assert made.losses and sum(1 for _ in batches) > 90
+
+
+def test_what_is_not_finite_beyond_what_is_measured_is_told() -> None:
+    x = image(64, 3, 8, 8, dtype=torch.float32)
+    for wrong in (float("nan"), float("inf")):
+        x[40, 0, 3, 3] = wrong
+        made = Planner(network(), x[:1], list(x.split(16)), samples=16, progress=False)
+        with pytest.raises(elc_fx.InvalidInputError, match="not finite"):
+            made.collapse(made.plan(elc_fx.Budget(flops=0.5)))
+
+
+def test_a_loader_is_free_once_it_is_read() -> None:
+    class Loader(list[Tensor]):
+        pass
+
+    for loss in ("auto", "uniform"):
+        loader = Loader(data())
+        free = weakref.ref(loader)
+        made = Planner(network(), data()[0][:1], loader, loss=loss, progress=False)  # type: ignore[arg-type]
+        assert made.calibrations
+        del loader
+        assert free() is None
 
 
 def test_a_plan_that_is_there_is_collapsed_without_measuring_losses() -> None:
@@ -255,10 +294,9 @@ def test_a_plan_that_is_there_is_collapsed_without_measuring_losses() -> None:
     other = planner(loss="uniform", longest=1)
     assert other.sensitivity is None
     assert torch.equal(other.collapse(plan)(x), made.collapse(plan)(x))
-    batches = (data()[0] for _ in range(1 << 62))
-    assert planner(loss="uniform").plan(elc_fx.Budget(flops=0.6)).candidates, "the batches are not needed"
-    Planner(network(), x[:1], iter(batches), loss="uniform")
-    assert next(batches) is not None
+    batches = iter(data())
+    assert Planner(network(), x[:1], batches, loss="uniform").plan(elc_fx.Budget(flops=0.6)).candidates
+    assert len(list(batches)) == len(data()), "a plan by given losses reads no batches"
 
 
 def test_the_choice_is_fitted_to_more_samples_than_it_was_measured_on() -> None:

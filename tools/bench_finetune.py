@@ -89,7 +89,7 @@ def main(
     if unknown := set(variant or ()) - set(VARIANTS):
         raise typer.BadParameter(f"no setting {min(unknown)!r}; there are {', '.join(VARIANTS)}")
     run = provenance.collect()
-    setting = {"network": weights.stem, "budget": budget, "epochs": epochs, "images": images}
+    setting = {"network": weights.stem, "budget": budget, "epochs": epochs, "images": images, "held_out": held_out}
     rows = _stored(result, setting, run.commit)
     model, known = load(weights), pictures.load(data)
     assert known is not None

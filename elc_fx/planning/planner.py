@@ -101,7 +101,9 @@ class Planner:
         if self.calibration is None:
             raise InvalidInputError("calibration is None: pass the planner batches to fit convolutions to")
         with self._leaving_no_trace():
-            return Calibration.read(self.graph.graph_module, self.calibration, self.samples)
+            both = Calibration.read(self.graph, self.calibration, self.samples)
+        self.calibration = None  # a loader may hold processes
+        return both
 
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:

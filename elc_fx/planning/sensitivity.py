@@ -60,44 +60,43 @@ class Calibration:
         self.fitted_on, self.judged = _split(sizes)
 
     @classmethod
-    def read(
-        cls, graph_module: fx.GraphModule, batches: Iterable[Any], samples: int | None
-    ) -> tuple[Calibration, Calibration]:
+    def read(cls, graph: SerialGraph, batches: Iterable[Any], samples: int | None) -> tuple[Calibration, Calibration]:
         """What losses are measured on, and what is fitted to once the choice is made: the same and what follows.
 
         samples: how many to measure on, at most. Raises InvalidInputError where there are none.
         """
-        check_computes(graph_module)
+        check_computes(graph.graph_module)
         parts: list[list[Any]] = []
         sizes: list[int] = []
-        measured, total = samples or 0, 0
-        weight = next(graph_module.parameters(), None)
+        measured, held, bearable = samples or 0, 0, min(NUMBERS, LARGEST / _growth(graph))
+        weight = next(graph.graph_module.parameters(), None)
         dtype = weight.dtype if weight is not None and weight.is_floating_point() else None
         for batch in batches_of(batches):
-            values = batch_values(graph_module, batch)
+            values = batch_values(graph.graph_module, batch)
             size, count = _size(values), sum(sizes)
             if not size:
                 continue
-            affordable = _affordable(values)
-            measured = measured or min(SAMPLES, affordable)
-            total = total or max(measured, min(FITTED_MORE * measured, affordable))
-            if count >= measured and size > total - count:  # beyond what is measured whole batches are enough
-                break
-            size = min(size, total - count)
+            numbers = _numbers_of_one(values)
+            measured = measured or min(SAMPLES, max(1, NUMBERS // numbers))
+            piece = math.ceil(measured / JUDGED)  # at most, so that some are left to judge on
             rest = min(max(0, measured - count), size)
-            for first, last in itertools.pairwise(sorted({0, rest, size})):
-                pieces = math.ceil((last - first) / math.ceil(measured / JUDGED))  # so that some are left to judge on
+            end = max(rest, min(size, FITTED_MORE * measured - count, int((bearable - held) / numbers)))
+            if not rest and end < size:  # beyond what is measured whole batches are enough
+                break
+            if rest and end - rest < piece:
+                end = rest
+            for first, last in itertools.pairwise(sorted({0, rest, end})):
+                pieces = math.ceil((last - first) / piece)
                 bounds = [first + (last - first) * i // pieces for i in range(pieces + 1)]
                 parts.extend(_part(values, start, stop, dtype) for start, stop in itertools.pairwise(bounds))
                 sizes.extend(stop - start for start, stop in itertools.pairwise(bounds))
-            if sum(sizes) >= total:
+            held += end * numbers
+            if sum(sizes) >= FITTED_MORE * measured:
                 break
         if not parts:
             raise InvalidInputError("calibration has no batches, or empty ones only")
-        bearable = LARGEST * sizes[0] // max(1, _largest(graph_module, parts[0]))
-        ends = list(itertools.accumulate(sizes))
-        few, more = (sum(end <= most for end in ends) for most in (measured, max(measured, bearable)))
-        return cls(graph_module, parts[:few], sizes[:few]), cls(graph_module, parts[:more], sizes[:more])
+        few = sum(so_far <= measured for so_far in itertools.accumulate(sizes))
+        return cls(graph.graph_module, parts[:few], sizes[:few]), cls(graph.graph_module, parts, sizes)
 
     def named(self) -> list[dict[str, Any]]:
         """The batches as mappings from names of inputs."""
@@ -120,34 +119,26 @@ class Calibration:
         return digest.hexdigest()
 
 
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor) and value.dim()]
+
+
 def _size(values: Sequence[Any]) -> int:
     """How many samples a batch has: as many as its first tensor is long; one without a tensor is a sample."""
-    return next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
+    return next((len(value) for value in _tensors(values)), 1)
 
 
-def _affordable(values: Sequence[Any]) -> int:
-    """How many samples like those of a batch may be kept."""
-    numbers = sum(v[0].numel() for v in values if isinstance(v, Tensor) and v.dim() and len(v) == _size(values))
-    return max(1, NUMBERS // max(1, numbers))
+def _numbers_of_one(values: Sequence[Any]) -> int:
+    """What a sample of a batch holds, at least 1."""
+    size = _size(values)
+    return max(1, sum(value[0].numel() for value in _tensors(values) if len(value) == size))
 
 
-class _Sizes(fx.Interpreter):
-    """Runs a graph, and keeps how many numbers its largest value has."""
-
-    largest = 0
-
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        self.largest = max(self.largest, _numbers(value))
-        return value
-
-
-def _largest(graph_module: fx.GraphModule, values: Sequence[Any]) -> int:
-    """How many numbers the largest value inside of the network has for a batch."""
-    run = _Sizes(graph_module)
-    with torch.no_grad(), _batches_that_fit():
-        run.run(*fresh(values))
-    return run.largest
+def _growth(graph: SerialGraph) -> float:
+    """How many times as many numbers as the inputs the largest value inside of the network has, at least 1."""
+    numbers = {node: math.prod(shape) for node, shape in graph.shapes.items() if node.op != "get_attr"}
+    inputs = sum(count for node, count in numbers.items() if node.op == "placeholder")
+    return max(1.0, max(numbers.values(), default=0) / max(1, inputs))
 
 
 def _part(values: Sequence[Any], start: int, stop: int, dtype: torch.dtype | None) -> list[Any]:
@@ -158,7 +149,7 @@ def _part(values: Sequence[Any], start: int, stop: int, dtype: torch.dtype | Non
         value = value[start:stop] if value.dim() and len(value) == size else value
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
-    return [cut(value) if isinstance(value, Tensor) else value for value in values]
+    return [pytree.tree_map_only(Tensor, cut, value) for value in values]
 
 
 class Walk(fx.Interpreter):
@@ -321,6 +312,8 @@ class Sensitivity:
         """A copy of the network in which the choices are convolutions, fitted one after the other on all batches."""
         steps = self._shown(self._originals(choices), f"fits: {len(choices)}")
         _, _, fitted = self._walked(choices, steps, range(len(self.calibration.batches)))
+        if not all(value.isfinite().all() for fit in fitted.values() for value in fit.state_dict().values()):
+            raise InvalidInputError("the calibration batches give activations that are not finite")
         network = substituted(self.graph_module, choices, fitted)
         network.eval()  # as the original
         return network
@@ -444,17 +437,10 @@ def divergence(output: Any, expected: Any) -> Tensor:
 
 
 def _step(walks: Iterable[Walk], node: fx.Node) -> None:
-    """Through the original."""
-    with _batches_that_fit():
+    """Through the original. Raises InvalidInputError where a batch and the model do not go together."""
+    try:
         for walk in walks:
             walk.step(node)
-
-
-@contextmanager
-def _batches_that_fit() -> Iterator[None]:
-    """Raises InvalidInputError where a batch and the model do not go together."""
-    try:
-        yield
     except Exception as error:  # whatever the model's own layers raise
         raise InvalidInputError(
             f"a calibration batch does not fit the model: {type(error).__name__}: {error}"

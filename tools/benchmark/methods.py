@@ -128,12 +128,7 @@ _shrinks = partial(_only, lambda candidate: not candidate.merges)
 
 
 def _fitted(task: Task, plan: elc_fx.Plan) -> nn.Module:
-    return task.planned.collapse(plan)
-
-
-def _fitted_for_time(images: int, task: Task, plan: elc_fx.Plan) -> nn.Module:
-    """A candidate is one of its inputs, whose costs it has."""
-    return task.planner(images).collapse(plan)
+    return elc_fx.Planner(task.model, task.x, task.calibration, loss="uniform").collapse(plan)
 
 
 def _decoupled(task: Task, plan: elc_fx.Plan) -> nn.Module:
@@ -158,7 +153,7 @@ FOR_TIME = {
     f"elc-{backend}" + (f"-{images}" if images > 1 else ""): Method(
         f"the same; the budget is a share of the time under {backend}, images at once: {images}",
         partial(_planned_for_time, backend, images),
-        partial(_fitted_for_time, images),
+        _fitted,
     )
     for images in BATCHES
     for backend in get_args(Backend)
