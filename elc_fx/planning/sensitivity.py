@@ -79,13 +79,13 @@ class Calibration:
             numbers = _numbers_of_one(values)
             measured = measured or min(SAMPLES, max(1, NUMBERS // numbers))
             piece = math.ceil(measured / JUDGED)  # at most, so that some are left to judge on
-            rest = min(max(0, measured - count), size)
-            end = max(rest, min(size, FITTED_MORE * measured - count, int((bearable - held) / numbers)))
-            if not rest and end < size:  # beyond what is measured whole batches are enough
+            due = min(max(0, measured - count), size)  # of this batch, to measure on
+            end = max(due, min(size, FITTED_MORE * measured - count, int((bearable - held) / numbers)))
+            if not due and end < size:  # beyond what is measured whole batches are enough
                 break
-            if rest and end - rest < piece:
-                end = rest
-            for first, last in itertools.pairwise(sorted({0, rest, end})):
+            if due and end - due < piece:  # what is left of one may be very little
+                end = due
+            for first, last in itertools.pairwise(sorted({0, due, end})):
                 pieces = math.ceil((last - first) / piece)
                 bounds = [first + (last - first) * i // pieces for i in range(pieces + 1)]
                 parts.extend(_part(values, start, stop, dtype) for start, stop in itertools.pairwise(bounds))
