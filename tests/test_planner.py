@@ -266,6 +266,23 @@ def test_samples_are_counted_wherever_an_input_holds_them() -> None:
     assert made.losses and sum(1 for _ in batches) > 90
 
 
+def test_inputs_without_samples_do_not_count() -> None:
+    class Scaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, scales: list[Tensor], x: Tensor, table: Tensor) -> Tensor:
+            y: Tensor = self.body(x * scales[0]) + table.sum()
+            return y
+
+    model, table = Scaling().eval(), torch.zeros(1000, 1000)
+    batches = [{"scales": [torch.ones(1)], "x": x, "table": table} for x in data(6)]
+    made = Planner(model, {**batches[0], "x": data()[0][:1]}, batches, samples=64, progress=False)
+    assert [calibration.sizes for calibration in made.calibrations] == [[16] * 4, [16] * 6]
+    assert sensitivity._growth(made.graph) == pytest.approx(1e6 / (3 * 8 * 8))
+
+
 def test_what_is_not_finite_beyond_what_is_measured_is_told() -> None:
     x = image(64, 3, 8, 8, dtype=torch.float32)
     for wrong in (float("nan"), float("inf")):

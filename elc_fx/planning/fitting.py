@@ -74,6 +74,8 @@ class Substitute(nn.Module):
         if layer.weight.dtype.itemsize < 4:
             scale, bias = torch.ones_like(scale), torch.zeros_like(bias)
         variance = variance / scale.square()
+        if variance.isfinite().all() and variance.max() > torch.finfo(outputs[0].dtype).max:
+            return  # half precision may not hold that either
         norm: Any = BATCH_NORMS[self.geometry.dims](self.geometry.out_channels, device=values.device)
         norm = norm.to(outputs[0])
         norm.running_mean.copy_((mean - bias) / scale)

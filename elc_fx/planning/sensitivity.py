@@ -124,8 +124,12 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _size(values: Sequence[Any]) -> int:
-    """How many samples a batch has: as many as its first tensor is long; one without a tensor is a sample."""
-    return next((len(value) for value in _tensors(values)), 1)
+    """How many samples a batch has: as many as its first tensor is long; one without a tensor is a sample.
+
+    A tensor inside of an input only counts where no input is one.
+    """
+    own = [value for value in values if isinstance(value, Tensor) and value.dim()]
+    return next((len(value) for value in own or _tensors(values)), 1)
 
 
 def _numbers_of_one(values: Sequence[Any]) -> int:
@@ -136,9 +140,10 @@ def _numbers_of_one(values: Sequence[Any]) -> int:
 
 def _growth(graph: SerialGraph) -> float:
     """How many times as many numbers as the inputs the largest value inside of the network has, at least 1."""
-    numbers = {node: math.prod(shape) for node, shape in graph.shapes.items() if node.op != "get_attr"}
-    inputs = sum(count for node, count in numbers.items() if node.op == "placeholder")
-    return max(1.0, max(numbers.values(), default=0) / max(1, inputs))
+    largest = max((math.prod(shape) for node, shape in graph.shapes.items() if node.op != "get_attr"), default=0)
+    given = [shape for node, shape in graph.shapes.items() if node.op == "placeholder" and shape]
+    inputs = sum(math.prod(shape) for shape in given if shape[0] == given[0][0])  # what has samples
+    return max(1.0, largest / max(1, inputs))
 
 
 def _part(values: Sequence[Any], start: int, stop: int, dtype: torch.dtype | None) -> list[Any]:
