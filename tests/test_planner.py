@@ -296,10 +296,11 @@ def test_a_loader_is_free_once_it_is_read() -> None:
     class Loader(list[Tensor]):
         pass
 
-    for loss in ("auto", "uniform"):
+    losses: list[Any] = ["auto", "uniform"]
+    for loss in losses:
         loader = Loader(data())
         free = weakref.ref(loader)
-        made = Planner(network(), data()[0][:1], loader, loss=loss, progress=False)  # type: ignore[arg-type]
+        made = Planner(network(), data()[0][:1], loader, loss=loss, progress=False)
         assert made.calibrations
         del loader
         assert free() is None
@@ -491,6 +492,7 @@ def test_the_collapsed_network_is_the_one_that_was_measured() -> None:
 
 def test_a_plan_of_another_model_is_not_collapsed() -> None:
     made, plan = planner(loss="uniform"), elc_fx.Plan.of(network(), data()[0][:1])
+    text: Any = plan.to_json()
     other = nn.Sequential(*network()[:-1], nn.Linear(6, 7)).eval()
     other[0] = nn.Conv2d(3, 6, 3)
     with pytest.raises(elc_fx.PlanError, match="another model"):
@@ -498,7 +500,7 @@ def test_a_plan_of_another_model_is_not_collapsed() -> None:
     with pytest.raises(elc_fx.PlanError, match="overlap"):
         made.collapse(elc_fx.Plan((*plan.candidates, made.choices[0].candidate), plan.inputs))
     with pytest.raises(elc_fx.InvalidInputError, match="plan is a str"):
-        made.collapse(plan.to_json())  # type: ignore[arg-type]
+        made.collapse(text)
     with pytest.raises(elc_fx.InvalidInputError, match="calibration is None"):
         Planner(network(), data()[0][:1], loss="uniform").collapse(plan)
 
