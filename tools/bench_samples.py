@@ -20,27 +20,24 @@ import typer
 import elc_fx
 import provenance
 import terminal
-from benchmark import HELD_OUT
-from cifar_models import load
+from benchmark.methods import CALIBRATION, CALIBRATION_BATCH, Task
 from elc_fx import data as pictures
 
-BATCH = 128
-SAMPLES = [1024, 4096, 8192]
+SAMPLES = [1024, CALIBRATION]
 RESULT = provenance.RESULTS / "fit_samples.json"
 
 
-def measured(row: Mapping[str, Any], weights: Path, images: pictures.Images, samples: Sequence[int]) -> dict[str, Any]:
-    train, held = images.split(HELD_OUT)
-    model, plan = load(weights), elc_fx.Plan.from_json(json.dumps(row["plan"]))
-    drawn = train.taken(torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: max(samples)])
+def measured(row: Mapping[str, Any], weights: Path, data: Path, samples: Sequence[int]) -> dict[str, Any]:
+    task = Task(weights, data, row["budget"], row["seed"], cache=Path())  # nothing is measured that could be kept
+    plan, images = elc_fx.Plan.from_json(json.dumps(row["plan"])), torch.cat(task.calibration)
     fits = []
     for count in samples:
-        batches = list(drawn.taken(slice(count)).inputs().split(BATCH))
-        planner = elc_fx.Planner(model, batches[0][:1], batches, loss="uniform", samples=count)
+        batches = images[:count].split(CALIBRATION_BATCH)
+        planner = elc_fx.Planner(task.model, task.x, batches, loss="uniform", samples=count)
         start = time.perf_counter()
         network = planner.collapse(plan)
         seconds = time.perf_counter() - start
-        fits.append({"samples": count, "seconds": seconds, "accuracy": pictures.accuracy(network, held)})
+        fits.append({"samples": count, "seconds": seconds, "accuracy": pictures.accuracy(network, task.images[1])})
     return {"network": row["network"], "budget": row["budget"], "fits": fits}
 
 
@@ -58,16 +55,16 @@ def main(
     row: Annotated[list[Path], typer.Option(help="A row of the benchmark, for its plan; several for several.")],
     weights: Annotated[list[Path], typer.Option(help="The weight file of each row's network.")],
     data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an archive.")],
-    samples: Annotated[list[int], typer.Option(help="That are fitted to; several for several.", min=1)] = SAMPLES,
+    samples: Annotated[
+        list[int], typer.Option(help="That are fitted to; several for several.", min=1, max=CALIBRATION)
+    ] = SAMPLES,
 ) -> None:
     if len(row) != len(weights):
         raise typer.BadParameter(f"{len(row)} rows and {len(weights)} weight files; give one for each")
     run = provenance.collect()
-    images = pictures.load(data)
-    assert images is not None
     stored = [json.loads(file.read_text(encoding="utf-8")) for file in row]
     pairs = list(zip(stored, weights, strict=True))
-    rows = [measured(each, file, images, samples) for each, file in terminal.tracked(pairs, lambda p: p[0]["network"])]
+    rows = [measured(each, file, data, samples) for each, file in terminal.tracked(pairs, lambda p: p[0]["network"])]
     provenance.store(RESULT, run, {"rows": rows})
     print(table(rows))
 

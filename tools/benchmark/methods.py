@@ -128,7 +128,7 @@ _shrinks = partial(_only, lambda candidate: not candidate.merges)
 
 
 def _fitted(task: Task, plan: elc_fx.Plan) -> nn.Module:
-    return elc_fx.Planner(task.model, task.x, task.calibration, loss="uniform").collapse(plan)
+    return task.planner(loss="uniform").collapse(plan)
 
 
 def _decoupled(task: Task, plan: elc_fx.Plan) -> nn.Module:
