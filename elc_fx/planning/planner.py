@@ -19,7 +19,7 @@ from elc_fx.capture import Attributes
 from elc_fx.errors import InvalidInputError, PlanError
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.budget import Budget, cost_text, real_number
-from elc_fx.planning.candidates import check_counts, serial_graph
+from elc_fx.planning.candidates import Candidate, check_counts, serial_graph
 from elc_fx.planning.cost import Choice, CostModel, LatencyModel, choices_of
 from elc_fx.planning.latency import Backend, LatencyMeter, check_backend
 from elc_fx.planning.plan import Plan, Prediction, named_inputs
@@ -49,6 +49,7 @@ class Planner:
         calibration: Iterable[Any] | None = None,
         *,
         loss: LossChoice = "auto",
+        allow: Callable[[Candidate], bool] | None = None,
         longest: int = LONGEST_PLANNED,
         largest_kernel: int = LARGEST_PLANNED,
         samples: int | None = None,
@@ -63,6 +64,8 @@ class Planner:
         if cache is not None and not isinstance(cache, str | Path):
             raise InvalidInputError(f"cache is {cache!r}, expected a folder")
         check_backend(backend)
+        if not (allow is None or callable(allow)):
+            raise InvalidInputError(f"allow is {allow!r}, expected a function of a candidate")
         if not (callable(loss) or isinstance(loss, Mapping) or (isinstance(loss, str) and loss in ("auto", "uniform"))):
             raise InvalidInputError(f"loss is {loss!r}, expected 'auto', 'uniform', a mapping or a function")
         self.graph = serial_graph(model, example_inputs)
@@ -71,7 +74,8 @@ class Planner:
         with self._leaving_no_trace():
             self.model = CostModel.of(model, example_inputs, self.graph)
         found = choices_of(self.graph, longest=longest, largest_kernel=largest_kernel)
-        self.choices = [choice for choice in found if choice.candidate.saves]
+        saving = [choice for choice in found if choice.candidate.saves]
+        self.choices = [choice for choice in saving if allow is None or allow(choice.candidate)]
         self.sensitivity: Sensitivity | None = None
         self.calibration, self.samples = calibration, samples
         self.refinements, self.progress = refinements, progress
@@ -81,7 +85,7 @@ class Planner:
         if loss == "uniform":
             self.losses = [float(len(choice.region.layers)) for choice in self.choices]
         elif isinstance(loss, Mapping):
-            self.losses = _from_table(loss, self.choices)
+            self.losses = _from_table(loss, saving, self.choices)
         elif calibration is None:
             raise InvalidInputError("calibration is None: pass batches to measure losses on, or loss='uniform'")
         else:
@@ -289,8 +293,9 @@ def _correct(together: dict[Pair, float], solution: Solution, order: Sequence[in
         together[pair] = together.get(pair, 0.0) + extra
 
 
-def _from_table(table: Mapping[str, float], choices: Sequence[Choice]) -> list[float]:
-    names = {choice.candidate.full_name for choice in choices}
+def _from_table(table: Mapping[str, float], known: Sequence[Choice], choices: Sequence[Choice]) -> list[float]:
+    """Losses of choices. known: what a table may name."""
+    names = {choice.candidate.full_name for choice in known}
     for name, loss in table.items():
         if name not in names:
             raise PlanError(f"the table of losses names `{name}`, which is no candidate that saves FLOPs")
@@ -324,6 +329,8 @@ def plan(
         loss: "auto", see docs/planning.md; "uniform": one for each layer that is replaced; a mapping from names of
             candidates ("layer1.0:3x3") to losses, where what is missing is never chosen; or a function (output, output
             of the original) → number.
+        allow: which candidates may be chosen, all by default. `lambda candidate: not candidate.merges` keeps all
+            layers and shrinks kernels, `lambda candidate: candidate.merges` shrinks the kernel of no single layer.
         longest, largest_kernel: which candidates there are, as for `candidates`.
         samples: how many samples of `calibration` losses are measured on; by default 1,024, or fewer of large inputs,
             which have many windows: as many as hold 2²⁶ numbers (445 images of 3×224×224), since much of the network's

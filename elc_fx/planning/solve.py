@@ -108,7 +108,7 @@ def _why_infeasible(problem: Problem) -> str:
     more = f"; no candidate {covers} {', '.join(left)}" if left else ""
     if never := sum(not math.isfinite(loss) for loss in problem.losses):
         more += f"; {never} of {len(problem.losses)} candidates are never chosen: their loss is infinite, or missing"
-    return f"the budget cannot be met: {reason}{more}; allow longer or larger candidates, or raise the budget"
+    return f"the budget cannot be met: {reason}{more}; allow more, longer or larger candidates, or raise the budget"
 
 
 def _untouchable(problem: Problem, *, merging: bool, most: int = 6) -> list[str]:

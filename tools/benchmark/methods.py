@@ -61,25 +61,9 @@ class Task:
         x = self.calibration[0][:images]
         return elc_fx.Planner(self.model, x, self.calibration, cache=self.cache, **options)
 
-    @cached_property
-    def planned(self) -> elc_fx.Planner:
-        """The planner as users get it."""
-        return self.planner()
-
-    @cached_property
-    def plan(self) -> elc_fx.Plan:
-        return self.planned.plan(elc_fx.Budget(flops=self.budget))
-
-    def plan_of(self, losses: Any) -> elc_fx.Plan:
-        """The plan that another table of losses leads to."""
-        return elc_fx.Planner(self.model, self.x, loss=losses).plan(elc_fx.Budget(flops=self.budget))
-
-    def losses(self, kept: Callable[[elc_fx.Candidate], bool]) -> dict[str, float]:
-        """Of each candidate alone that is kept."""
-        if not any(kept(choice.candidate) for choice in self.planned.choices):
-            return {}  # measuring the others takes minutes
-        pairs = zip(self.planned.choices, self.planned.losses, strict=True)
-        return {choice.candidate.full_name: loss for choice, loss in pairs if kept(choice.candidate)}
+    def plan(self, **options: Any) -> elc_fx.Plan:
+        """Under the budget of FLOPs. options: as for `planner`."""
+        return self.planner(**options).plan(elc_fx.Budget(flops=self.budget))
 
 
 @dataclass(frozen=True)
@@ -96,10 +80,6 @@ class Method:
     epochs: int = 1
 
 
-def _planned(task: Task) -> elc_fx.Plan:
-    return task.plan
-
-
 def _unplanned(task: Task) -> None:
     """What is pruned has no plan."""
 
@@ -110,21 +90,14 @@ def _planned_for_time(backend: Backend, images: int, task: Task) -> elc_fx.Plan:
 
 def _balanced(task: Task) -> elc_fx.Plan:
     """Half of what goes (as a factor) is layers, the other half is what a layer costs."""
-    return task.planned.plan(elc_fx.Budget(flops=task.budget, depth=task.budget**0.5))
+    return task.planner().plan(elc_fx.Budget(flops=task.budget, depth=task.budget**0.5))
 
 
-def _uniform(task: Task) -> elc_fx.Plan:
-    return task.plan_of("uniform")
-
-
-def _only(kept: Callable[[elc_fx.Candidate], bool], task: Task) -> elc_fx.Plan:
-    """Of the candidates that are kept."""
-    return task.plan_of(task.losses(kept))
-
-
-_grown = partial(_only, lambda candidate: not candidate.kernels)  # of each candidate the form whose kernels add up
-_merges = partial(_only, lambda candidate: candidate.merges)
-_shrinks = partial(_only, lambda candidate: not candidate.merges)
+_planned = Task.plan
+_uniform = partial(Task.plan, loss="uniform")
+_grown = partial(Task.plan, allow=lambda candidate: not candidate.kernels)  # of each candidate the form that adds up
+_merges = partial(Task.plan, allow=lambda candidate: candidate.merges)
+_shrinks = partial(Task.plan, allow=lambda candidate: not candidate.merges)
 
 
 def _fitted(task: Task, plan: elc_fx.Plan) -> nn.Module:
