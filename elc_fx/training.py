@@ -383,13 +383,7 @@ class Finetuning:
         return F.cross_entropy(output.float(), target if target.is_floating_point() else target.long())
 
     def _set_rates(self) -> None:
-        """Linear warm-up, then a cosine to 0."""
-        warm = self.config.warmup * self.total
-        step = self.state.steps
-        if step < warm:
-            share = (step + 1) / math.ceil(warm)
-        else:
-            share = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.total - warm, 1)))
+        share = share_of_rate(self.state.steps, self.total, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * share
 
@@ -684,6 +678,14 @@ def distance(output: Any, wanted: Any, temperature: float | None) -> Tensor:
     if not pairs:
         raise InvalidInputError("the teacher gives no tensor of floating point numbers; set distillation=0")
     return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in pairs]).mean()
+
+
+def share_of_rate(step: int, total: int, warmup: float) -> float:
+    """Of the peak of the learning rate: a linear warm-up for a share of all steps, then a cosine to 0."""
+    warm = warmup * total
+    if step < warm:
+        return (step + 1) / math.ceil(warm)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
 def computes_in_bf16(device: torch.device) -> bool:

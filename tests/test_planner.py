@@ -355,7 +355,7 @@ def test_nothing_of_the_callers_is_changed() -> None:
 
 def test_the_plan_measured_together_is_no_worse_than_the_first_choice() -> None:
     for budget in (elc_fx.Budget(flops=0.8), elc_fx.Budget(flops=0.6), elc_fx.Budget(flops=0.45)):
-        once, often = planner(refinements=0).plan(budget), planner().plan(budget)
+        once, often = (planner(refinements=n, rehearse=False).plan(budget) for n in (0, 8))
         assert once.prediction and often.prediction
         assert once.prediction.together is not None and often.prediction.together is not None
         assert often.prediction.together <= once.prediction.together + 1e-9
@@ -386,6 +386,105 @@ def test_other_losses(kind: str) -> None:
             elc_fx.plan(model, x, elc_fx.Budget(flops=0.8), loss={"9:3x3": 1.0})
     if kind == "uniform":
         assert elc_fx.plan(model, x, elc_fx.Budget(flops=0.8), loss="uniform") == plan
+
+
+def test_the_plan_loses_no_more_than_others_with_more_layers_after_a_short_training() -> None:
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    made, budget = Planner(model, data()[0][:1], data(), progress=False), elc_fx.Budget(flops=0.45)
+    unrehearsed = planner(rehearse=False).plan(budget).prediction
+    plan = made.plan(budget)
+    assert plan.prediction and unrehearsed and unrehearsed.rehearsed is None
+    layers = {sum(made.choices[i].candidate.removed for i in chosen) for chosen in made.rehearsed}
+    assert len(layers) == len(made.rehearsed) > 1 and plan.prediction.rehearsed == min(made.rehearsed.values())
+    assert "after a short training" in str(plan) and elc_fx.Plan.from_json(plan.to_json()) == plan
+    assert unrehearsed.together == min(made.measured[chosen] for chosen in made.rehearsed)
+    (chosen,) = [chosen for chosen, loss in made.rehearsed.items() if loss == plan.prediction.rehearsed]
+    assert plan.candidates == tuple(made.choices[i].candidate for i in made._in_order(chosen))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert planner().plan(budget) == plan  # the training is the same each time
+
+
+def test_what_is_lost_after_a_short_training_is_that_of_the_fitted_network_trained() -> None:
+    """Less than before on what it was trained on, and measured on the batch that nothing was fitted to."""
+    made = planner()
+    chosen = made.plan(elc_fx.Budget(flops=0.45)).candidates
+    positions = [i for i, choice in enumerate(made.choices) if choice.candidate in chosen]
+    choices = [made.choices[i] for i in positions]
+    assert made.sensitivity is not None
+    trained = made.sensitivity.fitted(choices)
+    first, second = data()
+    with torch.no_grad():
+        expected, loss = made.graph.graph_module(first), sensitivity.divergence(trained(first), network()(first))
+        assert made.sensitivity.loss_of(trained) == pytest.approx(made.loss_together(positions), rel=1e-5)
+    made.rehearsal._train(trained)
+    with torch.no_grad():
+        assert sensitivity.divergence(trained.eval()(first), expected) < loss
+        found = float(sensitivity.divergence(trained(second), network()(second)))
+    assert made.loss_after_training(positions) == pytest.approx(found, rel=1e-4)
+
+
+class Detached(nn.Module):
+    """Has no gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x).detach()
+        return y
+
+
+def test_without_gradients_plans_are_not_trained() -> None:
+    model, x, budget = Detached().eval(), data()[0][:1], elc_fx.Budget(flops=0.45)
+    with pytest.warns(UserWarning, match="not compared after a short training"):
+        plan = elc_fx.plan(model, x, budget, data(), progress=False)
+    assert plan == elc_fx.plan(model, x, budget, data(), rehearse=False, progress=False)
+
+
+def test_batches_of_one_sample_are_rehearsed_too() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), network())
+    samples = list(torch.cat(data())[:8].split(1))
+    made = Planner(model.eval(), samples[0], samples, progress=False)
+    assert made.plan(elc_fx.Budget(flops=0.45)).prediction
+    assert made.rehearsed and all(map(math.isfinite, made.rehearsed.values()))
+
+
+@pytest.mark.parametrize("merging", [True, False])
+def test_only_what_is_allowed_is_measured_and_chosen(merging: bool, tmp_path: Path) -> None:
+    free, budget = planner(), elc_fx.Budget(flops=0.7)
+    asked: list[elc_fx.Candidate] = []
+
+    def allow(candidate: elc_fx.Candidate) -> bool:
+        asked.append(candidate)
+        return candidate.merges == merging
+
+    made = planner(allow=allow, cache=tmp_path)
+    alone = {choice.key: loss for choice, loss in zip(free.choices, free.losses, strict=True)}
+    assert asked == [choice.candidate for choice in free.choices]
+    assert 0 < len(made.choices) < len(free.choices)
+    assert made.losses == [alone[choice.key] for choice in made.choices]
+    plan = made.plan(budget)
+    assert plan.candidates and {candidate.merges for candidate in plan.candidates} == {merging}
+    assert plan.prediction
+    assert (plan.prediction.after.depth < plan.prediction.before.depth) == merging
+    (file,) = tmp_path.iterdir()
+    assert len(file.read_text().strip().splitlines()) == len(made.choices)
+
+
+def test_a_table_may_name_what_is_not_allowed() -> None:
+    table = {choice.candidate.full_name: 1.0 for choice in planner(loss="uniform").choices}
+    made = planner(loss=table, allow=lambda candidate: candidate.merges)
+    assert made.losses == [1.0] * len(made.choices) and len(made.choices) < len(table)
+
+
+def test_a_budget_that_what_is_allowed_cannot_keep_is_told() -> None:
+    for options in ({"loss": "uniform"}, {}):
+        with pytest.raises(elc_fx.PlanError, match="allow more, longer or larger candidates"):
+            planner(allow=lambda candidate: False, **options).plan(elc_fx.Budget(flops=0.9))
 
 
 def test_losses_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,7 +685,11 @@ def test_a_loss_function_that_gives_no_loss_is_told(given: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"refinements": -1}, "refinements"), ({"refinements": "x"}, "refinements"), ({"cache": 3}, "cache")],
+    [
+        *(({"refinements": -1}, "refinements"), ({"refinements": "x"}, "refinements"), ({"cache": 3}, "cache")),
+        ({"allow": "merges"}, "allow is 'merges', expected a function of a candidate"),
+        ({"rehearse": 4}, "rehearse is 4, expected True or False"),
+    ],
 )
 def test_options_that_are_out_of_range_are_told(options: dict[str, Any], message: str) -> None:
     x = torch.randn(4, 3, 8, 8)

@@ -62,6 +62,7 @@ def problems(draw: st.DrawFn) -> Problem:
             continue
         candidate = SimpleNamespace(
             nodes=tuple(inside),
+            removed=draw(st.integers(0, 3)),
             flops=(draw(st.integers(0, 20)), draw(st.integers(0, 10))),
             parameters=(0, draw(st.integers(0, 6))),
         )
@@ -84,7 +85,8 @@ def problems(draw: st.DrawFn) -> Problem:
     together = {pair: draw(st.integers(-5, 10)) / 10 for pair in pairs if draw(st.booleans())}
     if draw(st.booleans()):  # what is gained together hides small losses
         together = {}
-    return Problem(spans, losses, model, limits, together)  # type: ignore[arg-type]
+    removed = draw(st.integers(0, 4)) if draw(st.booleans()) else math.inf
+    return Problem(spans, losses, model, limits, together, removed)  # type: ignore[arg-type]
 
 
 def by_brute_force(problem: Problem) -> float | None:
@@ -96,6 +98,7 @@ def by_brute_force(problem: Problem) -> float | None:
             loss = sum(problem.losses[i] for i in chosen)
             loss += sum((problem.together or {}).get(pair, 0.0) for pair in itertools.combinations(chosen, 2))
             kept = all(getattr(costs, name) <= limit for name, limit in problem.limits.items())
+            kept &= sum(problem.choices[i].candidate.removed for i in chosen) <= problem.removed
             if len(set(nodes)) == len(nodes) and kept and math.isfinite(loss):
                 best = loss if best is None else min(best, loss)
     return best
@@ -113,6 +116,7 @@ def test_the_choice_is_the_best_there_is(problem: Problem) -> None:
     assert solution.loss == pytest.approx(expected, rel=1e-6, abs=1e-12) and solution.gap == pytest.approx(0, abs=1e-9)
     costs = problem.model.after([problem.choices[i] for i in solution.chosen])
     assert all(getattr(costs, name) <= limit for name, limit in problem.limits.items())
+    assert sum(problem.choices[i].candidate.removed for i in solution.chosen) <= problem.removed
 
 
 class Block(nn.Module):

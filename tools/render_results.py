@@ -25,6 +25,7 @@ import bench_finetune
 import bench_latency
 import bench_plan
 import bench_rank
+import bench_rehearsal
 import bench_runtimes
 import bench_samples
 import cifar_lossless
@@ -56,6 +57,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "plan_accuracy": ("plan_accuracy", lambda result: bench_plan.table(result["rows"], STYLE)),
     "plan_seconds": ("plan_accuracy", lambda result: bench_plan.seconds_table(result["rows"], STYLE)),
     "plan_latency": ("plan_latency", lambda result: bench_latency.table(result["rows"], STYLE)),
+    "rehearsal": ("rehearsal", lambda result: bench_rehearsal.table(result["rows"], STYLE)),
     "fit_samples": ("fit_samples", lambda result: bench_samples.table(result["rows"], STYLE)),
     "plan_depth": ("plan_depth", lambda result: bench_depth.table(result["rows"], STYLE)),
     "plan_rank": ("plan_rank", lambda result: bench_rank.table(result["rows"], STYLE)),

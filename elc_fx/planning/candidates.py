@@ -61,6 +61,11 @@ class Candidate:
         """Whether something merges; else it is a layer by itself, whose kernel shrinks."""
         return len(self.layers) > 1 or not self.kernels
 
+    @property
+    def removed(self) -> int:
+        """How many layers fewer there are when it is one."""
+        return len(self.layers) - 1
+
     def windows(self, region: Region) -> dict[fx.Node, Ints]:
         """What is left of the kernels that shrink, by the nodes of its region in a graph."""
         kept = dict(self.kernels)

@@ -40,6 +40,7 @@ class Prediction:
     before, after: the network's costs. losses: of each candidate alone. together: of all of them, as it was measured;
     None where it was not. gap: how far the solver may have been from its optimum, relative. latency: of the original
     and of the network that the plan leaves behind, measured as a whole, side by side, where the budget limits it.
+    rehearsed: what is lost after a short training, where plans with more and fewer layers were compared by it.
     """
 
     before: Costs
@@ -48,6 +49,7 @@ class Prediction:
     together: float | None
     gap: float
     latency: tuple[float, float] | None = None
+    rehearsed: float | None = None
 
     def __str__(self) -> str:
         pairs = {name: (before, getattr(self.after, name)) for name, before in vars(self.before).items()}
@@ -55,6 +57,7 @@ class Prediction:
         if self.latency is not None:
             changes.append(f"measured: {_change('latency', *self.latency)}")
         measured = "" if self.together is None else f", {self.together:.4g} when measured together"
+        measured += "" if self.rehearsed is None else f", {self.rehearsed:.4g} after a short training"
         gap = f"; up to {self.gap:.1%} from the best choice" if self.gap else ""
         return "\n".join([*changes, f"loss {sum(self.losses):.4g} in sum{measured}{gap}"])
 
@@ -69,7 +72,8 @@ class Prediction:
             together = None if data["together"] is None else float(data["together"])
             latency = None if data.get("latency") is None else (float(data["latency"][0]), float(data["latency"][1]))
             losses = tuple(float(loss) for loss in data["losses"])
-            return cls(before, after, losses, together, float(data["gap"]), latency)
+            rehearsed = None if data.get("rehearsed") is None else float(data["rehearsed"])
+            return cls(before, after, losses, together, float(data["gap"]), latency, rehearsed)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInputError(f"this is not what a planner expects of a plan: {error}") from None
 

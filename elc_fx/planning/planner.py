@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from elc_fx.planning.candidates import Candidate, check_counts, serial_graph
 from elc_fx.planning.cost import Choice, CostModel, LatencyModel, choices_of
 from elc_fx.planning.latency import Backend, LatencyMeter, check_backend
 from elc_fx.planning.plan import Plan, Prediction, named_inputs
+from elc_fx.planning.rehearsal import Rehearsal
 from elc_fx.planning.sensitivity import Calibration, Loss, Sensitivity
 from elc_fx.planning.solve import Pair, Problem, Solution, solve
 from elc_fx.planning.stored import StoredTable
@@ -54,6 +56,7 @@ class Planner:
         largest_kernel: int = LARGEST_PLANNED,
         samples: int | None = None,
         refinements: int = REFINEMENTS,
+        rehearse: bool = True,
         backend: Backend = "eager",
         cache: str | Path | None = None,
         progress: bool = True,
@@ -61,6 +64,8 @@ class Planner:
         check_counts(longest=longest, largest_kernel=largest_kernel, samples=1 if samples is None else samples)
         if not isinstance(refinements, int) or isinstance(refinements, bool) or refinements < 0:
             raise InvalidInputError(f"refinements is {refinements!r}, expected a whole number from 0 on")
+        if not isinstance(rehearse, bool):
+            raise InvalidInputError(f"rehearse is {rehearse!r}, expected True or False")
         if cache is not None and not isinstance(cache, str | Path):
             raise InvalidInputError(f"cache is {cache!r}, expected a folder")
         check_backend(backend)
@@ -78,8 +83,9 @@ class Planner:
         self.choices = [choice for choice in saving if allow is None or allow(choice.candidate)]
         self.sensitivity: Sensitivity | None = None
         self.calibration, self.samples = calibration, samples
-        self.refinements, self.progress = refinements, progress
+        self.refinements, self.rehearse, self.progress = refinements, rehearse, progress
         self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
+        self.rehearsed: dict[tuple[int, ...], float] = {}  # and after a short training
         self.latency: LatencyModel | None = None  # once a budget has limited it
         self.timed: dict[tuple[int, ...], tuple[float, float]] = {}  # the original and what sets of choices leave
         if loss == "uniform":
@@ -126,30 +132,50 @@ class Planner:
             with self._leaving_no_trace():
                 self.latency = self.meter.model(self.choices)
         self.model = self.model.with_latency(self.latency if "latency" in budget.names else None)
-        best = self._in_time(budget, lambda solution, limits: solution, lambda solution: solution.loss)
+        best = self._in_time(budget, lambda first, _: first, lambda solution: solution.loss)
         if self.sensitivity is not None:
             with self.sensitivity.keeping():
-                best = self._in_time(budget, self._refined, lambda solution: self.loss_together(solution.chosen), best)
+                best = self._in_time(budget, self._refined, self._lost, best)
+                if self.rehearse and self._removed(best):
+                    best = self._rehearsed_best(budget, best)
         return self._plan_of(best)
+
+    def _rehearsed_best(self, budget: Budget, best: Solution) -> Solution:
+        """Of the best, of one that leaves half of the layers that go there, and of one that leaves all, as far as the
+        budget can be kept so, that which loses least after a short training."""
+        finalists = [best]
+        for removed in (self._removed(best) // 2, 0):
+            try:
+                found = self._in_time(budget, self._refined, self._lost, removed=removed)
+            except PlanError:  # the budget cannot be kept with so many layers
+                break
+            if found.chosen not in [each.chosen for each in finalists]:
+                finalists.append(found)
+        if len(finalists) == 1:
+            return best
+        return min(finalists, key=self._lost_after_training)
 
     def _in_time(
         self,
         budget: Budget,
-        improved: Callable[[Solution, Mapping[str, float]], Solution],
+        improved: Callable[[Solution, Problem], Solution],
         loss: Callable[[Solution], float],
         first: Solution | None = None,
+        removed: float = math.inf,
     ) -> Solution:
         """The best by the sum, improved; made again with what its network takes, where that was not predicted.
 
         Of many choices whose layers are timed with errors, those are found that were timed too fast. Where no
         prediction was right, it is the one that loses least of those that were measured to keep the limit. Raises
         `PlanError` where none did, up to the accuracy of a measurement. first: the best by the sum, where it is known.
+        removed: how many layers may go, at most.
         """
         limits = budget.limits(self.model.original)
         found: dict[tuple[int, ...], Solution] = {}
         solved = first
         while True:
-            solution = improved(solved or self._solved(self.losses, limits), limits)
+            problem = Problem(self.choices, self.losses, self.model, limits, removed=removed)
+            solution = improved(solved or _solved(problem), problem)
             solved = None
             if (latency := self.model.latency) is None:
                 return solution
@@ -168,12 +194,7 @@ class Planner:
                 times = [known.after(self._choices(each.chosen)) for each in measured]
                 return min(_within(limits["latency"], measured, times), key=loss)
 
-    def _solved(
-        self, losses: Sequence[float], limits: Mapping[str, float], together: Mapping[Pair, float] | None = None
-    ) -> Solution:
-        return of_the_first(lambda: solve(Problem(self.choices, losses, self.model, limits, together)))
-
-    def _refined(self, first: Solution, limits: Mapping[str, float]) -> Solution:
+    def _refined(self, first: Solution, problem: Problem) -> Solution:
         """The solution that loses least when its choices are measured together, of `first` and others near it.
 
         The others: the best after what the sum left out is put down to the choices that follow each other; the best
@@ -182,23 +203,23 @@ class Planner:
         """
         together: dict[Pair, float] = {}
         best, seen = first, {first.chosen}
-        solution, loss = first, self.loss_together(first.chosen)
+        solution, loss = first, self._lost(first)
         for _ in range(self.refinements):
             if len(solution.chosen) < 2:
                 break
             _correct(together, solution, self._in_order(solution.chosen), loss)
-            solution = self._solved(self.losses, limits, together)
+            solution = _solved(replace(problem, together=together))
             if solution.chosen in seen:
                 break
             seen.add(solution.chosen)
-            loss = self.loss_together(solution.chosen)
-            best = min(best, solution, key=lambda s: self.loss_together(s.chosen))
+            loss = self._lost(solution)
+            best = min(best, solution, key=self._lost)
         weighted = self.losses
         largest = max((loss for loss in self.losses if math.isfinite(loss)), default=0.0) or 1.0
         for emphasis in EMPHASES if self.refinements else ():
             raised = [(loss / largest) ** emphasis for loss in self.losses]
-            solution = self._solved(raised, limits)
-            if self.loss_together(solution.chosen) < self.loss_together(best.chosen):
+            solution = _solved(replace(problem, losses=raised))
+            if self._lost(solution) < self._lost(best):
                 best, weighted = solution, raised
         tried: set[int] = set()
         for _ in range(self.refinements):
@@ -208,8 +229,8 @@ class Planner:
             shunned = max(left, key=lambda i: self.losses[i])
             tried.add(shunned)
             others = [loss * SHUN if i == shunned else loss for i, loss in enumerate(weighted)]
-            solution = self._solved(others, limits)
-            if self.loss_together(solution.chosen) < self.loss_together(best.chosen):
+            solution = _solved(replace(problem, losses=others))
+            if self._lost(solution) < self._lost(best):
                 best, weighted = solution, others
         return best
 
@@ -232,16 +253,38 @@ class Planner:
     def loss_together(self, positions: Iterable[int]) -> float:
         """The loss when several of `choices` are collapsed, measured as a whole. positions: of them in `choices`."""
         assert self.sensitivity is not None
-        chosen = tuple(sorted(positions))
-        if chosen not in self.measured:
-            choices = self._choices(chosen)
-            self.measured[chosen] = of_the_first(lambda: self._measured(choices))
-        return self.measured[chosen]
+        return self._measured(self.sensitivity.together, self.measured, positions)
 
-    def _measured(self, choices: Sequence[Choice]) -> float:
+    def loss_after_training(self, positions: Iterable[int]) -> float:
+        """The same after a short training of the network; infinite where it cannot be trained."""
+        return self._measured(self.rehearsal.loss, self.rehearsed, positions)
+
+    @functools.cached_property
+    def rehearsal(self) -> Rehearsal:
         assert self.sensitivity is not None
         with self._leaving_no_trace():
-            return self.sensitivity.together(choices)
+            return Rehearsal(self.graph, self.sensitivity)
+
+    def _measured(
+        self,
+        measure: Callable[[Sequence[Choice]], float],
+        known: dict[tuple[int, ...], float],
+        positions: Iterable[int],
+    ) -> float:
+        chosen = tuple(sorted(positions))
+        if chosen not in known:
+            with self._leaving_no_trace():
+                known[chosen] = of_the_first(lambda: measure(self._choices(chosen)))
+        return known[chosen]
+
+    def _lost(self, solution: Solution) -> float:
+        return self.loss_together(solution.chosen)
+
+    def _lost_after_training(self, solution: Solution) -> float:
+        return self.loss_after_training(solution.chosen)
+
+    def _removed(self, solution: Solution) -> int:
+        return sum(choice.candidate.removed for choice in self._choices(solution.chosen))
 
     def _in_order(self, chosen: Sequence[int]) -> list[int]:
         """As their outputs stand in the graph."""
@@ -262,13 +305,26 @@ class Planner:
         order = self._in_order(solution.chosen)
         chosen = self._choices(order)
         together = None if self.sensitivity is None else self.measured[solution.chosen]
+        rehearsed = self.rehearsed.get(solution.chosen, math.inf)
         losses = tuple(self.losses[i] for i in order)
         measured = None if self.model.latency is None else self._timed(solution)
         after = self.model.after(chosen)
-        prediction = Prediction(self.model.original, after, losses, together, solution.gap, measured)
+        prediction = Prediction(
+            self.model.original,
+            after,
+            losses,
+            together,
+            solution.gap,
+            measured,
+            rehearsed if math.isfinite(rehearsed) else None,
+        )
         plan = Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)
         plan.check_disjoint()
         return plan
+
+
+def _solved(problem: Problem) -> Solution:
+    return of_the_first(lambda: solve(problem))
 
 
 def _within(limit: float, measured: Sequence[Solution], times: Sequence[float]) -> list[Solution]:
@@ -337,6 +393,8 @@ def plan(
             inside is kept. `Planner.collapse` fits to these and to what follows, four times as many, if those hold so
             many numbers at most, and the largest value inside of the network 2²⁸.
         refinements: how often, at most, a choice is corrected, and then looked for without one of its candidates.
+        rehearse: compare the choice with others that leave more layers after a short training of each, on `samples`;
+            without labels. The model itself is not trained.
         backend: how the merged network will run, for budgets with a latency: "eager", "compile" (`torch.compile`),
             "onnxruntime" or "openvino".
         cache: a folder in which losses and latencies are kept as soon as they are known, and found by the next call;

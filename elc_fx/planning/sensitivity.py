@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from elc_fx.activations import activation_of, flat_beyond
 from elc_fx.capture import runs_foreign_code
@@ -73,7 +73,7 @@ class Calibration:
         dtype = weight.dtype if weight is not None and weight.is_floating_point() else None
         for batch in batches_of(batches):
             values = batch_values(graph.graph_module, batch)
-            size, count = _size(values), sum(sizes)
+            size, count = samples_of(values), sum(sizes)
             if not size:
                 continue
             numbers = _numbers_of_one(values)
@@ -88,7 +88,7 @@ class Calibration:
             for first, last in itertools.pairwise(sorted({0, due, end})):
                 pieces = math.ceil((last - first) / piece)
                 bounds = [first + (last - first) * i // pieces for i in range(pieces + 1)]
-                parts.extend(_part(values, start, stop, dtype) for start, stop in itertools.pairwise(bounds))
+                parts.extend(part_of(values, start, stop, dtype) for start, stop in itertools.pairwise(bounds))
                 sizes.extend(stop - start for start, stop in itertools.pairwise(bounds))
             held += end * numbers
             if sum(sizes) >= FITTED_MORE * measured:
@@ -123,7 +123,7 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor) and value.dim()]
 
 
-def _size(values: Sequence[Any]) -> int:
+def samples_of(values: Sequence[Any]) -> int:
     """How many samples a batch has: as many as its first tensor is long; one without a tensor is a sample.
 
     A tensor inside of an input only counts where no input is one.
@@ -134,7 +134,7 @@ def _size(values: Sequence[Any]) -> int:
 
 def _numbers_of_one(values: Sequence[Any]) -> int:
     """What a sample of a batch holds, at least 1."""
-    size = _size(values)
+    size = samples_of(values)
     return max(1, sum(value[0].numel() for value in _tensors(values) if len(value) == size))
 
 
@@ -146,9 +146,9 @@ def _growth(graph: SerialGraph) -> float:
     return max(1.0, largest / max(1, inputs))
 
 
-def _part(values: Sequence[Any], start: int, stop: int, dtype: torch.dtype | None) -> list[Any]:
-    """Samples of a batch, in the network's precision. What is not as long as the first tensor stays whole."""
-    size = _size(values)
+def part_of(values: Sequence[Any], start: int, stop: int, dtype: torch.dtype | None = None) -> list[Any]:
+    """Samples of a batch, also as another type of numbers. What is not as long as the first tensor stays whole."""
+    size = samples_of(values)
 
     def cut(value: Tensor) -> Tensor:
         value = value[start:stop] if value.dim() and len(value) == size else value
@@ -259,7 +259,7 @@ class Sensitivity:
         walks = self._walks()
         fitted_on, judged = ([walks[i] for i in part] for part in (self.calibration.fitted_on, self.calibration.judged))
         expected = [self._output(self.calibration.batches[i], needed) for i in self.calibration.judged]
-        bar = self._shown(self.nodes, f"candidates: {len(choices)}")
+        bar = self.shown(self.nodes, f"candidates: {len(choices)}")
         windows: dict[Any, Windows] = {}  # of the sources that later candidates read too
         for position, node in enumerate(bar):
             _step(walks, node)
@@ -276,10 +276,10 @@ class Sensitivity:
             for walk in walks:
                 self._forget(walk, node, needed)
 
-    def _shown(self, steps: Iterable[Step], description: str) -> Iterable[Step]:
-        """With a bar: something for each node."""
+    def shown(self, steps: Iterable[Step], description: str, count: int | None = None) -> Iterable[Step]:
+        """With a bar. count: of the steps, by default one for each node."""
         console = Console(stderr=True)
-        return track(steps, description, len(self.nodes), console=console, disable=not self.progress)
+        return track(steps, description, count or len(self.nodes), console=console, disable=not self.progress)
 
     def _output(self, values: Sequence[Any], needed: Mapping[fx.Node, int]) -> Any:
         """What the original gives for a batch."""
@@ -315,13 +315,31 @@ class Sensitivity:
 
     def collapsed(self, choices: Sequence[Choice]) -> fx.GraphModule:
         """A copy of the network in which the choices are convolutions, fitted one after the other on all batches."""
-        steps = self._shown(self._originals(choices), f"fits: {len(choices)}")
-        _, _, fitted = self._walked(choices, steps, range(len(self.calibration.batches)))
+        steps = self.shown(self._originals(choices), f"fits: {len(choices)}")
+        return self._substituted(choices, steps, range(len(self.calibration.batches)))
+
+    def fitted(self, choices: Sequence[Choice]) -> fx.GraphModule:
+        """The same, fitted on the batches that are not judged on."""
+        return self._substituted(choices, self._originals(choices), self.calibration.fitted_on)
+
+    def _substituted(
+        self, choices: Sequence[Choice], originals: Iterable[tuple[fx.Node, list[Any]]], fitted_on: Sequence[int]
+    ) -> fx.GraphModule:
+        _, _, fitted = self._walked(choices, originals, fitted_on)
         if not all(value.isfinite().all() for fit in fitted.values() for value in fit.state_dict().values()):
             raise InvalidInputError("the calibration batches give activations that are not finite")
         network = substituted(self.graph_module, choices, fitted)
         network.eval()  # as the original
         return network
+
+    @torch.no_grad()
+    def loss_of(self, network: nn.Module) -> float:
+        """Of another network that takes the same inputs."""
+        losses = []
+        for i in self.calibration.judged:
+            given, wanted = (module(*fresh(self.calibration.batches[i])) for module in (network, self.graph_module))
+            losses.append(float(self.loss(given, wanted)))
+        return self._mean(losses)
 
     @torch.no_grad()
     def _walked(

@@ -36,6 +36,7 @@ class Problem:
     """The choices, what each loses, and what may be spent.
 
     limits: absolute, by the names of `Costs`. together: what two choices lose beyond the sum of both, if both are made.
+    removed: how many layers may go, at most.
     """
 
     choices: Sequence[Choice]
@@ -43,6 +44,7 @@ class Problem:
     model: CostModel
     limits: Mapping[str, float]
     together: Mapping[Pair, float] | None = None
+    removed: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class _Programme:
         for name, limit in limits.items():
             coefficients, constant = self._cost(name)
             self._at_most(coefficients, constant, self._allowed(limit) if name == "latency" else limit)
+        if math.isfinite(problem.removed):
+            self._at_most({i: float(c.candidate.removed) for i, c in enumerate(problem.choices)}, 0.0, problem.removed)
 
     def minimise_loss(self) -> Solution | None:
         """None where nothing keeps the limits. Raises `PlanError` where nothing was found in time."""

@@ -100,7 +100,7 @@ _merges = partial(Task.plan, allow=lambda candidate: candidate.merges)
 _shrinks = partial(Task.plan, allow=lambda candidate: not candidate.merges)
 
 
-def _fitted(task: Task, plan: elc_fx.Plan) -> nn.Module:
+def fitted(task: Task, plan: elc_fx.Plan) -> nn.Module:
     return task.planner(loss="uniform").collapse(plan)
 
 
@@ -109,7 +109,7 @@ def _decoupled(task: Task, plan: elc_fx.Plan) -> nn.Module:
 
 
 def _random(task: Task, plan: elc_fx.Plan) -> nn.Module:
-    network = _fitted(task, plan)
+    network = fitted(task, plan)
     torch.manual_seed(task.seed)
     for module in network.modules():
         if hasattr(module, "reset_parameters"):
@@ -126,25 +126,25 @@ FOR_TIME = {
     f"elc-{backend}" + (f"-{images}" if images > 1 else ""): Method(
         f"the same; the budget is a share of the time under {backend}, images at once: {images}",
         partial(_planned_for_time, backend, images),
-        _fitted,
+        fitted,
     )
     for images in BATCHES
     for backend in get_args(Backend)
 }
 METHODS = {
-    "elc": Method("planned, fitted, trained", _planned, _fitted),
+    "elc": Method("planned, fitted, trained", _planned, fitted),
     **FOR_TIME,
-    "shrinks": Method("planned with single layers alone, whose kernels shrink: all layers stay", _shrinks, _fitted),
-    "balanced": Method("as elc; the layers are limited too, to the square root of the budget", _balanced, _fitted),
+    "shrinks": Method("planned with single layers alone, whose kernels shrink: all layers stay", _shrinks, fitted),
+    "balanced": Method("as elc; the layers are limited too, to the square root of the budget", _balanced, fitted),
     "torch-pruning": Method("channels pruned by Torch-Pruning", _unplanned, partial(_pruned, None)),
     "torch-pruning-8": Method("the same, all widths multiples of 8", _unplanned, partial(_pruned, 8)),
     "scratch": Method("the same layers as elc, random weights", _planned, _random, FROM_SCRATCH),
     "scratch-3x": Method("the same, three times as many epochs", _planned, _random, FROM_SCRATCH, 3),
-    "uniform": Method("the fewest layers that meet the budget, without a plan", _uniform, _fitted),
+    "uniform": Method("the fewest layers that meet the budget, without a plan", _uniform, fitted),
     "gates": Method("elc's plan, decoupled, gates closed over half of the steps", _planned, _decoupled, {"gates": 0.5}),
     "at-once": Method("elc's plan, decoupled, gates closed at once", _planned, _decoupled),
     "merges": Method(
-        "planned without layers whose kernels shrink by themselves: all that goes is depth", _merges, _fitted
+        "planned without layers whose kernels shrink by themselves: all that goes is depth", _merges, fitted
     ),
-    "grown": Method("without kernel control: merged kernels keep all that the kernels add up to", _grown, _fitted),
+    "grown": Method("without kernel control: merged kernels keep all that the kernels add up to", _grown, fitted),
 }
