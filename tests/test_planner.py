@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -20,9 +21,9 @@ from networks import flops, image, ready
 from torch import Tensor, nn
 
 import elc_fx
-from elc_fx.planning import sensitivity, stored
+from elc_fx.planning import rehearsal, sensitivity, stored
 from elc_fx.planning.candidates import serial_graph
-from elc_fx.planning.planner import Planner
+from elc_fx.planning.planner import ALIKE, Planner
 
 HUGE = 10**400  # that no float can be
 
@@ -396,7 +397,8 @@ def test_the_plan_loses_no_more_than_others_with_more_layers_after_a_short_train
     plan = made.plan(budget)
     assert plan.prediction and unrehearsed and unrehearsed.rehearsed is None
     layers = {sum(made.choices[i].candidate.removed for i in chosen) for chosen in made.rehearsed}
-    assert len(layers) == len(made.rehearsed) > 1 and plan.prediction.rehearsed == min(made.rehearsed.values())
+    assert len(layers) == len(made.rehearsed) > 1 and plan.prediction.rehearsed in made.rehearsed.values()
+    assert plan.prediction.rehearsed <= (1 + ALIKE) * min(made.rehearsed.values())
     assert "after a short training" in str(plan) and elc_fx.Plan.from_json(plan.to_json()) == plan
     assert unrehearsed.together == min(made.measured[chosen] for chosen in made.rehearsed)
     (chosen,) = [chosen for chosen, loss in made.rehearsed.items() if loss == plan.prediction.rehearsed]
@@ -419,11 +421,14 @@ def test_what_is_lost_after_a_short_training_is_that_of_the_fitted_network_train
     with torch.no_grad():
         expected, loss = made.graph.graph_module(first), sensitivity.divergence(trained(first), network()(first))
         assert made.sensitivity.loss_of(trained) == pytest.approx(made.loss_together(positions), rel=1e-5)
-    made.rehearsal._train(trained)
-    with torch.no_grad():
-        assert sensitivity.divergence(trained.eval()(first), expected) < loss
-        found = float(sensitivity.divergence(trained(second), network()(second)))
-    assert made.loss_after_training(positions) == pytest.approx(found, rel=1e-4)
+    found = []
+    for order in range(rehearsal.ORDERS):
+        network_of_order = copy.deepcopy(trained)
+        made.rehearsal._train(network_of_order, torch.Generator().manual_seed(order))
+        with torch.no_grad():
+            assert sensitivity.divergence(network_of_order.eval()(first), expected) < loss
+            found.append(float(sensitivity.divergence(network_of_order(second), network()(second))))
+    assert made.loss_after_training(positions) == pytest.approx(sum(found) / len(found), rel=1e-4)
 
 
 class Detached(nn.Module):

@@ -36,6 +36,7 @@ REFINEMENTS = 8
 EMPHASES = (0.7, 1.5, 2.0, 3.0)  # powers of the losses
 ACCURACY = 0.05  # of a predicted latency, relative, with which a plan is not made again
 CORRECTIONS = 4  # of the latencies, at most, for one plan
+ALIKE = 0.05  # relative: losses after a short training that chance can make
 SHUN = 4.0  # by what the loss of a choice is multiplied to see how it is without
 
 LossChoice = Literal["auto", "uniform"] | Mapping[str, float] | Loss
@@ -142,18 +143,19 @@ class Planner:
 
     def _rehearsed_best(self, budget: Budget, best: Solution) -> Solution:
         """Of the best, of one that leaves half of the layers that go there, and of one that leaves all, as far as the
-        budget can be kept so, that which loses least after a short training."""
-        finalists = [best]
+        budget can be kept so, that which loses least after a short training; the first that is as good."""
+        finalists = {best.chosen: best}
         for removed in (self._removed(best) // 2, 0):
             try:
                 found = self._in_time(budget, self._refined, self._lost, removed=removed)
             except PlanError:  # the budget cannot be kept with so many layers
                 break
-            if found.chosen not in [each.chosen for each in finalists]:
-                finalists.append(found)
+            finalists.setdefault(found.chosen, found)
         if len(finalists) == 1:
             return best
-        return min(finalists, key=self._lost_after_training)
+        losses = [self.loss_after_training(chosen) for chosen in finalists]
+        good = (1 + ALIKE) * min(losses)
+        return next(found for found, loss in zip(finalists.values(), losses, strict=True) if loss <= good)
 
     def _in_time(
         self,
@@ -279,9 +281,6 @@ class Planner:
 
     def _lost(self, solution: Solution) -> float:
         return self.loss_together(solution.chosen)
-
-    def _lost_after_training(self, solution: Solution) -> float:
-        return self.loss_after_training(solution.chosen)
 
     def _removed(self, solution: Solution) -> int:
         return sum(choice.candidate.removed for choice in self._choices(solution.chosen))

@@ -7,6 +7,7 @@ does by default, on some hundred calibration samples, to give what the original 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import warnings
@@ -25,6 +26,7 @@ from elc_fx.serial import SerialGraph
 from elc_fx.training import MOMENTUM, FinetuneConfig, distance, share_of_rate
 
 EPOCHS = 4
+ORDERS = 3  # in which the same is trained: losses after one training differ by some per cent with the order
 STEP = 64  # samples of one step, at most: a few hundred then make some dozen steps;
 INNER = 2**28  # and fewer where the values of all nodes, which gradients need, would be more numbers
 
@@ -41,18 +43,25 @@ class Rehearsal:
         self.pairs = [(piece, graph.graph_module(*fresh(piece))) for piece in pieces]  # with what the original gives
 
     def loss(self, choices: Sequence[Choice]) -> float:
-        """After the training, on the samples that nothing was fitted to; infinite where it cannot be trained."""
-        network = self.sensitivity.fitted(choices)
-        try:
-            self._train(network)
-        except (RuntimeError, InvalidInputError) as error:  # without gradients, or of no floating point numbers
-            warnings.warn(f"plans are not compared after a short training: {error}", stacklevel=2)
-            return math.inf
-        network.eval()
-        return self.sensitivity.loss_of(network)
+        """After the training, on the samples that nothing was fitted to; infinite where it cannot be trained.
+
+        The mean of trainings that differ in the order of the steps.
+        """
+        fitted = self.sensitivity.fitted(choices)
+        losses = []
+        for order in range(ORDERS):
+            network = copy.deepcopy(fitted)
+            try:
+                self._train(network, torch.Generator().manual_seed(order))
+            except (RuntimeError, InvalidInputError) as error:  # without gradients, or of no floating point numbers
+                warnings.warn(f"plans are not compared after a short training: {error}", stacklevel=2)
+                return math.inf
+            network.eval()
+            losses.append(self.sensitivity.loss_of(network))
+        return sum(losses) / ORDERS
 
     @torch.enable_grad()
-    def _train(self, network: fx.GraphModule) -> None:
+    def _train(self, network: fx.GraphModule, order: torch.Generator) -> None:
         # A batch norm has no statistics of one sample.
         network.train(min(samples_of(piece) for piece, _ in self.pairs) > 1)
         parameters = [p for p in network.parameters() if p.requires_grad]
@@ -61,8 +70,9 @@ class Rehearsal:
         steps = EPOCHS * len(self.pairs)
         share = partial(share_of_rate, total=steps, warmup=FinetuneConfig.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        pairs = itertools.chain.from_iterable(itertools.repeat(self.pairs, EPOCHS))
-        for piece, wanted in self.sensitivity.shown(pairs, "short training", steps):
+        drawn = torch.cat([torch.randperm(len(self.pairs), generator=order) for _ in range(EPOCHS)]).tolist()
+        for i in self.sensitivity.shown(drawn, "short training", steps):
+            piece, wanted = self.pairs[i]
             output = network(*fresh(piece))
             distance(output, wanted, FinetuneConfig.temperature if _of_classes(wanted) else None).backward()
             nn.utils.clip_grad_norm_(parameters, FinetuneConfig.clip)

@@ -95,6 +95,7 @@ def _balanced(task: Task) -> elc_fx.Plan:
 
 _planned = Task.plan
 _uniform = partial(Task.plan, loss="uniform")
+_unrehearsed = partial(Task.plan, rehearse=False)
 _grown = partial(Task.plan, allow=lambda candidate: not candidate.kernels)  # of each candidate the form that adds up
 _merges = partial(Task.plan, allow=lambda candidate: candidate.merges)
 _shrinks = partial(Task.plan, allow=lambda candidate: not candidate.merges)
@@ -134,6 +135,7 @@ FOR_TIME = {
 METHODS = {
     "elc": Method("planned, fitted, trained", _planned, fitted),
     **FOR_TIME,
+    "unrehearsed": Method("the same, planned without short trainings", _unrehearsed, fitted),
     "shrinks": Method("planned with single layers alone, whose kernels shrink: all layers stay", _shrinks, fitted),
     "balanced": Method("as elc; the layers are limited too, to the square root of the budget", _balanced, fitted),
     "torch-pruning": Method("channels pruned by Torch-Pruning", _unplanned, partial(_pruned, None)),
