@@ -14,8 +14,9 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ class Finetuning:
         )
         self.device = self.accelerator.device
         self.bf16 = computes_in_bf16(self.device) if config.bf16 is None else config.bf16
-        self.channels_last = (self.device.type == "cpu" or self.bf16) and bears_channels_last(network)
+        self.layout = self._layout(network)
         self.taught_by = fingerprint(teacher)
         self.teacher = None if teacher is None else copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
         self.batches = self._shared(config.train_data)
@@ -242,18 +243,12 @@ class Finetuning:
         """All epochs that are left."""
         home = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         network = self.network.to(self.device)
+        if self.layout is torch.contiguous_format:  # weights with their channels last make all that they meet so
+            network = network.to(memory_format=self.layout)
         parameters = [p for p in network.parameters() if p.requires_grad]
         if not parameters:
             raise InvalidInputError("no parameter of the network requires a gradient")
-        self.optimizer = torch.optim.SGD(
-            [
-                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.config.weight_decay},
-                {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-            ],
-            lr=self.config.learning_rate,
-            momentum=MOMENTUM,
-            nesterov=True,
-        )
+        self.optimizer = optimizer_of(parameters, self.config.learning_rate, self.config.weight_decay)
         self.gates = self._gate_schedule()
         self.gate_names = {f"{name}.gate" for name in decoupling_nodes(network)}
         self.average = None
@@ -481,9 +476,15 @@ class Finetuning:
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
         inputs, target = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), (batch[0], batch[1]))
-        if self.channels_last:
-            inputs = pytree.tree_map_only(Tensor, _channels_last, inputs)
+        if self.layout is not None:
+            inputs = pytree.tree_map_only(Tensor, partial(_laid_out, layout=self.layout), inputs)
         return inputs, target
+
+    def _layout(self, network: nn.Module) -> torch.memory_format | None:
+        """In which images are given; None where they stay as they are."""
+        if not bears_channels_last(network):
+            return torch.contiguous_format if self.device.type == "cpu" else None
+        return torch.channels_last if self.device.type == "cpu" or self.bf16 else None
 
     # Checkpoints
 
@@ -680,6 +681,15 @@ def distance(output: Any, wanted: Any, temperature: float | None) -> Tensor:
     return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in pairs]).mean()
 
 
+def optimizer_of(parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.SGD:
+    """weight_decay: of weights with more than one axis."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=MOMENTUM, nesterov=True)
+
+
 def share_of_rate(step: int, total: int, warmup: float) -> float:
     """Of the peak of the learning rate: a linear warm-up for a share of all steps, then a cosine to 0."""
     warm = warmup * total
@@ -760,8 +770,8 @@ def _classes(output: Any, target: Any) -> bool:
     return not target.is_complex() and target.shape == (len(output), *output.shape[2:])
 
 
-def _channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+def _laid_out(t: Tensor, layout: torch.memory_format) -> Tensor:
+    return t.contiguous(memory_format=layout) if t.dim() == 4 else t
 
 
 def _samples(batches: Any) -> int | None:

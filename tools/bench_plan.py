@@ -83,7 +83,7 @@ def measured(weights: Path, images: pictures.Images, calibration: int, held_out:
     chosen = drawn[calibration : calibration + held_out]
     batches = list(images.taken(chosen).batches(250))
     start = time.perf_counter()
-    planner = elc_fx.Planner(model, inputs[:1], list(inputs.split(128)))
+    planner = elc_fx.Planner(model, inputs[:1], list(inputs.split(128)), rehearse=False)
     tables = time.perf_counter() - start
     generator, rows = random.Random(0), []
 

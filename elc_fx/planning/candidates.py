@@ -59,12 +59,12 @@ class Candidate:
     @property
     def merges(self) -> bool:
         """Whether something merges; else it is a layer by itself, whose kernel shrinks."""
-        return len(self.layers) > 1 or not self.kernels
+        return self.removed > 0 or not self.kernels
 
     @property
     def removed(self) -> int:
-        """How many layers fewer there are when it is one."""
-        return len(self.layers) - 1
+        """How many layers go when it becomes one; of a layer that is used several times, each use counts."""
+        return sum(text.partition(": ")[0] in self.layers for text in self.operations) - 1
 
     def windows(self, region: Region) -> dict[fx.Node, Ints]:
         """What is left of the kernels that shrink, by the nodes of its region in a graph."""

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from elc_fx.planning.candidates import Candidate, check_counts, serial_graph
 from elc_fx.planning.cost import Choice, CostModel, LatencyModel, choices_of
 from elc_fx.planning.latency import Backend, LatencyMeter, check_backend
 from elc_fx.planning.plan import Plan, Prediction, named_inputs
-from elc_fx.planning.rehearsal import Rehearsal
+from elc_fx.planning.rehearsal import BROKEN, Rehearsal
 from elc_fx.planning.sensitivity import Calibration, Loss, Sensitivity
 from elc_fx.planning.solve import Pair, Problem, Solution, solve
 from elc_fx.planning.stored import StoredTable
@@ -134,28 +135,56 @@ class Planner:
                 self.latency = self.meter.model(self.choices)
         self.model = self.model.with_latency(self.latency if "latency" in budget.names else None)
         best = self._in_time(budget, lambda first, _: first, lambda solution: solution.loss)
+        rehearsed = None
         if self.sensitivity is not None:
             with self.sensitivity.keeping():
                 best = self._in_time(budget, self._refined, self._lost, best)
-                if self.rehearse and self._removed(best):
-                    best = self._rehearsed_best(budget, best)
-        return self._plan_of(best)
+                finalists = [best, *(self._leaving_more(budget, best) if self._rehearses(best) else [])]
+            if len(finalists) > 1:
+                best, rehearsed = self._rehearsed_best(finalists)
+        return self._plan_of(best, rehearsed)
 
-    def _rehearsed_best(self, budget: Budget, best: Solution) -> Solution:
-        """Of the best, of one that leaves half of the layers that go there, and of one that leaves all, as far as the
-        budget can be kept so, that which loses least after a short training; the first that is as good."""
-        finalists = {best.chosen: best}
-        for removed in (self._removed(best) // 2, 0):
+    def _rehearses(self, best: Solution) -> bool:
+        return self.rehearse and self._removed(best) > 0 and of_the_first(lambda: self._rehearsal().tells)
+
+    def _leaving_more(self, budget: Budget, best: Solution) -> Iterator[Solution]:
+        """Found as the best was: what leaves half of the layers that need not go, and what leaves all of them."""
+        limits = budget.limits(self.model.original)
+        allowed = zip(self.losses, self.choices, strict=True)
+        layers = [float(choice.candidate.removed) if math.isfinite(loss) else math.inf for loss, choice in allowed]
+        least = round(_solved(Problem(self.choices, layers, self.model, limits)).loss)
+        seen = {best.chosen}
+        for removed in ((self._removed(best) + least) // 2, least):
             try:
                 found = self._in_time(budget, self._refined, self._lost, removed=removed)
-            except PlanError:  # the budget cannot be kept with so many layers
-                break
-            finalists.setdefault(found.chosen, found)
-        if len(finalists) == 1:
-            return best
-        losses = [self.loss_after_training(chosen) for chosen in finalists]
-        good = (1 + ALIKE) * min(losses)
-        return next(found for found, loss in zip(finalists.values(), losses, strict=True) if loss <= good)
+            except PlanError:  # its network, measured, takes longer than it may
+                continue
+            if found.chosen not in seen:
+                seen.add(found.chosen)
+                yield found
+
+    def _rehearsed_best(self, finalists: Sequence[Solution]) -> tuple[Solution, float | None]:
+        """The first of those that lose least after a short training, and how much that is.
+
+        finalists: those with fewer layers first. Where the training tells nothing, it is the one that loses least
+        without.
+        """
+        try:
+            losses = [self.loss_after_training(finalist.chosen) for finalist in finalists]
+        except Exception as error:  # whatever the model's own layers raise
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            pairs = zip(losses, map(self._lost, finalists), strict=True)
+            if all(loss <= BROKEN * before for loss, before in pairs):
+                good = (1 + ALIKE) * min(losses)
+                return next((f, loss) for f, loss in zip(finalists, losses, strict=True) if loss <= good)
+            reason = f"it makes losses of {self._lost(finalists[0]):.3g} up to {max(losses):.3g}"
+        warnings.warn(
+            "plans with more and fewer layers were not compared after a short training, which the network does not "
+            f"bear: {reason}; with rehearse=False it is not tried",
+            stacklevel=3,
+        )
+        return min(finalists, key=self._lost), None
 
     def _in_time(
         self,
@@ -258,14 +287,15 @@ class Planner:
         return self._measured(self.sensitivity.together, self.measured, positions)
 
     def loss_after_training(self, positions: Iterable[int]) -> float:
-        """The same after a short training of the network; infinite where it cannot be trained."""
-        return self._measured(self.rehearsal.loss, self.rehearsed, positions)
+        """The same after a short training of the network, on some of the samples that losses are measured on.
 
-    @functools.cached_property
-    def rehearsal(self) -> Rehearsal:
+        Infinite where it is not finite. Raises whatever the model's own layers do where they cannot be trained.
+        """
+        return self._measured(lambda choices: self._rehearsal().loss(choices), self.rehearsed, positions)
+
+    def _rehearsal(self) -> Rehearsal:
         assert self.sensitivity is not None
-        with self._leaving_no_trace():
-            return Rehearsal(self.graph, self.sensitivity)
+        return Rehearsal(self.graph, self.sensitivity)
 
     def _measured(
         self,
@@ -300,23 +330,14 @@ class Planner:
                 self.timed[solution.chosen] = self.meter.whole(self._choices(solution.chosen))
         return self.timed[solution.chosen]
 
-    def _plan_of(self, solution: Solution) -> Plan:
+    def _plan_of(self, solution: Solution, rehearsed: float | None) -> Plan:
         order = self._in_order(solution.chosen)
         chosen = self._choices(order)
         together = None if self.sensitivity is None else self.measured[solution.chosen]
-        rehearsed = self.rehearsed.get(solution.chosen, math.inf)
         losses = tuple(self.losses[i] for i in order)
         measured = None if self.model.latency is None else self._timed(solution)
         after = self.model.after(chosen)
-        prediction = Prediction(
-            self.model.original,
-            after,
-            losses,
-            together,
-            solution.gap,
-            measured,
-            rehearsed if math.isfinite(rehearsed) else None,
-        )
+        prediction = Prediction(self.model.original, after, losses, together, solution.gap, measured, rehearsed)
         plan = Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)
         plan.check_disjoint()
         return plan
@@ -375,7 +396,8 @@ def plan(
 
     Every candidate is collapsed alone, after the best cheap fit of its convolution on the calibration batches, and the
     change of the network's output is its loss. The choice is the exact optimum for the sum of the losses; then it is
-    measured as a whole and corrected where the sum was wrong.
+    measured as a whole and corrected where the sum was wrong, and compared with plans that leave more layers after a
+    short training of each.
 
     Args:
         model, example_inputs: as for `candidates`; costs are those of these shapes.
@@ -392,8 +414,8 @@ def plan(
             inside is kept. `Planner.collapse` fits to these and to what follows, four times as many, if those hold so
             many numbers at most, and the largest value inside of the network 2²⁸.
         refinements: how often, at most, a choice is corrected, and then looked for without one of its candidates.
-        rehearse: compare the choice with others that leave more layers after a short training of each, on `samples`;
-            without labels. The model itself is not trained.
+        rehearse: compare the choice with others that leave more layers after a short training of each on some of the
+            samples, without labels; see docs/planning.md. The model itself is not trained.
         backend: how the merged network will run, for budgets with a latency: "eager", "compile" (`torch.compile`),
             "onnxruntime" or "openvino".
         cache: a folder in which losses and latencies are kept as soon as they are known, and found by the next call;

@@ -10,74 +10,88 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from elc_fx.errors import InvalidInputError
 from elc_fx.inputs import fresh
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.sensitivity import Sensitivity, part_of, samples_of
 from elc_fx.serial import SerialGraph
-from elc_fx.training import MOMENTUM, FinetuneConfig, distance, share_of_rate
+from elc_fx.training import FinetuneConfig, distance, optimizer_of, share_of_rate
 
 EPOCHS = 4
 ORDERS = 3  # in which the same is trained: losses after one training differ by some per cent with the order
-STEP = 64  # samples of one step, at most: a few hundred then make some dozen steps;
+MOST = 64  # samples of one step, at most: some hundred samples then make some dozen steps;
 INNER = 2**28  # and fewer where the values of all nodes, which gradients need, would be more numbers
+LEAST = 8  # samples of one step, at least: of fewer, batch norms have no statistics
+ENOUGH = 256  # samples: after fewer, what is lost is mostly chance
+BROKEN = 10.0  # times as much is lost after a training that tells nothing: it is too rough for such a network
 
 
 class Rehearsal:
     """Of networks that all begin with one sensitivity's original, on its calibration batches."""
 
     def __init__(self, graph: SerialGraph, sensitivity: Sensitivity) -> None:
+        self.graph_module = graph.graph_module
         self.sensitivity = sensitivity
         calibration = sensitivity.calibration
-        most = min(STEP, max(1, int(INNER / _inner_numbers(graph))))
+        most = min(MOST, max(LEAST, int(INNER / _inner_numbers(graph))))
         batches = (calibration.batches[i] for i in calibration.fitted_on)
         pieces = (piece for batch in batches for piece in _pieces(batch, most))
-        self.pairs = [(piece, graph.graph_module(*fresh(piece))) for piece in pieces]  # with what the original gives
+        self.pieces = [piece for piece in pieces if samples_of(piece) >= LEAST]
 
+    @property
+    def tells(self) -> bool:
+        """Whether there is enough to train on, and no module draws random numbers, which would count as losses."""
+        return sum(map(samples_of, self.pieces)) >= ENOUGH and not self.sensitivity.seeds
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def loss(self, choices: Sequence[Choice]) -> float:
-        """After the training, on the samples that nothing was fitted to; infinite where it cannot be trained.
+        """After the training, on the samples that are judged on: the mean of trainings in different orders.
 
-        The mean of trainings that differ in the order of the steps.
+        Infinite where it is not finite. Raises whatever the model's own layers do where they cannot be trained.
         """
         fitted = self.sensitivity.fitted(choices)
         losses = []
         for order in range(ORDERS):
             network = copy.deepcopy(fitted)
-            try:
-                self._train(network, torch.Generator().manual_seed(order))
-            except (RuntimeError, InvalidInputError) as error:  # without gradients, or of no floating point numbers
-                warnings.warn(f"plans are not compared after a short training: {error}", stacklevel=2)
+            self.train(network, torch.Generator().manual_seed(order))
+            if not all(value.isfinite().all() for value in network.state_dict().values() if isinstance(value, Tensor)):
                 return math.inf
-            network.eval()
-            losses.append(self.sensitivity.loss_of(network))
+            losses.append(self.sensitivity.loss_of(network.eval()))
         return sum(losses) / ORDERS
 
-    @torch.enable_grad()
-    def _train(self, network: fx.GraphModule, order: torch.Generator) -> None:
-        # A batch norm has no statistics of one sample.
-        network.train(min(samples_of(piece) for piece, _ in self.pairs) > 1)
+    def train(self, network: fx.GraphModule, order: torch.Generator) -> None:
+        """In place. order: of the steps."""
+        network.train()
+        for module in network.modules():
+            if isinstance(module, nn.SyncBatchNorm):  # which would wait for processes that do not train
+                module.eval()
+        # torch's backward of strided 1×1 convolutions can write beyond its memory where channels are last.
+        network.to(memory_format=torch.contiguous_format)
         parameters = [p for p in network.parameters() if p.requires_grad]
-        options: dict[str, Any] = {"momentum": MOMENTUM, "nesterov": True, "weight_decay": FinetuneConfig.weight_decay}
-        optimizer = torch.optim.SGD(parameters, FinetuneConfig.learning_rate, **options)
-        steps = EPOCHS * len(self.pairs)
+        optimizer = optimizer_of(parameters, FinetuneConfig.learning_rate, FinetuneConfig.weight_decay)
+        steps = EPOCHS * len(self.pieces)
         share = partial(share_of_rate, total=steps, warmup=FinetuneConfig.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        drawn = torch.cat([torch.randperm(len(self.pairs), generator=order) for _ in range(EPOCHS)]).tolist()
+        drawn = torch.cat([torch.randperm(len(self.pieces), generator=order) for _ in range(EPOCHS)]).tolist()
         for i in self.sensitivity.shown(drawn, "short training", steps):
-            piece, wanted = self.pairs[i]
-            output = network(*fresh(piece))
-            distance(output, wanted, FinetuneConfig.temperature if _of_classes(wanted) else None).backward()
+            wanted = self.graph_module(*_contiguous(self.pieces[i]))
+            with torch.enable_grad():
+                output = network(*_contiguous(self.pieces[i]))
+                loss = distance(output, wanted, FinetuneConfig.temperature if _of_classes(wanted) else None)
+                # Not `backward`, which also writes to parameters that a module of the user's reads from elsewhere.
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             nn.utils.clip_grad_norm_(parameters, FinetuneConfig.clip)
             optimizer.step()
-            optimizer.zero_grad()
             schedule.step()
 
 
@@ -94,6 +108,11 @@ def _pieces(batch: Sequence[Any], most: int) -> list[list[Any]]:
     count = math.ceil(size / most)
     bounds = [size * i // count for i in range(count + 1)]
     return [part_of(batch, start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def _contiguous(values: Sequence[Any]) -> Any:
+    """Copies, since a model may write into what it is given."""
+    return pytree.tree_map_only(Tensor, lambda t: t.contiguous(), fresh(values))
 
 
 def _of_classes(output: Any) -> bool:
