@@ -22,7 +22,7 @@ from elc_fx.planning.latency import LatencyMeter
 def row(method: str, accuracy: float, seed: int = 0) -> dict[str, Any]:
     before, after = {"flops": 200, "depth": 20}, {"flops": 100, "depth": 12}
     scores = {"test": [0.9, accuracy], "held_out": [0.5, accuracy], "before": before, "after": after}
-    origin = {"provenance": {"machine": {"cpu": "Abacus(R) of 1622"}}}
+    origin = {"provenance": {"machine": {"cpu": "Abacus(R) of 1622"}}, "arithmetic": "float32"}
     return {"network": "net", "method": method, "budget": 0.5, "epochs": 5, "seed": seed, **scores, **origin}
 
 
@@ -51,7 +51,7 @@ def test_seeds_are_averaged_and_what_was_not_run_is_said(results: Path) -> None:
     expected = [name for name in METHODS if name not in FOR_TIME]  # whose budgets are others
     by_method = dict(zip(expected, lines, strict=True))
     assert "87.00% (86.00%–88.00%)" in by_method["elc"] and "-3.00" in by_method["elc"] and "50.0%" in by_method["elc"]
-    assert "87.00%" in by_method["torch-pruning"] and by_method["torch-pruning"].endswith("Abacus")
+    assert "87.00%" in by_method["torch-pruning"] and by_method["torch-pruning"].endswith("Abacus in float32")
     assert "cannot reach the budget" in by_method["grown"] and "not run" in by_method["scratch"]
 
 
@@ -110,6 +110,7 @@ def test_a_row_has_the_plan_that_made_its_network(
             check_guards=False
         )
         assert network(x).shape == (1, 10) and 0 <= stored["test"][1] <= 1 and len(stored["history"]) == 1
+        assert stored["arithmetic"] in ("bfloat16", "float32")
         share = stored["after"]["flops"] / stored["before"]["flops"]
         if method == "torch-pruning":
             assert stored["plan"] is None and 0.6 <= share < 0.63

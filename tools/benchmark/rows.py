@@ -15,7 +15,7 @@ import elc_fx
 import provenance
 from benchmark.methods import METHODS, Task
 from elc_fx import data as pictures
-from elc_fx import exporting
+from elc_fx import exporting, training
 
 FOLDER = provenance.RESULTS / "benchmark"
 RUNS = provenance.ROOT.parent / "elc_fx_benchmark"
@@ -78,6 +78,7 @@ def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
         "test": [pictures.accuracy(task.model, test), pictures.accuracy(small, test)],
         "before": comparison.before.to_dict(),
         "after": comparison.after.to_dict(),
+        "arithmetic": "bfloat16" if training.computes_in_bf16(task.x.device) else "float32",
         "history": [asdict(epoch) for epoch in history.epochs],
     }
 

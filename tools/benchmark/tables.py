@@ -118,13 +118,14 @@ def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
             elif "unreachable" in own[0]:
                 lines.append([*head, "cannot reach the budget"])
             else:
-                lines.append([*head, *_cells(own), _processors(own)])
+                lines.append([*head, *_cells(own), _trained_on(own)])
     return [[*line, *[""] * (len(ACCURACY) - len(line))] for line in lines]
 
 
-def _processors(rows: Sequence[Row]) -> str:
-    """Their makers: what computes in bfloat16 was trained so."""
-    return ", ".join(sorted({row["provenance"]["machine"]["cpu"].split()[0].removesuffix("(R)") for row in rows}))
+def _trained_on(rows: Sequence[Row]) -> str:
+    """The makers of the processors, and in what they computed."""
+    makers = (row["provenance"]["machine"]["cpu"].split()[0].removesuffix("(R)") for row in rows)
+    return ", ".join(sorted({f"{maker} in {row['arithmetic']}" for maker, row in zip(makers, rows, strict=True)}))
 
 
 def _cells(rows: Sequence[Row]) -> list[str]:
