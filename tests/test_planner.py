@@ -449,6 +449,17 @@ def test_what_is_lost_after_a_short_training_is_that_of_the_fitted_network_train
     assert made.loss_after_training(positions) == pytest.approx(sum(found) / len(found), rel=1e-4)
 
 
+def test_a_short_training_begins_with_nothing_of_what_is_judged_on() -> None:
+    *seen, unseen = many()
+    fitted = []
+    for judged in (unseen, 2 * unseen):
+        made = rehearsing(batches=[*seen, judged])
+        assert made.sensitivity is not None and made.sensitivity.calibration.judged == [len(seen)]
+        fitted.append(made.sensitivity.fitted(made.choices[:1]).state_dict())
+    for name, value in fitted[0].items():
+        assert torch.equal(value, fitted[1][name]), name
+
+
 class Detached(nn.Module):
     """Has no gradients."""
 

@@ -363,7 +363,7 @@ class Sensitivity:
                 fitted[node.name] = substitute
                 for walk in collapsed:
                     walk.env[node] = substitute(walk.env[ends[node].region.source])
-                substitute.normalise([walk.env[node] for walk in collapsed])
+                substitute.normalise([walk.env[node] for walk in read])
             elif node not in inside:
                 for walk in collapsed:
                     walk.step(node)
