@@ -15,8 +15,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ class Finetuning:
         )
         self.device = self.accelerator.device
         self.bf16 = computes_in_bf16(self.device) if config.bf16 is None else config.bf16
-        self.layout = self._layout(network)
+        self.channels_last = self.device.type == "cpu" or self.bf16
         self.taught_by = fingerprint(teacher)
         self.teacher = None if teacher is None else copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
         self.batches = self._shared(config.train_data)
@@ -243,8 +243,6 @@ class Finetuning:
         """All epochs that are left."""
         home = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         network = self.network.to(self.device)
-        if self.layout is torch.contiguous_format:  # weights with their channels last make all that they meet so
-            network = network.to(memory_format=self.layout)
         parameters = [p for p in network.parameters() if p.requires_grad]
         if not parameters:
             raise InvalidInputError("no parameter of the network requires a gradient")
@@ -259,7 +257,7 @@ class Finetuning:
         # With one process there is nothing to prepare, and Accelerate would cast to what the caller's own one casts to.
         self.trained = self.accelerator.prepare(network) if self.accelerator.num_processes > 1 else network
         try:
-            with randomness_of_the_caller(), self._bar() as bar:
+            with randomness_of_the_caller(), without_faulty_kernels(network), self._bar() as bar:
                 for number in range(len(self.state.history), self.config.epochs):
                     if self._impatient():
                         break
@@ -313,7 +311,7 @@ class Finetuning:
 
     def _step(self, inputs: Any, target: Any) -> Tensor:
         self._set_rates()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self._autocast():
             output = _call(self.trained, inputs)
             wanted = None
             if self.features is not None or (self.teacher is not None and self.config.distillation):
@@ -333,6 +331,10 @@ class Finetuning:
         if self.average is not None:
             self._update_average()
         return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        """Without its cache, which would hold the weights of the first step as long as the caller's own autocast."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def _loss(self, output: Any, target: Any, wanted: Any) -> Tensor:
         share = 0.0 if wanted is None else self.config.distillation
@@ -435,7 +437,7 @@ class Finetuning:
         total = torch.zeros((2,), device=self.device)
         for batch in self.validation:
             inputs, target = self._parts(batch)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            with self._autocast():
                 output = _call(self.network, inputs)
             if self.config.loss is None and _classes(output, target) and output.dim() == 2:
                 wanted = target.argmax(1) if target.is_floating_point() else target
@@ -476,15 +478,9 @@ class Finetuning:
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
         inputs, target = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), (batch[0], batch[1]))
-        if self.layout is not None:
-            inputs = pytree.tree_map_only(Tensor, partial(_laid_out, layout=self.layout), inputs)
+        if self.channels_last:
+            inputs = pytree.tree_map_only(Tensor, _channels_last, inputs)
         return inputs, target
-
-    def _layout(self, network: nn.Module) -> torch.memory_format | None:
-        """In which images are given; None where they stay as they are."""
-        if not bears_channels_last(network):
-            return torch.contiguous_format if self.device.type == "cpu" else None
-        return torch.channels_last if self.device.type == "cpu" or self.bf16 else None
 
     # Checkpoints
 
@@ -706,17 +702,22 @@ def computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, unit, bool)() for unit in units)
 
 
-def bears_channels_last(network: nn.Module) -> bool:
-    """Whether images may be given with their channels last, which is faster.
+@contextmanager
+def without_faulty_kernels(network: nn.Module) -> Iterator[None]:
+    """Without oneDNN, for a network with strided 1×1 convolutions of 2 to 7 channels.
 
-    In torch 2.14 the backward of a strided 1×1 convolution of 2 to 7 channels then writes beyond its memory on CPUs.
+    In torch 2.14 their backward writes beyond its memory on CPUs with AVX2, where an image has its channels last, which
+    any layer before can make so.
     """
-    return not any(
-        isinstance(module, nn.Conv2d)
-        and max(module.kernel_size) == 1 < max(module.stride)
-        and module.in_channels // module.groups < 8
-        for module in network.modules()
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    strides = {id(module.weight): max(module.stride) for module in convolutions}
+    faulty = any(
+        weight.dim() == 4 and max(weight.shape[2:]) == 1 < weight.shape[1] < 8 and strides.get(id(weight)) != 1
+        for weight in network.parameters()  # of a convolution that is no module, it cannot tell the stride
     )
+    only = {"deterministic": None, "allow_tf32": None, "fp32_precision": None}  # nothing else changes
+    with torch.backends.mkldnn.flags(enabled=False, **only) if faulty else nullcontext():
+        yield
 
 
 def metrics(history: Iterable[Epoch]) -> bytes:
@@ -770,8 +771,8 @@ def _classes(output: Any, target: Any) -> bool:
     return not target.is_complex() and target.shape == (len(output), *output.shape[2:])
 
 
-def _laid_out(t: Tensor, layout: torch.memory_format) -> Tensor:
-    return t.contiguous(memory_format=layout) if t.dim() == 4 else t
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
 
 def _samples(batches: Any) -> int | None:

@@ -25,6 +25,8 @@ from elc_fx.planning import planner as planning
 from elc_fx.planning import rehearsal, sensitivity, stored
 from elc_fx.planning.candidates import serial_graph
 from elc_fx.planning.planner import ALIKE, Planner
+from elc_fx.planning.solve import Solution
+from elc_fx.training import distance
 
 HUGE = 10**400  # that no float can be
 
@@ -474,7 +476,7 @@ class Detached(nn.Module):
 
 @pytest.mark.parametrize(
     ("model", "broken", "reason"),
-    [(Detached().eval(), 10.0, "RuntimeError"), (network(), 0.0, "it makes losses of")],
+    [(Detached().eval(), 10.0, "RuntimeError"), (network(), 0.0, "it makes the losses of 3 plans, at most")],
 )
 def test_where_a_short_training_tells_nothing_the_least_loss_without_counts(
     model: nn.Module, broken: float, reason: str, monkeypatch: pytest.MonkeyPatch
@@ -486,6 +488,99 @@ def test_where_a_short_training_tells_nothing_the_least_loss_without_counts(
     assert len(told) == 1
     assert plan.prediction and plan.prediction.rehearsed is None
     assert plan.prediction.together == min(made.measured.values())
+
+
+def test_of_plans_as_good_after_the_training_the_one_with_fewest_layers_counts() -> None:
+    found = []
+    for slight in (0.5 * ALIKE, 2 * ALIKE):
+        made = rehearsing()
+        losses = iter([1 + slight, 2.0, 1.0])
+        made.loss_after_training = lambda _, losses=losses: next(losses)  # type: ignore[method-assign, misc]
+        finalists = [Solution((i,), 0.0, 0.0) for i in range(3)]
+        made.measured = {(i,): 1.0 for i in range(3)}
+        found.append(made._rehearsed_best(finalists))
+    assert found == [(finalists[0], 1 + 0.5 * ALIKE), (finalists[2], 1.0)]
+
+
+def test_nothing_is_compared_where_no_plan_can_leave_more_layers() -> None:
+    made = rehearsing()
+    made.plan(elc_fx.Budget(depth=made.model.original.depth - 1))
+    assert len(made.measured) == 1 and not made.rehearsed
+
+
+def test_what_is_judged_on_is_not_trained_on() -> None:
+    *seen, _ = many()
+    (pieces,) = zip(*rehearsing()._rehearsal().pieces, strict=True)
+    assert torch.equal(torch.cat(pieces), torch.cat(seen))
+
+
+class Masked(nn.Module):
+    """Has a buffer that is not finite."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+        self.register_buffer("mask", torch.full((4,), -torch.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return torch.maximum(y, self.mask)
+
+
+def test_values_of_the_models_own_may_be_infinite() -> None:
+    made = rehearsing(Masked().eval())
+    assert math.isfinite(made.loss_after_training([0]))
+
+
+def test_a_network_that_training_breaks_loses_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = rehearsing()
+    monkeypatch.setattr(rehearsal.FinetuneConfig, "learning_rate", math.nan)
+    assert made.loss_after_training([0]) == math.inf
+
+
+@pytest.mark.parametrize("loss", ["auto", lambda output, expected: (output - expected).square().mean()])
+def test_what_a_function_of_the_users_measures_is_not_taken_for_classes(
+    loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temperatures = set()
+
+    def recorded(output: Any, wanted: Any, temperature: float | None) -> Tensor:
+        temperatures.add(temperature)
+        return distance(output, wanted, temperature)
+
+    monkeypatch.setattr(rehearsal, "distance", recorded)
+    rehearsing(loss=loss).loss_after_training([0])
+    assert temperatures == {elc_fx.FinetuneConfig.temperature if loss == "auto" else None}
+
+
+def test_the_original_is_run_once_for_each_step_of_the_first_epoch() -> None:
+    made = rehearsing()
+    practice = made._rehearsal()
+    runs = []
+    made.graph.graph_module.register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
+    practice.loss(made.choices[:1])
+    judged = rehearsal.ORDERS * len(made.calibrations[0].judged)
+    assert len(runs) == len(practice.pieces) + judged
+
+
+def test_inside_of_autocast_the_trained_weights_count() -> None:
+    """Autocast keeps what it has cast until the outermost context ends: the weights of the first step."""
+    found = []
+    for cached in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            found.append(rehearsing(loss=lambda a, b: (a.float() - b.float()).square().mean()).loss_after_training([0]))
+    assert found[0] == found[1]
+
+
+def test_what_cannot_be_trained_on_or_was_not_measured_is_told() -> None:
+    with pytest.raises(elc_fx.InvalidInputError, match="no batch to train on has 8 samples"):
+        rehearsing(batches=many(size=4)[:8]).loss_after_training([0])
+    given = planner(loss="uniform")
+    for measure in (given.loss_together, given.loss_after_training):
+        with pytest.raises(elc_fx.InvalidInputError, match="was given its losses"):
+            measure([0])
 
 
 class Noisy(nn.Module):
@@ -502,28 +597,6 @@ def test_of_few_samples_or_small_batches_nothing_is_trained(batches: list[Tensor
 def test_with_noise_nothing_is_trained() -> None:
     made = rehearsing(nn.Sequential(Noisy(), network()).eval())
     assert made.plan(elc_fx.Budget(flops=0.45)).candidates and not made.rehearsed
-
-
-class Strided(nn.Module):
-    """Of four channels, for whose shortcut torch's backward writes beyond its memory with channels last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
-        self.shortcut = nn.Conv2d(6, 8, 1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.b(torch.relu(self.a(x))) + self.shortcut(x))
-
-
-@pytest.mark.parametrize("weights", [True, False])
-def test_strided_pointwise_layers_with_channels_last(weights: bool) -> None:
-    parts = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), Block(6), Strided(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    model = nn.Sequential(*parts, nn.Linear(8, 4)).eval()
-    batches = many() if weights else [batch.to(memory_format=torch.channels_last) for batch in many()]
-    made = rehearsing(model.to(memory_format=torch.channels_last) if weights else model, batches)
-    made.loss_after_training([0])
-    assert all(map(math.isfinite, made.rehearsed.values()))
 
 
 SCALE = nn.Parameter(torch.ones(()))
@@ -554,6 +627,22 @@ class UsedFourTimes(nn.Module):
             x = torch.relu(self.again(x))
         y: Tensor = self.last(x.mean((2, 3)))
         return y
+
+
+def test_layers_count_whatever_their_names() -> None:
+    named = nn.ModuleDict({"a: x": nn.Conv2d(3, 4, 3), "b: y": nn.Conv2d(4, 3, 3)})
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = named
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.m["b: y"](torch.relu(self.m["a: x"](x)))
+            return y
+
+    found = elc_fx.candidates(Named().eval(), torch.zeros(1, 3, 8, 8))
+    assert {(c.removed, c.merges) for c in found if len(c.layers) == 2} == {(1, True)}
 
 
 def test_each_use_of_a_layer_counts() -> None:

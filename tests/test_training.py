@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import os
@@ -20,7 +21,7 @@ from training_run import Pictures, decoupled, loader, network
 
 import elc_fx
 from elc_fx.training import _Features as Features
-from elc_fx.training import bears_channels_last
+from elc_fx.training import without_faulty_kernels
 
 SCRIPT = Path(__file__).parent / "training_run.py"
 
@@ -181,13 +182,69 @@ def test_outputs_of_any_structure_are_distilled() -> None:
     assert history.epochs[-1].loss < 0.5 * history.epochs[0].loss
 
 
-def test_strided_pointwise_layers_of_few_channels_train() -> None:
-    """torch's backward of them, with channels last, writes beyond its memory."""
-    student = nn.Sequential(nn.Conv2d(3, 32, 1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    student.append(nn.Linear(32, 4))
-    data = [(torch.randn(128, 3, 32, 32), torch.randint(0, 4, (128,))) for _ in range(10)]
-    elc_fx.finetune(student, data, epochs=2, progress=False)
-    assert not bears_channels_last(student) and bears_channels_last(network())
+FAULTY = """
+import torch, elc_fx
+from elc_fx.planning.planner import Planner
+from torch import nn
+
+class ChannelsLast(nn.Module):  # inside, however images and weights are given
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.down = nn.Conv2d(3, 3, 3, padding=1), nn.LayerNorm(3), nn.Conv2d(3, 32, 1, stride=2)
+        self.last = nn.Linear(32, 4)
+    def forward(self, x):
+        x = self.norm(self.first(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.last(torch.relu(self.down(x)).mean((2, 3)))
+
+torch.manual_seed(0)
+model, data = ChannelsLast(), [(torch.randn(128, 3, 32, 32), torch.randint(0, 4, (128,))) for _ in range(8)]
+if {planned}:
+    planner = Planner(model.eval(), data[0][0], data, progress=False, refinements=0)
+    for position in range(len(planner.choices)):
+        planner.loss_after_training([position])
+else:
+    elc_fx.finetune(model, data, epochs=4, progress=False, bf16=False)
+print(torch.backends.mkldnn.enabled)
+"""
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_strided_pointwise_layers_of_few_channels_train(planned: bool) -> None:
+    """oneDNN's backward of them, with channels last, writes beyond its memory with AVX2: the process dies."""
+    command = [sys.executable, "-c", FAULTY.replace("{planned}", str(planned))]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == "True\n", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("layer", "faulty"),
+    [
+        (nn.Conv2d(4, 8, 1, stride=2), True),
+        (nn.Conv2d(4, 8, 1), False),
+        (nn.Conv2d(8, 8, 1, stride=2), False),
+        (nn.Conv2d(8, 8, 1, stride=2, groups=2), True),
+        (nn.Conv2d(4, 4, 1, stride=2, groups=4), False),
+        (nn.Conv2d(4, 8, 3, stride=2), False),
+        (nn.ParameterList([torch.zeros(8, 4, 1, 1)]), True),
+    ],
+)
+def test_only_networks_with_such_layers_train_without_onednn(layer: nn.Module, faulty: bool) -> None:
+    with without_faulty_kernels(nn.Sequential(network(), layer)):
+        assert torch.backends.mkldnn.enabled != faulty
+    assert torch.backends.mkldnn.enabled
+
+
+def test_inside_of_autocast_each_step_has_the_weights_of_the_one_before() -> None:
+    """Autocast keeps what it has cast until the outermost context ends."""
+    found = []
+    for around in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        student = network()
+        with around:
+            elc_fx.finetune(student, loader(), epochs=2, progress=False, bf16=True)
+        found.append(student.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
 
 
 def test_events_for_tensorboard_name_the_package_that_is_missing(

@@ -25,7 +25,7 @@ from elc_fx.planning.candidates import Candidate, check_counts, serial_graph
 from elc_fx.planning.cost import Choice, CostModel, LatencyModel, choices_of
 from elc_fx.planning.latency import Backend, LatencyMeter, check_backend
 from elc_fx.planning.plan import Plan, Prediction, named_inputs
-from elc_fx.planning.rehearsal import BROKEN, Rehearsal
+from elc_fx.planning.rehearsal import Rehearsal
 from elc_fx.planning.sensitivity import Calibration, Loss, Sensitivity
 from elc_fx.planning.solve import Pair, Problem, Solution, solve
 from elc_fx.planning.stored import StoredTable
@@ -38,6 +38,7 @@ EMPHASES = (0.7, 1.5, 2.0, 3.0)  # powers of the losses
 ACCURACY = 0.05  # of a predicted latency, relative, with which a plan is not made again
 CORRECTIONS = 4  # of the latencies, at most, for one plan
 ALIKE = 0.05  # relative: losses after a short training that chance can make
+BROKEN = 10.0  # times as much is lost after a training that tells nothing: it is too rough for such a network
 SHUN = 4.0  # by what the loss of a choice is multiplied to see how it is without
 
 LossChoice = Literal["auto", "uniform"] | Mapping[str, float] | Loss
@@ -153,8 +154,8 @@ class Planner:
         allowed = zip(self.losses, self.choices, strict=True)
         layers = [float(choice.candidate.removed) if math.isfinite(loss) else math.inf for loss, choice in allowed]
         least = round(_solved(Problem(self.choices, layers, self.model, limits)).loss)
-        seen = {best.chosen}
-        for removed in ((self._removed(best) + least) // 2, least):
+        most, seen = self._removed(best), {best.chosen}
+        for removed in sorted({(most + least) // 2, least} - {most}, reverse=True):
             try:
                 found = self._in_time(budget, self._refined, self._lost, removed=removed)
             except PlanError:  # its network, measured, takes longer than it may
@@ -174,14 +175,14 @@ class Planner:
         except Exception as error:  # whatever the model's own layers raise
             reason = f"{type(error).__name__}: {error}"
         else:
-            pairs = zip(losses, map(self._lost, finalists), strict=True)
-            if all(loss <= BROKEN * before for loss, before in pairs):
+            before, after = max(map(self._lost, finalists)), max(losses)
+            if after <= BROKEN * before < math.inf:
                 good = (1 + ALIKE) * min(losses)
                 return next((f, loss) for f, loss in zip(finalists, losses, strict=True) if loss <= good)
-            reason = f"it makes losses of {self._lost(finalists[0]):.3g} up to {max(losses):.3g}"
+            reason = f"it makes the losses of {len(finalists)} plans, at most {before:.3g}, as large as {after:.3g}"
         warnings.warn(
             "plans with more and fewer layers were not compared after a short training, which the network does not "
-            f"bear: {reason}; with rehearse=False it is not tried",
+            f"bear: {reason}; rehearse=False of elc_fx.plan leaves it out",
             stacklevel=3,
         )
         return min(finalists, key=self._lost), None
@@ -282,20 +283,27 @@ class Planner:
             return fits.collapsed(choices)
 
     def loss_together(self, positions: Iterable[int]) -> float:
-        """The loss when several of `choices` are collapsed, measured as a whole. positions: of them in `choices`."""
-        assert self.sensitivity is not None
-        return self._measured(self.sensitivity.together, self.measured, positions)
+        """The loss when several of `choices` are collapsed, measured as a whole. positions: of them in `choices`.
+
+        Raises `InvalidInputError` for a planner that was given its losses.
+        """
+        return self._measured(self._sensitivity().together, self.measured, positions)
 
     def loss_after_training(self, positions: Iterable[int]) -> float:
         """The same after a short training of the network, on some of the samples that losses are measured on.
 
-        Infinite where it is not finite. Raises whatever the model's own layers do where they cannot be trained.
+        Infinite where it is not finite. Raises whatever the model's own layers do where they cannot be trained, and
+        `InvalidInputError` for batches too small to train on, or for a planner that was given its losses.
         """
-        return self._measured(lambda choices: self._rehearsal().loss(choices), self.rehearsed, positions)
+        return self._measured(self._rehearsal().loss, self.rehearsed, positions)
 
     def _rehearsal(self) -> Rehearsal:
-        assert self.sensitivity is not None
-        return Rehearsal(self.graph, self.sensitivity)
+        return Rehearsal(self.graph, self._sensitivity())
+
+    def _sensitivity(self) -> Sensitivity:
+        if self.sensitivity is None:
+            raise InvalidInputError("this planner was given its losses: loss='auto' or a function measures them")
+        return self.sensitivity
 
     def _measured(
         self,

@@ -15,22 +15,21 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from elc_fx.errors import InvalidInputError
 from elc_fx.inputs import fresh
 from elc_fx.planning.cost import Choice
-from elc_fx.planning.sensitivity import Sensitivity, part_of, samples_of
+from elc_fx.planning.sensitivity import KEPT, Sensitivity, divergence, numbers_of, part_of, samples_of
 from elc_fx.serial import SerialGraph
-from elc_fx.training import FinetuneConfig, distance, optimizer_of, share_of_rate
+from elc_fx.training import FinetuneConfig, distance, optimizer_of, share_of_rate, without_faulty_kernels
 
 EPOCHS = 4
 ORDERS = 3  # in which the same is trained: losses after one training differ by some per cent with the order
 MOST = 64  # samples of one step, at most: some hundred samples then make some dozen steps;
 INNER = 2**28  # and fewer where the values of all nodes, which gradients need, would be more numbers
 LEAST = 8  # samples of one step, at least: of fewer, batch norms have no statistics
-ENOUGH = 256  # samples: after fewer, what is lost is mostly chance
-BROKEN = 10.0  # times as much is lost after a training that tells nothing: it is too rough for such a network
+ENOUGH = 200  # samples to train on: after fewer, what is lost is mostly chance
 
 
 class Rehearsal:
@@ -44,6 +43,7 @@ class Rehearsal:
         batches = (calibration.batches[i] for i in calibration.fitted_on)
         pieces = (piece for batch in batches for piece in _pieces(batch, most))
         self.pieces = [piece for piece in pieces if samples_of(piece) >= LEAST]
+        self.given: dict[int, Any] = {}  # by the original, for each
 
     @property
     def tells(self) -> bool:
@@ -55,16 +55,20 @@ class Rehearsal:
     def loss(self, choices: Sequence[Choice]) -> float:
         """After the training, on the samples that are judged on: the mean of trainings in different orders.
 
-        Infinite where it is not finite. Raises whatever the model's own layers do where they cannot be trained.
+        Infinite where something is not finite that was. Raises whatever the model's own layers do where they cannot be
+        trained, and InvalidInputError where there is nothing to train on.
         """
+        if not self.pieces:
+            raise InvalidInputError(f"no batch to train on has {LEAST} samples")
         fitted = self.sensitivity.fitted(choices)
         losses = []
-        for order in range(ORDERS):
-            network = copy.deepcopy(fitted)
-            self.train(network, torch.Generator().manual_seed(order))
-            if not all(value.isfinite().all() for value in network.state_dict().values() if isinstance(value, Tensor)):
-                return math.inf
-            losses.append(self.sensitivity.loss_of(network.eval()))
+        with self._autocast():
+            for order in range(ORDERS):
+                network = copy.deepcopy(fitted)
+                self.train(network, torch.Generator().manual_seed(order))
+                if _finite(fitted) - _finite(network):
+                    return math.inf
+                losses.append(self.sensitivity.loss_of(network.eval()))
         return sum(losses) / ORDERS
 
     def train(self, network: fx.GraphModule, order: torch.Generator) -> None:
@@ -73,26 +77,49 @@ class Rehearsal:
         for module in network.modules():
             if isinstance(module, nn.SyncBatchNorm):  # which would wait for processes that do not train
                 module.eval()
-        # torch's backward of strided 1×1 convolutions can write beyond its memory where channels are last.
-        network.to(memory_format=torch.contiguous_format)
         parameters = [p for p in network.parameters() if p.requires_grad]
         optimizer = optimizer_of(parameters, FinetuneConfig.learning_rate, FinetuneConfig.weight_decay)
         steps = EPOCHS * len(self.pieces)
         share = partial(share_of_rate, total=steps, warmup=FinetuneConfig.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        drawn = torch.cat([torch.randperm(len(self.pieces), generator=order) for _ in range(EPOCHS)]).tolist()
-        for i in self.sensitivity.shown(drawn, "short training", steps):
-            wanted = self.graph_module(*_contiguous(self.pieces[i]))
-            with torch.enable_grad():
-                output = network(*_contiguous(self.pieces[i]))
-                loss = distance(output, wanted, FinetuneConfig.temperature if _of_classes(wanted) else None)
-                # Not `backward`, which also writes to parameters that a module of the user's reads from elsewhere.
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            nn.utils.clip_grad_norm_(parameters, FinetuneConfig.clip)
-            optimizer.step()
-            schedule.step()
+        orders = [torch.randperm(len(self.pieces), generator=order, device="cpu") for _ in range(EPOCHS)]
+        with without_faulty_kernels(network):
+            for i in self.sensitivity.shown(torch.cat(orders).tolist(), "short training", steps):
+                wanted = self._wanted(i)
+                with torch.enable_grad():
+                    loss = distance(network(*fresh(self.pieces[i])), wanted, self._temperature(wanted))
+                    # Not `backward`, which also writes to parameters that a module of the user's reads from elsewhere.
+                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                nn.utils.clip_grad_norm_(parameters, FinetuneConfig.clip)
+                optimizer.step()
+                schedule.step()
+
+    def _wanted(self, i: int) -> Any:
+        """What the original gives for a piece; kept, since it is wanted in each epoch, unless that were too much."""
+        if i in self.given:
+            return self.given[i]
+        output = self.graph_module(*fresh(self.pieces[i]))
+        if numbers_of(output) * len(self.pieces) <= KEPT:
+            self.given[i] = output
+        return output
+
+    def _temperature(self, output: Any) -> float | None:
+        """Of what the loss "auto" takes for classes; a function of the user's may take it for anything."""
+        classes = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
+        return FinetuneConfig.temperature if classes and self.sensitivity.loss is divergence else None
+
+    def _autocast(self) -> torch.autocast:
+        """The caller's, without its cache, which would hold the weights of the first step."""
+        kind = next((p.device.type for p in self.graph_module.parameters()), "cpu")
+        return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
+
+
+def _finite(network: nn.Module) -> set[str]:
+    """The names of values in which nothing is infinite or NaN, as some of the user's may be from the beginning."""
+    values = network.state_dict().items()
+    return {name for name, value in values if isinstance(value, Tensor) and value.isfinite().all()}
 
 
 def _inner_numbers(graph: SerialGraph) -> float:
@@ -108,12 +135,3 @@ def _pieces(batch: Sequence[Any], most: int) -> list[list[Any]]:
     count = math.ceil(size / most)
     bounds = [size * i // count for i in range(count + 1)]
     return [part_of(batch, start, stop) for start, stop in itertools.pairwise(bounds)]
-
-
-def _contiguous(values: Sequence[Any]) -> Any:
-    """Copies, since a model may write into what it is given."""
-    return pytree.tree_map_only(Tensor, lambda t: t.contiguous(), fresh(values))
-
-
-def _of_classes(output: Any) -> bool:
-    return isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1

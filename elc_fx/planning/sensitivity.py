@@ -388,7 +388,7 @@ class Sensitivity:
             pending.discard(node)
             if node in wanted and self.keeps:
                 self.kept[node] = values
-                while sum(map(_numbers, self.kept.values())) > KEPT:
+                while sum(map(numbers_of, self.kept.values())) > KEPT:
                     del self.kept[next(other for other in self.kept if other not in pending)]
             if position <= last:
                 for walk in walks:
@@ -434,7 +434,8 @@ class Sensitivity:
                 walk.env.pop(value, None)
 
 
-def _numbers(values: Any) -> int:
+def numbers_of(values: Any) -> int:
+    """How many all tensors together hold."""
     return sum(value.numel() for value in pytree.tree_leaves(values) if isinstance(value, Tensor))
 
 
