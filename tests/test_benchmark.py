@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -118,6 +119,12 @@ def test_a_row_has_the_plan_that_made_its_network(
         decoupled = elc_fx.decouple(model, elc_fx.Plan.from_json(json.dumps(stored["plan"])))
         elc_fx.set_gate(decoupled, 0)
         assert elc_fx.measure(elc_fx.merge(decoupled), x).flops == stored["after"]["flops"] and share <= 0.6
+    row = tmp_path / "results" / "net-scratch-0.6-1-0.json"
+    with pytest.raises(typer.BadParameter, match="'uniform' is not planned as 'scratch' is"):
+        rows.train(method=["gates", "uniform"], plan=row, **task)
+    with pytest.raises(typer.BadParameter, match="no plan of net for a budget of"):
+        rows.train(method=["gates"], plan=row, **{**task, "budget": 0.5})
+    assert json.loads(rows._plan_of(row, "net", 0.6, ["gates"]).to_json()) == json.loads(row.read_text())["plan"]
     kept, names = latencies._networks(task["weights"], task["runs"], None, list(METHODS))
     assert names.keys() == {*kept, "net-scratch-0.6-1-0", "net-uniform-0.6-1-0", "net-at-once-0.6-1-0"}
     shutil.rmtree(task["runs"])

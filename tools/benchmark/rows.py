@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,12 +31,14 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 10,
     seed: Annotated[int, typer.Option(help="Of all that is random in the training.")] = 0,
     runs: Annotated[Path, typer.Option(help="Where checkpoints and networks are kept.")] = RUNS,
+    plan: Annotated[Path | None, typer.Option(help="A stored row, whose plan is taken instead of a new one.")] = None,
 ) -> None:
     """Makes, trains and scores a network for each method; what is stored is not run again."""
     unknown = [name for name in method if name not in METHODS]
     if unknown:
         raise typer.BadParameter(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     run = provenance.collect()
+    made = plan and _plan_of(plan, weights.stem, budget, method)
     for name in method:
         stem = f"{weights.stem}-{name}-{budget:g}-{epochs}-{seed}"
         if (FOLDER / f"{stem}.json").exists():
@@ -43,15 +46,29 @@ def train(
             continue
         task = Task(weights, data, budget, seed, runs / "losses")
         key = {"network": weights.stem, "method": name, "budget": budget, "epochs": epochs, "seed": seed}
-        provenance.store(FOLDER / f"{stem}.json", run, key | trained(task, name, epochs, runs / stem))
+        provenance.store(FOLDER / f"{stem}.json", run, key | trained(task, name, epochs, runs / stem, made))
 
 
-def trained(task: Task, name: str, epochs: int, folder: Path) -> dict[str, Any]:
-    """What came of it, or why there is no plan; the network is written to the folder as model.pt2."""
+def _plan_of(file: Path, network: str, budget: float, methods: Sequence[str]) -> elc_fx.Plan:
+    """What a stored row was planned, for methods that would plan the same."""
+    row = json.loads(file.read_text(encoding="utf-8"))
+    if (row["network"], row["budget"]) != (network, budget) or not row.get("plan"):
+        raise typer.BadParameter(f"{file.name} has no plan of {network} for a budget of {budget:g}")
+    for name in methods:
+        if METHODS[name].plan is not METHODS[row["method"]].plan:
+            raise typer.BadParameter(f"{name!r} is not planned as {row['method']!r} is, in {file.name}")
+    return elc_fx.Plan.from_json(json.dumps(row["plan"]))
+
+
+def trained(task: Task, name: str, epochs: int, folder: Path, plan: elc_fx.Plan | None = None) -> dict[str, Any]:
+    """What came of it, or why there is no plan; the network is written to the folder as model.pt2.
+
+    plan: by default the method makes one.
+    """
     method, (train, kept) = METHODS[name], task.images
     torch.manual_seed(task.seed)
     try:
-        plan = method.plan(task)
+        plan = plan or method.plan(task)
     except elc_fx.PlanError as error:
         return {"unreachable": str(error)}
     network = method.network(task, plan)
