@@ -148,7 +148,7 @@ def test_sets_measured_one_after_the_other_lose_what_they_lose_alone(
         for choices, expected in zip(sets, alone, strict=True):
             steps.clear()
             assert measuring.together(choices) == expected
-            assert sum(map(sensitivity._numbers, measuring.kept.values())) <= keep
+            assert sum(map(sensitivity.numbers_of, measuring.kept.values())) <= keep
             taken.append(len(steps) / len(measuring.nodes))
     assert walks is None or taken == pytest.approx(walks, abs=0.05)
     assert not measuring.kept
