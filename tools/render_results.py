@@ -67,8 +67,10 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "benchmark_accuracy": ("benchmark", lambda result: benchmark.accuracy_table(result["rows"], STYLE)),
     "benchmark_headline": ("benchmark", lambda result: benchmark.headline_table(result["rows"], STYLE)),
     "benchmark_speed": ("benchmark", lambda result: benchmark.speed_table(result["rows"], STYLE)),
-    "benchmark_latency_amd": ("benchmark_latency_amd", lambda result: benchmark.latency_table(result["rows"], STYLE)),
-    "benchmark_latency": ("benchmark_latency", lambda result: benchmark.latency_table(result["rows"], STYLE)),
+    **{
+        name: (name, lambda result: benchmark.latency_table(result["rows"], STYLE))
+        for name in ("benchmark_latency", *benchmark.OTHER_PROCESSORS)
+    },
     "quantised": ("quantised", lambda result: quantise.table(result["rows"], STYLE)),
     "quantised_speed": ("quantised", lambda result: quantise.speed_table(result["rows"], STYLE)),
     "runtimes": ("runtimes", lambda result: bench_runtimes.table(result["rows"], STYLE)),
