@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from elc_fx.decoupling.nodes import RegionOutput
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.files import write_whole
 from elc_fx.inputs import batch_values
+from elc_fx.kernels import SoundConvolutions, without_autocast_cache
 from elc_fx.packages import required
 from elc_fx.planning.fitting import Substitute
 from elc_fx.randomness import randomness_of_the_caller, seed_all
@@ -257,7 +257,7 @@ class Finetuning:
         # With one process there is nothing to prepare, and Accelerate would cast to what the caller's own one casts to.
         self.trained = self.accelerator.prepare(network) if self.accelerator.num_processes > 1 else network
         try:
-            with randomness_of_the_caller(), without_faulty_kernels(network), self._bar() as bar:
+            with randomness_of_the_caller(), without_autocast_cache(), SoundConvolutions(), self._bar() as bar:
                 for number in range(len(self.state.history), self.config.epochs):
                     if self._impatient():
                         break
@@ -311,7 +311,7 @@ class Finetuning:
 
     def _step(self, inputs: Any, target: Any) -> Tensor:
         self._set_rates()
-        with self._autocast():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             output = _call(self.trained, inputs)
             wanted = None
             if self.features is not None or (self.teacher is not None and self.config.distillation):
@@ -331,10 +331,6 @@ class Finetuning:
         if self.average is not None:
             self._update_average()
         return loss.detach()
-
-    def _autocast(self) -> torch.autocast:
-        """Without its cache, which would hold the weights of the first step as long as the caller's own autocast."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def _loss(self, output: Any, target: Any, wanted: Any) -> Tensor:
         share = 0.0 if wanted is None else self.config.distillation
@@ -437,7 +433,7 @@ class Finetuning:
         total = torch.zeros((2,), device=self.device)
         for batch in self.validation:
             inputs, target = self._parts(batch)
-            with self._autocast():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 output = _call(self.network, inputs)
             if self.config.loss is None and _classes(output, target) and output.dim() == 2:
                 wanted = target.argmax(1) if target.is_floating_point() else target
@@ -700,24 +696,6 @@ def computes_in_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release of torch
     return device.type == "cpu" and any(getattr(torch.cpu, unit, bool)() for unit in units)
-
-
-@contextmanager
-def without_faulty_kernels(network: nn.Module) -> Iterator[None]:
-    """Without oneDNN, for a network with strided 1×1 convolutions of 2 to 7 channels.
-
-    In torch 2.14 their backward writes beyond its memory on CPUs with AVX2, where an image has its channels last, which
-    any layer before can make so.
-    """
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    strides = {id(module.weight): max(module.stride) for module in convolutions}
-    faulty = any(
-        weight.dim() == 4 and max(weight.shape[2:]) == 1 < weight.shape[1] < 8 and strides.get(id(weight)) != 1
-        for weight in network.parameters()  # of a convolution that is no module, it cannot tell the stride
-    )
-    only = {"deterministic": None, "allow_tf32": None, "fp32_precision": None}  # nothing else changes
-    with torch.backends.mkldnn.flags(enabled=False, **only) if faulty else nullcontext():
-        yield
 
 
 def metrics(history: Iterable[Epoch]) -> bytes:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -502,6 +503,29 @@ def test_of_plans_as_good_after_the_training_the_one_with_fewest_layers_counts()
     assert found == [(finalists[0], 1 + 0.5 * ALIKE), (finalists[2], 1.0)]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "borne"),
+    [
+        ([1.0, 1.0], [9.0, 8.0], True),
+        ([0.1, 1.0], [9.0, 8.0], True),  # as much as any of them lost before
+        ([1.0, 1.0], [9.0, 11.0], False),
+        ([1e-12, 1e-11], [1e-6, 1e-7], True),  # exact merges, but for rounding
+        ([1.0, math.inf], [1.0, math.inf], False),
+    ],
+)
+def test_a_training_is_too_rough_that_multiplies_the_largest_loss(
+    before: list[float], after: list[float], borne: bool
+) -> None:
+    made, losses = rehearsing(), iter(after)
+    made.loss_after_training = lambda _: next(losses)  # type: ignore[method-assign, assignment]
+    finalists = [Solution((i,), 0.0, 0.0) for i in range(2)]
+    made.measured = {(i,): loss for i, loss in enumerate(before)}
+    best = after if borne else before
+    chosen = finalists[best.index(min(best))]
+    with nullcontext() if borne else pytest.warns(UserWarning, match="it makes the losses of 2 plans, at most"):
+        assert made._rehearsed_best(finalists) == (chosen, min(after) if borne else None)
+
+
 def test_nothing_is_compared_where_no_plan_can_leave_more_layers() -> None:
     made = rehearsing()
     made.plan(elc_fx.Budget(depth=made.model.original.depth - 1))
@@ -555,14 +579,64 @@ def test_what_a_function_of_the_users_measures_is_not_taken_for_classes(
     assert temperatures == {elc_fx.FinetuneConfig.temperature if loss == "auto" else None}
 
 
-def test_the_original_is_run_once_for_each_step_of_the_first_epoch() -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_original_is_run_once_for_each_step_of_the_first_epoch(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless what it gives were too much to keep."""
+    monkeypatch.setattr(rehearsal, "KEPT", rehearsal.KEPT if kept else 0)
     made = rehearsing()
     practice = made._rehearsal()
     runs = []
     made.graph.graph_module.register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
     practice.loss(made.choices[:1])
     judged = rehearsal.ORDERS * len(made.calibrations[0].judged)
-    assert len(runs) == len(practice.pieces) + judged
+    assert len(runs) == judged + len(practice.pieces) * (1 if kept else rehearsal.EPOCHS * rehearsal.ORDERS)
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(7, [7]), (8, [8]), (20, [10, 10]), (50, [8, 8, 9, 8, 8, 9])])
+def test_no_sample_is_left_out_because_steps_are_small(size: int, sizes: list[int]) -> None:
+    assert [len(piece[0]) for piece in rehearsal._pieces([torch.zeros(size, 3)], 8)] == sizes
+
+
+class Answering(nn.Module):
+    """Gives each time what it holds, filled anew: a view of more than it gives."""
+
+    held: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+        self.register_buffer("held", torch.zeros(512, 100), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        if self.training:
+            return y
+        with torch.no_grad():
+            self.held[: len(x), :4] = y
+        return self.held[: len(x), :4]
+
+
+def test_what_is_kept_of_the_original_is_no_view() -> None:
+    made = rehearsing()
+    practice = made._rehearsal()
+    practice.graph_module = Answering().eval()  # type: ignore[assignment]
+    with torch.no_grad():
+        for position in range(len(practice.pieces)):
+            practice._wanted(position)
+        for position, piece in enumerate(practice.pieces):
+            kept = practice.given[position]
+            torch.testing.assert_close(kept, network()(*piece))
+            assert kept.untyped_storage().nbytes() <= 4 * kept.numel() * 4
+
+
+def test_the_collapsed_network_computes_with_its_own_weights_inside_of_autocast() -> None:
+    found = []
+    for cached in (False, True):
+        made, x = rehearsing(loss="uniform"), many()[0]
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            collapsed = made.collapse(made.plan(elc_fx.Budget(flops=0.45)))
+            found.append(collapsed(x))
+    assert torch.equal(*found)
 
 
 def test_inside_of_autocast_the_trained_weights_count() -> None:

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from elc_fx.capture import Attributes
 from elc_fx.errors import InvalidInputError, PlanError
+from elc_fx.kernels import without_autocast_cache
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.budget import Budget, cost_text, real_number
 from elc_fx.planning.candidates import Candidate, check_counts, serial_graph
@@ -38,7 +39,8 @@ EMPHASES = (0.7, 1.5, 2.0, 3.0)  # powers of the losses
 ACCURACY = 0.05  # of a predicted latency, relative, with which a plan is not made again
 CORRECTIONS = 4  # of the latencies, at most, for one plan
 ALIKE = 0.05  # relative: losses after a short training that chance can make
-BROKEN = 10.0  # times as much is lost after a training that tells nothing: it is too rough for such a network
+BROKEN = 10.0  # times as much is lost after a training that tells nothing: it is too rough for such a network,
+NEGLIGIBLE = 1e-3  # but not so small a loss, as of an exact merge
 SHUN = 4.0  # by what the loss of a choice is multiplied to see how it is without
 
 LossChoice = Literal["auto", "uniform"] | Mapping[str, float] | Loss
@@ -123,7 +125,7 @@ class Planner:
         """What modules draw is the same each time; what they keep, and the generators, are then as they were."""
         before = Attributes(self.graph.graph_module)
         try:
-            with reproducibly():
+            with reproducibly(), without_autocast_cache():
                 yield
         finally:
             before.restore()
@@ -176,7 +178,7 @@ class Planner:
             reason = f"{type(error).__name__}: {error}"
         else:
             before, after = max(map(self._lost, finalists)), max(losses)
-            if after <= BROKEN * before < math.inf:
+            if after <= BROKEN * max(before, NEGLIGIBLE) < math.inf:
                 good = (1 + ALIKE) * min(losses)
                 return next((f, loss) for f, loss in zip(finalists, losses, strict=True) if loss <= good)
             reason = f"it makes the losses of {len(finalists)} plans, at most {before:.3g}, as large as {after:.3g}"

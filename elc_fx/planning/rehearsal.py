@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 
 from elc_fx.errors import InvalidInputError
 from elc_fx.inputs import fresh
+from elc_fx.kernels import SoundConvolutions
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.sensitivity import KEPT, Sensitivity, divergence, numbers_of, part_of, samples_of
 from elc_fx.serial import SerialGraph
-from elc_fx.training import FinetuneConfig, distance, optimizer_of, share_of_rate, without_faulty_kernels
+from elc_fx.training import FinetuneConfig, distance, optimizer_of, share_of_rate
 
 EPOCHS = 4
 ORDERS = 3  # in which the same is trained: losses after one training differ by some per cent with the order
@@ -62,13 +63,12 @@ class Rehearsal:
             raise InvalidInputError(f"no batch to train on has {LEAST} samples")
         fitted = self.sensitivity.fitted(choices)
         losses = []
-        with self._autocast():
-            for order in range(ORDERS):
-                network = copy.deepcopy(fitted)
-                self.train(network, torch.Generator().manual_seed(order))
-                if _finite(fitted) - _finite(network):
-                    return math.inf
-                losses.append(self.sensitivity.loss_of(network.eval()))
+        for order in range(ORDERS):
+            network = copy.deepcopy(fitted)
+            self.train(network, torch.Generator().manual_seed(order))
+            if _finite(fitted) - _finite(network):
+                return math.inf
+            losses.append(self.sensitivity.loss_of(network.eval()))
         return sum(losses) / ORDERS
 
     def train(self, network: fx.GraphModule, order: torch.Generator) -> None:
@@ -83,7 +83,7 @@ class Rehearsal:
         share = partial(share_of_rate, total=steps, warmup=FinetuneConfig.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         orders = [torch.randperm(len(self.pieces), generator=order, device="cpu") for _ in range(EPOCHS)]
-        with without_faulty_kernels(network):
+        with SoundConvolutions():
             for i in self.sensitivity.shown(torch.cat(orders).tolist(), "short training", steps):
                 wanted = self._wanted(i)
                 with torch.enable_grad():
@@ -100,7 +100,7 @@ class Rehearsal:
         """What the original gives for a piece; kept, since it is wanted in each epoch, unless that were too much."""
         if i in self.given:
             return self.given[i]
-        output = self.graph_module(*fresh(self.pieces[i]))
+        output = fresh(self.graph_module(*fresh(self.pieces[i])))  # no view of more, nor of what changes
         if numbers_of(output) * len(self.pieces) <= KEPT:
             self.given[i] = output
         return output
@@ -109,11 +109,6 @@ class Rehearsal:
         """Of what the loss "auto" takes for classes; a function of the user's may take it for anything."""
         classes = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
         return FinetuneConfig.temperature if classes and self.sensitivity.loss is divergence else None
-
-    def _autocast(self) -> torch.autocast:
-        """The caller's, without its cache, which would hold the weights of the first step."""
-        kind = next((p.device.type for p in self.graph_module.parameters()), "cpu")
-        return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
 
 
 def _finite(network: nn.Module) -> set[str]:
@@ -130,8 +125,8 @@ def _inner_numbers(graph: SerialGraph) -> float:
 
 
 def _pieces(batch: Sequence[Any], most: int) -> list[list[Any]]:
-    """Of about equal sizes."""
+    """Of about equal sizes, of at least LEAST samples if there are so many."""
     size = samples_of(batch)
-    count = math.ceil(size / most)
+    count = max(1, min(math.ceil(size / most), size // LEAST))
     bounds = [size * i // count for i in range(count + 1)]
     return [part_of(batch, start, stop) for start, stop in itertools.pairwise(bounds)]

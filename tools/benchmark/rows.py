@@ -89,13 +89,14 @@ def trained(task: Task, name: str, epochs: int, folder: Path, plan: elc_fx.Plan 
     test = pictures.load(task.data, "test")
     assert test is not None
     comparison = elc_fx.compare(task.model, small, task.x)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # that `finetune` takes
     return {
         "plan": plan and json.loads(plan.to_json()),
         "held_out": [untrained, pictures.accuracy(small, kept)],
         "test": [pictures.accuracy(task.model, test), pictures.accuracy(small, test)],
         "before": comparison.before.to_dict(),
         "after": comparison.after.to_dict(),
-        "arithmetic": "bfloat16" if training.computes_in_bf16(task.x.device) else "float32",
+        "arithmetic": "bfloat16" if training.computes_in_bf16(device) else "float32",
         "history": [asdict(epoch) for epoch in history.epochs],
     }
 

@@ -1,0 +1,59 @@
+"""What training has to be kept from in torch: a cache of weights, and a faulty kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def without_autocast_cache() -> Iterator[None]:
+    """Inside of the caller's autocast too, each call casts the weights of now.
+
+    Its cache holds what it has cast until the outermost context ends, so that weights could change without effect.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
+
+
+class SoundConvolutions(TorchFunctionMode):
+    """A context in which no strided 1×1 convolution of 2 to 7 channels has its channels last.
+
+    In torch 2.14 the backward of one that has writes beyond its memory, on CPUs with AVX2.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func not in (torch.conv2d, torch.ops.aten.conv2d.default):
+            return func(*args, **options)
+        names = ("input", "weight")[len(args) :]  # as torch calls them
+        return _conv2d(*args, *(options.pop(name) for name in names), **options)
+
+
+def _conv2d(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+    stride = options.get("stride", rest[1] if len(rest) > 1 else 1)
+    strided = max(stride if isinstance(stride, tuple | list) else [stride]) > 1
+    few = weight.dim() == 4 and max(weight.shape[2:]) == 1 < weight.shape[1] < 8
+    if not (strided and few and x.device.type == "cpu"):
+        return torch.conv2d(x, weight, *rest, **options)
+    # Copies, since of sizes of 1 the strides are anything, and torch goes by them.
+    plain, kernel = (value.clone(memory_format=torch.contiguous_format) for value in (x, weight))
+    output = torch.conv2d(plain, kernel, *rest, **options)
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return output.contiguous(memory_format=torch.channels_last) if last else output
