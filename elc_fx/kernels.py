@@ -39,21 +39,20 @@ class SoundConvolutions(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        options = dict(kwargs or {})
-        if func not in (torch.conv2d, torch.ops.aten.conv2d.default):
-            return func(*args, **options)
-        names = ("input", "weight")[len(args) :]  # as torch calls them
-        return _conv2d(*args, *(options.pop(name) for name in names), **options)
+        known = func in (torch.conv2d, torch.ops.aten.conv2d.default)
+        return (_conv2d if known else func)(*args, **(kwargs or {}))
 
 
-def _conv2d(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
-    stride = options.get("stride", rest[1] if len(rest) > 1 else 1)
+def _conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, *rest: Any, **options: Any
+) -> Tensor:
+    """Named as torch's own, which is called either way."""
     strided = max(stride if isinstance(stride, tuple | list) else [stride]) > 1
     few = weight.dim() == 4 and max(weight.shape[2:]) == 1 < weight.shape[1] < 8
-    if not (strided and few and x.device.type == "cpu"):
-        return torch.conv2d(x, weight, *rest, **options)
+    if not (strided and few and input.device.type == "cpu"):
+        return torch.conv2d(input, weight, bias, stride, *rest, **options)
     # Copies, since of sizes of 1 the strides are anything, and torch goes by them.
-    plain, kernel = (value.clone(memory_format=torch.contiguous_format) for value in (x, weight))
-    output = torch.conv2d(plain, kernel, *rest, **options)
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    plain, kernel = (value.clone(memory_format=torch.contiguous_format) for value in (input, weight))
+    output = torch.conv2d(plain, kernel, bias, stride, *rest, **options)
+    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
     return output.contiguous(memory_format=torch.channels_last) if last else output

@@ -39,6 +39,7 @@ from elc_fx.inputs import batch_values
 from elc_fx.kernels import SoundConvolutions, without_autocast_cache
 from elc_fx.packages import required
 from elc_fx.planning.fitting import Substitute
+from elc_fx.planning.sensitivity import of_classes
 from elc_fx.randomness import randomness_of_the_caller, seed_all
 
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
@@ -339,7 +340,7 @@ class Finetuning:
             total = (1 - share) * self._task_loss(output, target)
         if share > 0:
             numbers = isinstance(target, Tensor) and target.is_floating_point() and not _classes(output, target)
-            classes = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1 and not numbers
+            classes = of_classes(output) and not numbers
             total = total + share * distance(output, wanted, self.config.temperature if classes else None)
         return total
 

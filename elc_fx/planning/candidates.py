@@ -64,7 +64,8 @@ class Candidate:
     @property
     def removed(self) -> int:
         """How many layers go when it becomes one; of a layer that is used several times, each use counts."""
-        return sum(text.startswith(tuple(f"{layer}: " for layer in self.layers)) for text in self.operations) - 1
+        beginnings = tuple(f"{layer}: " for layer in self.layers)
+        return sum(text.startswith(beginnings) for text in self.operations) - 1
 
     def windows(self, region: Region) -> dict[fx.Node, Ints]:
         """What is left of the kernels that shrink, by the nodes of its region in a graph."""

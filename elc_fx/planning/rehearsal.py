@@ -21,7 +21,7 @@ from elc_fx.errors import InvalidInputError
 from elc_fx.inputs import fresh
 from elc_fx.kernels import SoundConvolutions
 from elc_fx.planning.cost import Choice
-from elc_fx.planning.sensitivity import KEPT, Sensitivity, divergence, numbers_of, part_of, samples_of
+from elc_fx.planning.sensitivity import KEPT, Sensitivity, divergence, numbers_of, of_classes, part_of, samples_of
 from elc_fx.serial import SerialGraph
 from elc_fx.training import FinetuneConfig, distance, optimizer_of, share_of_rate
 
@@ -62,11 +62,11 @@ class Rehearsal:
         if not self.pieces:
             raise InvalidInputError(f"no batch to train on has {LEAST} samples")
         fitted = self.sensitivity.fitted(choices)
-        losses = []
+        losses, finite = [], _finite(fitted)
         for order in range(ORDERS):
             network = copy.deepcopy(fitted)
             self.train(network, torch.Generator().manual_seed(order))
-            if _finite(fitted) - _finite(network):
+            if finite - _finite(network):
                 return math.inf
             losses.append(self.sensitivity.loss_of(network.eval()))
         return sum(losses) / ORDERS
@@ -107,8 +107,8 @@ class Rehearsal:
 
     def _temperature(self, output: Any) -> float | None:
         """Of what the loss "auto" takes for classes; a function of the user's may take it for anything."""
-        classes = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
-        return FinetuneConfig.temperature if classes and self.sensitivity.loss is divergence else None
+        classes = self.sensitivity.loss is divergence and of_classes(output)
+        return FinetuneConfig.temperature if classes else None
 
 
 def _finite(network: nn.Module) -> set[str]:

@@ -439,6 +439,11 @@ def numbers_of(values: Any) -> int:
     return sum(value.numel() for value in pytree.tree_leaves(values) if isinstance(value, Tensor))
 
 
+def of_classes(output: Any) -> bool:
+    """Whether it is [N, classes], of two classes at least."""
+    return isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
+
+
 def divergence(output: Any, expected: Any) -> Tensor:
     """The loss "auto", see `Sensitivity`."""
     if not all(t.isfinite().all() for t in pytree.tree_leaves(expected) if isinstance(t, Tensor)):
@@ -446,7 +451,7 @@ def divergence(output: Any, expected: Any) -> Tensor:
             "the model's output for a calibration batch is not finite: "
             "look for NaN and infinity in the batches, or pass a loss of your own"
         )
-    if isinstance(expected, Tensor) and expected.dim() == 2 and expected.shape[1] > 1:
+    if of_classes(expected):
         given, wanted = (F.log_softmax(t.double(), 1) for t in (output, expected))
         return F.kl_div(given, wanted, reduction="batchmean", log_target=True).clamp_min(0)  # but for rounding, it is
     pairs = [
