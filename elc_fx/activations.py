@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from elc_fx.capture import has_hooks
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import function_name, module_of
 
@@ -45,6 +46,7 @@ FLAT_BEYOND = {
     "hardswish": (-3.0, math.inf),
     "hardsigmoid": (-3.0, 3.0),
 }
+RISING = frozenset(("relu", "relu6", "hardtanh", "leaky_relu", "clamp", "clamp_min", "clamp_max", "clip"))
 POINTS = 2049  # of the quadrature; its error is about 1e-5 for an activation with a kink
 REACH = 8.0  # standard deviations to both sides
 
@@ -110,6 +112,24 @@ def flat_beyond(activation: nn.Module) -> tuple[float, float]:
     if isinstance(activation, nn.Hardtanh):  # ReLU6 is one
         return activation.min_val, activation.max_val
     return FLAT_BEYOND.get(activation_name(activation).lower(), (-math.inf, math.inf))
+
+
+def never_falls(captured: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node computes an activation of which it is known that a larger value never gives a smaller one.
+
+    Not said of those that are computed by approximations, in whose last bits nobody knows.
+    """
+    activation = activation_of(captured, node)
+    if activation is None or has_hooks(activation):
+        return False
+    if isinstance(activation, nn.LeakyReLU):
+        return activation.negative_slope >= 0
+    if isinstance(activation, Elementwise) and activation_name(activation) == "leaky_relu":
+        slopes = (*activation.args, *activation.kwargs.values())
+        return all(isinstance(slope, int | float) and slope >= 0 for slope in slopes)
+    home = type(activation).__module__
+    known = isinstance(activation, Elementwise) or home == "torch.nn.modules.activation"
+    return known and activation_name(activation).lower() in RISING
 
 
 def activation_name(activation: nn.Module) -> str:

@@ -18,6 +18,7 @@ from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.candidates import (
     LARGEST_KERNEL,
     LONGEST,
+    MAX_POOLING,
     Candidate,
     CandidateFinder,
     candidate_table,
@@ -115,13 +116,14 @@ class Explanation:
         shrunk = f" Could have a smaller kernel, and stay: {_number(shrinking, 'layer')}." if shrinking else ""
         if not merges:
             return f"Could merge after decoupling: nothing.{shrunk}"
-        activations, paddings = (
-            {place for c in merges for place in getattr(c, name)} for name in ("activations", "paddings")
+        barriers, poolings, paddings = (
+            {place for c in merges for place in getattr(c, name)} for name in ("activations", "poolings", "paddings")
         )
+        pooled = f"{_number(poolings, 'max pooling')}, " if poolings else ""
         head = (
             "Could merge after decoupling, at a loss that elc_fx.plan measures: "
             f"{_number({c.nodes for c in merges}, 'region')}, {_number(merges, 'candidate')}; in the way: "
-            f"{_number(activations, 'activation')}, {_number(paddings, 'padding')}.{shrunk}"
+            f"{_number(barriers - poolings, 'activation')}, {pooled}{_number(paddings, 'padding')}.{shrunk}"
         )
         best = self.smallest
         if not best:
@@ -202,9 +204,14 @@ def _alone(graph: SerialGraph, free: set[str]) -> Iterable[Refusal]:
 
 
 def _own_kernel(candidate: Candidate) -> int:
-    """The largest kernel among a candidate's own layers, as their texts say."""
-    kernels = [text.partition(": ")[2].split(" ")[0] for text in candidate.operations]
-    return max((int(n) for kernel in kernels if "×" in kernel for n in kernel.split("×") if n.isdigit()), default=1)
+    """The largest kernel among a candidate's own layers, as their texts say, as its max poolings widen it."""
+    largest, wider = 1, 0
+    for text in candidate.operations:
+        pools = MAX_POOLING in text
+        kernel = text.rpartition(MAX_POOLING if pools else ": ")[2].split(" ")[0]
+        size = max((int(n) for n in kernel.split("×") if n.isdigit()), default=1)
+        largest, wider = (largest, wider + size - 1) if pools else (max(largest, size), wider)
+    return largest + wider
 
 
 def _number(items: Any, what: str) -> str:

@@ -1,8 +1,9 @@
 """Serial layers: chains of convolutions with activations and padding between them, and what each could become.
 
-Read as what they become when their gates close, activations are scales and shifts, kernels are windows of kernels,
-and inner zero padding moves to the front. So the chains of `regions` reach over whole stages of a network, and a run of
-layers in a chain, at any depth of nesting, is one affine map whose geometry is known before anything is changed.
+Read as what they become when their gates close, activations are scales and shifts, max poolings are means of their
+windows, kernels are windows of kernels, and inner zero padding moves to the front. So the chains of `regions` reach
+over whole stages of a network, and a run of layers in a chain, at any depth of nesting, is one affine map whose
+geometry is known before anything is changed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -22,6 +24,7 @@ from elc_fx.errors import InvalidInputError, NotAffineError
 from elc_fx.graph import module_of
 from elc_fx.inputs import ExampleInputs
 from elc_fx.interpret import CPU, Interpreter, Operation
+from elc_fx.pooling import max_pooling_of, poolings_before_activations
 from elc_fx.regions import Chain, Join, Part, find_chains, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
 from elc_fx.shapes import run_recording_shapes
 
@@ -29,10 +32,11 @@ Windows = Mapping[fx.Node, Ints]  # the kernel size that a convolution keeps, wh
 
 
 class SerialInterpreter(Interpreter):
-    """Reads activations as scales and shifts, and what does nothing in eval as the identity."""
+    """Reads activations as scales and shifts, max poolings as means, and what does nothing in eval as the identity."""
 
     def __init__(self, captured: fx.GraphModule, shapes: Mapping[fx.Node, Ints] | None = None) -> None:
         self.activations: set[fx.Node] = set()
+        self.poolings: set[fx.Node] = set()
         super().__init__(captured, shapes)
 
     def _operation(self, node: fx.Node) -> Operation | None:
@@ -47,7 +51,20 @@ class SerialInterpreter(Interpreter):
             if operation is not None:
                 self.activations.add(node)
             return operation
+        if (pooling := max_pooling_of(self.captured, node)) is not None:
+            operation = self._mean_of_windows(node, pooling)
+            if operation is not None:
+                self.poolings.add(node)
+            return operation
         return super()._operation(node)
+
+    def _mean_of_windows(self, node: fx.Node, pooling: Any) -> Operation | None:
+        source = node.all_input_nodes[0]
+        if self.features[source].channels is None:
+            return None
+        dims = int(type(pooling).__name__[-2])
+        operation = self._average_pool(node, source, dims, pooling.kernel_size, pooling.stride, 0, False, True, None)
+        return replace(operation, geometry=replace(operation.geometry, bias=True))
 
     def _acts_per_channel(self, node: fx.Node, activation: nn.Module) -> bool:
         """Whether parameters that an activation has for each index of axis 1 stand for the channels."""
@@ -110,17 +127,27 @@ class Region:
         return len(self.layers) == 1 and not any(isinstance(part, Join) for part in self.parts)
 
     @property
+    def ends_with_pooling(self) -> bool:
+        """Whether the last thing in it that is a layer, or more than a scale, is a pooling."""
+        *_, last = (op for op in operations_of(self.parts) if op.convolves or not op.geometry.is_scale)
+        return not last.convolves
+
+    @property
     def windows(self) -> Iterator[Windows]:
         """The windows that are worth a candidate, small kernels first, by their longest axis.
 
-        A layer by itself keeps all of its kernel, three taps or one, along each axis, but not all along every axis.
+        A layer by itself keeps all of its kernel, three taps or one, along each axis, but not all along every axis if
+        there is no pooling that it could take with it.
         """
         if not self.is_one_layer:
             yield from (windows_keeping(self.parts, count) for count in range(capacity(self.parts) + 1))
             return
         (layer,) = (op for op in operations_of(self.parts) if op.convolves)
-        kernels = itertools.product(*(sorted({1, min(3, k), k}) for k in layer.geometry.kernel_size))
-        yield from ({layer.node: kept} for kept in sorted(kernels, key=lambda k: (max(k), math.prod(k)))[:-1])
+        options = itertools.product(*(sorted({1, min(3, k), k}) for k in layer.geometry.kernel_size))
+        *shrunk, _ = sorted(options, key=lambda kept: (max(kept, default=1), math.prod(kept)))
+        yield from ({layer.node: kept} for kept in shrunk)
+        if self.ends_with_pooling:
+            yield {}
 
     def nodes(self) -> set[fx.Node]:
         return set(nodes_of(self.parts))
@@ -207,7 +234,8 @@ class SerialGraph:
         self.interpreter.erase_settled_assertions()
         chains, joins, self.refusals = find_chains(self.interpreter)
         self.chains = list(_all_chains(chains, joins))
-        self.activations = self.interpreter.activations
+        self.activations, self.poolings = self.interpreter.activations, self.interpreter.poolings
+        self.barriers = self.activations | self.poolings
 
     @classmethod
     def of(cls, model: nn.Module, examples: ExampleInputs) -> SerialGraph:
@@ -215,7 +243,7 @@ class SerialGraph:
 
         Raises `CaptureError`, and `InvalidInputError` where the model does not run on the examples.
         """
-        captured = capture(model, examples.bound(model), trainable=True, leaves=tuple(MODULES))
+        captured = serial_capture(model, examples.bound(model))
         try:
             shapes = run_recording_shapes(captured)[1]
         except Exception as error:  # whatever the model's own layers raise
@@ -234,9 +262,12 @@ class SerialGraph:
                     if not all(_can_be_decoupled(op) for op in operations_of(chain.parts[seen : last + 1])):
                         break
                     seen = last + 1
-                    region = Region(chain, start, self._end(chain, last))
+                    end = self._end(chain, last)
+                    region = Region(chain, start, end)
                     if not region.is_one_layer or capacity(region.parts):
                         yield region
+                    if end < len(chain.parts) and chain.parts[end].node in self.poolings:
+                        yield Region(chain, start, self._end(chain, end))
 
     def _end(self, chain: Chain, last: int) -> int:
         """A layer takes the scales and shifts after it, such as its batch norm, with it."""
@@ -249,6 +280,16 @@ class SerialGraph:
                 break
             end += 1
         return end
+
+
+def serial_capture(model: nn.Module, given: Mapping[str, Any] | None = None) -> Capture:
+    """The graph of which `SerialGraph` reads chains: trainable, activations whole, and behind max poolings.
+
+    given: as for `capture`. Raises `CaptureError`.
+    """
+    captured = capture(model, given, trainable=True, leaves=tuple(MODULES))
+    poolings_before_activations(captured.graph_module)
+    return captured
 
 
 def _all_chains(chains: Sequence[Chain], joins: Sequence[Join]) -> Iterator[Chain]:

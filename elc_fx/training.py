@@ -29,8 +29,6 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
-from elc_fx.activations import MODULES
-from elc_fx.capture import capture
 from elc_fx.decoupling.gates import ORDERS, SHAPES, GateSchedule, decoupling_nodes
 from elc_fx.decoupling.nodes import RegionOutput
 from elc_fx.errors import ElcError, InvalidInputError
@@ -41,6 +39,7 @@ from elc_fx.packages import required
 from elc_fx.planning.fitting import Substitute
 from elc_fx.planning.sensitivity import of_classes
 from elc_fx.randomness import randomness_of_the_caller, seed_all
+from elc_fx.serial import serial_capture
 
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
 
@@ -574,7 +573,7 @@ class _Features:
         ends = {m.original: m for m in network.modules() if isinstance(m, Substitute | RegionOutput)}
         self.given: dict[str, Tensor] = {}
         self.wanted: dict[str, Tensor] = {}
-        captured = capture(teacher, trainable=True, leaves=tuple(MODULES)).graph_module
+        captured = serial_capture(teacher).graph_module
         missing = set(ends) - {node.name for node in captured.graph.nodes}
         if not ends or missing:
             raise InvalidInputError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import elc_fx
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+POOL: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 ACTIVATIONS: tuple[Callable[[int], nn.Module], ...] = (
     lambda _: nn.ReLU(),
@@ -88,7 +89,7 @@ def layers(draw: Any, dims: int, inputs: int, outputs: int, *, same_size: bool =
 
 @st.composite
 def stacks(draw: Any, dims: int, inputs: int, outputs: int, length: int, *, same_size: bool = False) -> nn.Sequential:
-    """Convolutions with activations between them, and none after the last."""
+    """Convolutions with activations and max poolings between them, and none after the last."""
     modules: list[nn.Module] = []
     widths = [inputs, *(draw(st.sampled_from((2, 4))) for _ in range(length - 1)), outputs]
     for i, (a, b) in enumerate(itertools.pairwise(widths)):
@@ -97,6 +98,9 @@ def stacks(draw: Any, dims: int, inputs: int, outputs: int, length: int, *, same
             modules.append(draw(st.sampled_from(ACTIVATIONS))(b))
             if not draw(st.integers(0, 5)):
                 modules.append(nn.Dropout(0.0))
+        if i < length - 1 and not same_size and not draw(st.integers(0, 3)):
+            kernel, stride = (tuple(draw(st.integers(1, 3)) for _ in range(dims)) for _ in range(2))
+            modules.append(POOL[dims](kernel, stride))
     return nn.Sequential(*modules)
 
 

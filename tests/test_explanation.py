@@ -20,8 +20,14 @@ X = torch.randn(1, 3, 16, 16)
 
 
 def chain() -> nn.Module:
-    """Two convolutions that merge exactly, an activation, one more, a pooling, and one that stands alone."""
-    layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(2)]
+    """Two convolutions that merge exactly, an activation, one more, a pooling that pads, and one that stands alone."""
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(4, 4, 1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.MaxPool2d(2, padding=1),
+    ]
     return randomize_(nn.Sequential(*layers, nn.Conv2d(4, 2, 1))).eval()
 
 
@@ -36,11 +42,19 @@ def test_it_says_of_every_layer_what_can_become_of_it() -> None:
 
 
 def test_of_layers_that_can_only_shrink_no_merge_is_told() -> None:
-    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)).eval()
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, padding=1), nn.Conv2d(4, 4, 3)).eval()
     explanation = elc_fx.explain(pooled, X)
     assert explanation.candidates and not explanation.smallest
     told = "Could merge after decoupling: nothing. Could have a smaller kernel, and stay: 2 layers."
     assert told in str(explanation) and "saves" not in str(explanation)
+
+
+def test_of_max_poolings_that_a_layer_can_take_with_it_that_is_told() -> None:
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)).eval()
+    explanation = elc_fx.explain(pooled, X)
+    (smallest,) = explanation.smallest
+    assert smallest.full_name == "0..2:4x4" and smallest.poolings == smallest.activations == ("2",)
+    assert "in the way: 1 activation, 1 max pooling, 0 paddings." in str(explanation)
 
 
 def test_of_merges_that_save_nothing_that_is_told() -> None:

@@ -20,6 +20,7 @@ from elc_fx.decoupling.nodes import (
     DecoupledActivation,
     DecoupledConvolution,
     DecoupledPadding,
+    DecoupledPooling,
     InteriorBatchNorm,
     RegionInput,
     RegionOutput,
@@ -168,12 +169,20 @@ class ClosedInterpreter(Interpreter):
 
     def _closed_activation(self, node: fx.Node, source: fx.Node, module: DecoupledActivation) -> Operation:
         slope, offset = module.slope.detach(), module.offset.detach()
-        geometry = replace(Geometry.identity(len(slope), module.dims), bias=True)
+        geometry, mean = Geometry.identity(len(slope), module.dims), None
+        if isinstance(module, DecoupledPooling):
+            kernel, stride = module.activation.kernel_size, module.activation.stride
+            mean = self._average_pool(node, source, module.dims, kernel, stride, 0, False, True, None)
+            geometry = mean.geometry
 
         def load() -> AffineMap:
-            return AffineMap.scale(slope.double(), offset.double(), module.dims)
+            line = AffineMap.scale(slope.double(), offset.double(), module.dims)
+            if mean is None:
+                return line
+            pooled = mean.load()
+            return replace(pooled, kernel=pooled.kernel.to(slope.device)).then(line).settled()
 
-        return Operation(node, source, geometry, load, slope.dtype, slope.device)
+        return Operation(node, source, replace(geometry, bias=True), load, slope.dtype, slope.device)
 
     def _ring(self, node: fx.Node, source: fx.Node, change: Padding | None) -> Operation | None:
         feature = self.features[source]

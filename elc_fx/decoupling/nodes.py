@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from elc_fx.affine import CONV, Ints, Padding, flat_padding, pad_zeros
 
 ORIGINAL, BLENDED, MERGEABLE = "original", "blended", "mergeable"
+AVERAGE: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 class Rings:
@@ -97,13 +98,18 @@ class DecoupledActivation(DecouplingNode):
         if self.state == ORIGINAL:
             y: Tensor = self.activation(x)
             if self.fit is not None:
-                self.fit.add(x, y)
+                self.fit.add(self._linear(x), y)
             return y
         slope, offset = self.slope.to(x.dtype), self.offset.to(x.dtype)
         if self.state == MERGEABLE:
-            return self._line(x, slope, offset)
+            return self._line(self._linear(x), slope, offset)
         gate = self.gate.to(x.dtype)
-        return torch.addcmul(self._line(x, (1 - gate) * slope, (1 - gate) * offset), gate, self.activation(x))
+        line = self._line(self._linear(x), (1 - gate) * slope, (1 - gate) * offset)
+        return torch.addcmul(line, gate, self.activation(x))
+
+    def _linear(self, x: Tensor) -> Tensor:
+        """What the line is of."""
+        return x
 
     def _line(self, x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
         """slope · x + offset. Batch norm with mean 0 and variance 1 is that: one kernel, and one for the gradient."""
@@ -112,6 +118,14 @@ class DecoupledActivation(DecouplingNode):
         if x.dim() == self.dims + 1:  # no batch; batch norm would take the first spatial axis for the channels
             return self._line(x[None], slope, offset)[0]
         return F.batch_norm(x, torch.zeros_like(offset), torch.ones_like(offset), slope, offset, False, eps=0.0)
+
+
+class DecoupledPooling(DecoupledActivation):
+    """gate · max(x) + (1 − gate) · (slope · mean(x) + offset), per channel, over the windows of a max pooling."""
+
+    def _linear(self, x: Tensor) -> Tensor:
+        mean: Tensor = AVERAGE[self.dims](x, self.activation.kernel_size, self.activation.stride)
+        return mean
 
 
 class LineFit:

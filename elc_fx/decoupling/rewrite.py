@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from elc_fx.activations import MODULES, activation_of, line_for_gaussian
+from elc_fx.activations import activation_of, line_for_gaussian
 from elc_fx.affine import Padding
-from elc_fx.capture import Capture, capture
+from elc_fx.capture import Capture
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.nodes import (
     DecoupledActivation,
     DecoupledConvolution,
     DecoupledPadding,
+    DecoupledPooling,
     InteriorBatchNorm,
     LineFit,
     RegionInput,
@@ -40,8 +41,20 @@ from elc_fx.islands import clone
 from elc_fx.origins import origins_of, remember
 from elc_fx.planning.candidates import Candidate, check_model
 from elc_fx.planning.plan import Plan
+from elc_fx.pooling import max_pooling_of
 from elc_fx.regions import Join, Part, operations_of
-from elc_fx.serial import Region, SerialGraph, Step, Windows, decouples_padding, has_size, moved, pads, rings
+from elc_fx.serial import (
+    Region,
+    SerialGraph,
+    Step,
+    Windows,
+    decouples_padding,
+    has_size,
+    moved,
+    pads,
+    rings,
+    serial_capture,
+)
 
 IN_PLACE = {
     **{f"i{name}": name for name in ("add", "sub", "mul")},
@@ -76,9 +89,7 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
         raise InvalidInputError(f"plan is a {type(plan).__name__}, expected an elc_fx.Plan")
     with torch.inference_mode(False):  # what is made in that mode could not be trained
         own = clone(model, {})
-        captured = capture(
-            own, dict.fromkeys(plan.inputs, torch.empty(0)) or None, trainable=True, leaves=tuple(MODULES)
-        )
+        captured = serial_capture(own, dict.fromkeys(plan.inputs, torch.empty(0)) or None)
         graph = SerialGraph(captured)
         located = plan.locate(graph)
         for candidate in plan.candidates:
@@ -154,7 +165,7 @@ class _Rewriter:
     def __init__(self, serial: SerialGraph) -> None:
         self.graph_module = serial.graph_module
         self.graph = self.graph_module.graph
-        self.activations = serial.activations
+        self.activations, self.poolings = serial.activations, serial.poolings
         self.position = {node: index for index, node in enumerate(self.graph.nodes)}
         self.calls = _calls(self.graph_module)
         self.ends: dict[fx.Node, fx.Node] = {}  # of regions that are done: the node that gives the last one's value now
@@ -249,6 +260,8 @@ class _Rewriter:
             return self._with_ring(node, step.ring_out), step.ring_out
         if op.convolves:
             self._rewrite_convolution(op, step, needed)
+        elif node in self.poolings:
+            self._rewrite_pooling(op)
         elif node in self.activations:
             self._rewrite_activation(op)
         elif has_size(step.ring_in) and self._is_batch_norm(node):
@@ -317,6 +330,13 @@ class _Rewriter:
         if isinstance(before, InteriorBatchNorm) and list(op.source.users) == [op.node]:
             before.line, line.norm = [line], [before]
         self._put(op.node, line)
+
+    def _rewrite_pooling(self, op: Operation) -> None:
+        """Until it is fitted, the line is the mean itself."""
+        pooling = max_pooling_of(self.graph_module, op.node)
+        one = self.like.new_ones(op.geometry.out_channels)
+        node = DecoupledPooling(pooling, one, torch.zeros_like(one), op.geometry.dims)
+        self._put(op.node, node.to(self.like.device))
 
     def _with_ring(self, node: fx.Node, ring: Padding) -> fx.Node:
         """A value in the place of `node`'s that has a ring of zeros."""

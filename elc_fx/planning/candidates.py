@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from elc_fx.affine import Ints
 from elc_fx.errors import InvalidInputError, NotAffineError, TrainingModeError
 from elc_fx.graph import label, module_of
 from elc_fx.inputs import ExampleInputs
+from elc_fx.interpret import Operation
 from elc_fx.regions import operations_of
 from elc_fx.serial import Region, SerialGraph, Step, Windows, decouples_padding, rings
 
 LONGEST = 12  # layers or blocks in a row that one candidate may replace
 LARGEST_KERNEL = 7  # of a merged convolution, per axis
+MAX_POOLING = ": max pooling "  # after the name of one, in the text of an operation
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Candidate:
 
     name: of the region. layers: its convolutions and linear layers. operations: all that it computes. kernels: what is
     left of the kernels that shrink, by node.
-    kernel_size, result: of the merged convolution. activations, paddings: what has to be decoupled besides the kernels.
+    kernel_size, result: of the merged convolution. activations (max poolings too), paddings: what has to be decoupled
+    besides the kernels.
     ring: how many positions beyond its border the inner layers have to compute. flops, parameters: before and after
     (FLOPs for the batch of the example inputs). nodes: of the captured graph, which tell the region again.
     """
@@ -58,14 +61,19 @@ class Candidate:
 
     @property
     def merges(self) -> bool:
-        """Whether something merges; else it is a layer by itself, whose kernel shrinks."""
-        return self.removed > 0 or not self.kernels
+        """Whether something merges, a pooling too; else it is a layer by itself, whose kernel shrinks."""
+        return self.removed > 0 or bool(self.activations) or not self.kernels
 
     @property
     def removed(self) -> int:
         """How many layers go when it becomes one; of a layer that is used several times, each use counts."""
         beginnings = tuple(f"{layer}: " for layer in self.layers)
         return sum(text.startswith(beginnings) for text in self.operations) - 1
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """Those of its activations that are max poolings."""
+        return tuple(text.partition(MAX_POOLING)[0] for text in self.operations if MAX_POOLING in text)
 
     def windows(self, region: Region) -> dict[fx.Node, Ints]:
         """What is left of the kernels that shrink, by the nodes of its region in a graph."""
@@ -222,11 +230,15 @@ def check_counts(**values: Any) -> None:
 
 def operation_texts(graph: SerialGraph, region: Region) -> tuple[str, ...]:
     """What each operation of a region does, for people, and to tell regions of different models apart."""
-    texts = []
-    for op in operations_of(region.parts):
-        activation = activation_of(graph.graph_module, op.node) if op.node in graph.activations else None
-        texts.append(f"{label(op.node)}: {op.geometry if activation is None else activation_name(activation)}")
-    return tuple(texts)
+    return tuple(f"{label(op.node)}{_operation_text(graph, op)}" for op in operations_of(region.parts))
+
+
+def _operation_text(graph: SerialGraph, op: Operation) -> str:
+    if op.node in graph.poolings:
+        kernel, stride = ("×".join(map(str, sizes)) for sizes in (op.geometry.kernel_size, op.geometry.stride))
+        return f"{MAX_POOLING}{kernel} stride {stride}"
+    activation = activation_of(graph.graph_module, op.node) if op.node in graph.activations else None
+    return f": {op.geometry if activation is None else activation_name(activation)}"
 
 
 class CandidateFinder:
@@ -237,7 +249,7 @@ class CandidateFinder:
         self.graph = graph
         self.regions = list(graph.regions(longest))
         layers = [label(op.node) for op in graph.interpreter.operations.values() if op.convolves]
-        self.names = _names(self.regions, layers)
+        self.names = _names(self.regions, layers, graph.poolings)
 
     def all(self, largest_kernel: int) -> Iterator[tuple[Region, Candidate]]:
         for region in self.regions:
@@ -282,7 +294,7 @@ class CandidateFinder:
             kernels=tuple((node.name, kept) for node, kept in windows.items()),
             kernel_size=geometry.kernel_size,
             result=str(geometry),
-            activations=tuple(label(op.node) for op in operations if op.node in self.graph.activations),
+            activations=tuple(label(op.node) for op in operations if op.node in self.graph.barriers),
             paddings=tuple(label(op.node) for op in padded),
             ring=max((side for step in steps.values() for sides in step.ring_out for side in sides), default=0),
             flops=(before, geometry.flops(size) * positions),
@@ -313,8 +325,10 @@ def _positions(shapes: Mapping[fx.Node, Ints], node: fx.Node, dims: int) -> int:
     return count
 
 
-def _names(regions: Sequence[Region], everywhere: Sequence[str]) -> dict[tuple[int, int, int], str]:
-    """A name for each region: the module that holds just its layers, else its first and last layer.
+def _names(
+    regions: Sequence[Region], everywhere: Sequence[str], poolings: Set[fx.Node]
+) -> dict[tuple[int, int, int], str]:
+    """A name for each region: the module that holds just its layers, else its first and last layer or max pooling.
 
     Where several regions have the same layers, as a block with and without its shortcut, the largest gets the module's
     name.
@@ -323,7 +337,8 @@ def _names(regions: Sequence[Region], everywhere: Sequence[str]) -> dict[tuple[i
     taken: set[str] = set()
     for region in sorted(regions, key=lambda r: -len(r.nodes())):
         labels = list(dict.fromkeys(label(node) for node in region.layers))
-        options = [*_holders(labels, everywhere), _span(labels)]
+        ends = (label(op.node) for op in operations_of(region.parts) if op.convolves or op.node in poolings)
+        options = [*_holders(labels, everywhere), _span(list(dict.fromkeys(ends)))]
         options.append(f"{options[-1]}@{region.output.name}")
         name = next(option for option in options if option not in taken or option is options[-1])
         taken.add(name)

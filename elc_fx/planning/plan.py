@@ -280,10 +280,11 @@ class _Chooser:
         ]
 
     def matching(self, pattern: str) -> list[tuple[Region, Candidate]]:
-        """The candidate of this name, or the largest ones whose layers all match."""
+        """The candidate of this name, or the largest ones whose layers all match, between max poolings."""
         name, _, kernel = pattern.partition(":")
         named = [region for region in self.regions if self._name(region) == name]
-        fitting = named or [r for r in self.regions if all(_matches(label(n), name) for n in r.layers)]
+        between = (region for region in self.regions if not region.nodes() & self.finder.graph.poolings)
+        fitting = named or [r for r in between if all(_matches(label(n), name) for n in r.layers)]
         chosen: list[tuple[Region, Candidate]] = []
         used: set[fx.Node] = set()
         reasons = []
@@ -319,6 +320,8 @@ class _Chooser:
             became = kernel_text(candidate.kernel_size)
             return candidate if kernel in ("", became) else f"with the kernels that you keep it becomes {became}"
         options = list(self.finder.of_region(region, 1 << 30 if kernel else LARGEST_KERNEL))
+        if region.ends_with_pooling and region.is_one_layer and not kernel:
+            return options[-1] if options else f"`{self._name(region)}` does not become one convolution"
         if region.is_one_layer and not kernel:
             ways = ", ".join(f"`{candidate.full_name}`" for candidate in options)
             return f"`{self._name(region)}` is one layer; say what is left of its kernel: {ways}"

@@ -84,7 +84,7 @@ class Planner:
         with self._leaving_no_trace():
             self.model = CostModel.of(model, example_inputs, self.graph)
         found = choices_of(self.graph, longest=longest, largest_kernel=largest_kernel)
-        saving = [choice for choice in found if choice.candidate.saves]
+        saving = [choice for choice in found if choice.candidate.saves and _pools_last(choice)]
         self.choices = [choice for choice in saving if allow is None or allow(choice.candidate)]
         self.sensitivity: Sensitivity | None = None
         self.calibration, self.samples = calibration, samples
@@ -351,6 +351,15 @@ class Planner:
         plan = Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)
         plan.check_disjoint()
         return plan
+
+
+def _pools_last(choice: Choice) -> bool:
+    """Whether no max pooling stands before other layers.
+
+    A layer behind one is cheap by itself; what merges with it has the kernel and stride of the layers before, too, and
+    many weights.
+    """
+    return len(choice.candidate.poolings) <= choice.region.ends_with_pooling
 
 
 def _solved(problem: Problem) -> Solution:

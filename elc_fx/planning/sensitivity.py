@@ -35,6 +35,7 @@ from elc_fx.planning.cost import Choice
 from elc_fx.planning.fitting import Substitute, Windows
 from elc_fx.planning.stored import StoredTable, described
 from elc_fx.planning.substitution import substituted
+from elc_fx.pooling import max_pooling_of
 from elc_fx.randomness import generators, seed_all
 from elc_fx.serial import SerialGraph
 
@@ -43,7 +44,7 @@ Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a numbe
 SAMPLES, NUMBERS = 1024, 2**26  # to measure losses on, and what they hold at most, if nobody says how many
 FITTED_MORE = 4  # times as many samples, at most, are fitted to once the choice is made,
 LARGEST = 2**28  # of which the largest value inside of the network has so many numbers at most
-KEPT = 2**28  # numbers of the original's values that are kept between sets of choices
+KEPT = 2**28  # numbers of the original's values that are kept between sets of choices, and of windows between fits
 JUDGED = 4  # one of so many batches is not fitted to, but judged on: fits to few windows look better than they are
 
 
@@ -402,19 +403,26 @@ class Sensitivity:
     ) -> Substitute:
         """The best convolution for a choice, from what walks read to what is given for each of them.
 
-        windows: those that are there already, by source and geometry.
+        windows: those that are there already, by source and geometry; gets these, and loses those that are too much.
         """
         region = choice.region
         sources = [walk.env[region.source] for walk in read]
         key = region.source, replace(choice.geometry, out_channels=0)
-        if key not in windows:
-            windows[key] = Windows.of(sources, choice.geometry)
-        there = replace(windows[key], geometry=choice.geometry)
-        return Substitute(there.fit(given, self._flat(region.output)), sources[0].dtype, region.output.name)
+        found = windows.pop(key, None) or Windows.of(sources, choice.geometry)
+        fitted = replace(found, geometry=choice.geometry).fit(given, self._flat(region.output))
+        windows[key] = found  # the latest used last
+        while sum(numbers_of(vars(each.equations)) for each in windows.values()) > KEPT and len(windows) > 1:
+            del windows[next(iter(windows))]
+        return Substitute(fitted, sources[0].dtype, region.output.name)
 
     def _flat(self, output: fx.Node) -> tuple[float, float]:
-        """What the activation behind a value does not tell apart, if it is the value's only reader."""
+        """What the activation behind a value does not tell apart, if it is the value's only reader.
+
+        Or the only one of its max pooling: what is in a flat part before that can be nothing else behind it.
+        """
         readers = list(output.users)
+        while len(readers) == 1 and max_pooling_of(self.graph_module, readers[0]) is not None:
+            readers = list(readers[0].users)
         activation = activation_of(self.graph_module, readers[0]) if len(readers) == 1 else None
         return (-float("inf"), float("inf")) if activation is None else flat_beyond(activation)
 

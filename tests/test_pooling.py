@@ -1,0 +1,271 @@
+"""Max poolings that become part of the convolution before them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import randomize_
+from torch import Tensor, nn
+
+import elc_fx
+from elc_fx.activations import MODULES, never_falls
+from elc_fx.capture import capture
+from elc_fx.inputs import ExampleInputs
+from elc_fx.planning import sensitivity
+from elc_fx.pooling import max_pooling_of
+from elc_fx.serial import SerialGraph, serial_capture
+
+X = torch.randn(4, 3, 12, 13)
+
+
+def network(activation: nn.Module | None = None, pooling: nn.Module | None = None) -> nn.Sequential:
+    """Three convolutions with batch norms and activations, a max pooling behind the second, a classifier."""
+    act = activation or nn.ReLU(inplace=True)
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(((3, 4), (4, 6), (6, 6))):
+        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), copy.deepcopy(act)]
+        layers += [pooling or nn.MaxPool2d(2)] if i == 1 else []
+    return randomize_(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))).eval()
+
+
+class Functional(nn.Module):
+    """A convolution, an activation and a max pooling; the pooling as `pool` spells it."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], dims: int = 2) -> None:
+        super().__init__()
+        self.pool = pool
+        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](3, 4, 3, padding=1)
+        self.last = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.pool(torch.relu(self.conv(x))))
+        return y
+
+
+def names(graph: torch.fx.Graph) -> list[str]:
+    return [node.name for node in graph.nodes]
+
+
+SPELLINGS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "functional": (lambda x: F.max_pool2d(x, 2), 2),
+    "keywords": (lambda x: F.max_pool2d(x, kernel_size=(2, 3), stride=2), 2),
+    "torch": (lambda x: torch.max_pool2d(x, [2, 2], [2, 1]), 2),
+    "1-d": (lambda x: F.max_pool1d(x, 3, 2), 1),
+    "3-d": (lambda x: torch.max_pool3d(x, 2), 3),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_however_it_is_spelled_it_merges(spelling: str) -> None:
+    pool, dims = SPELLINGS[spelling]
+    model = Functional(pool, dims).double().eval()
+    x = torch.randn(2, 3, *(7, 8, 9)[:dims], dtype=torch.float64)
+    pooled = [c for c in elc_fx.candidates(model, x) if c.layers == ("conv",) and c.poolings]
+    assert pooled and all(c.poolings == c.activations and c.merges and not c.removed for c in pooled)
+    for candidate in pooled:
+        decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("x",)), [x])
+        assert torch.equal(decoupled(x), model(x))
+        elc_fx.set_gate(decoupled, 0)
+        for size in (7, 10, 11):
+            z = torch.randn(2, 3, *(size, size + 1, size)[:dims], dtype=torch.float64)
+            torch.testing.assert_close(elc_fx.merge(decoupled)(z), decoupled(z), rtol=0, atol=1e-12)
+
+
+def test_the_whole_kernel_and_the_window_give_the_kernel_that_the_algebra_says() -> None:
+    found = {c.full_name: c for c in elc_fx.candidates(network(), X) if c.name == "3..6"}
+    assert list(found) == ["3..6:2x2", "3..6:2x4", "3..6:4x2", "3..6:4x4"]
+    assert found["3..6:4x4"].result == "4×4 4→6 stride 2 padding 1" and not found["3..6:4x4"].kernels
+    before, after = found["3..6:4x4"].flops
+    assert before == 4 * 2 * 9 * 4 * 6 * 12 * 13 and after == 4 * 2 * 16 * 4 * 6 * 6 * 6
+    assert found["3..6:4x4"].operations[-1] == "6: max pooling 2×2 stride 2×2"
+
+
+def test_a_pooling_that_is_not_the_mean_of_full_windows_is_a_boundary() -> None:
+    boundaries = (
+        nn.MaxPool2d(2, padding=1),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.MaxPool2d(2, dilation=2),
+        nn.MaxPool2d(1, 2),
+        nn.AdaptiveMaxPool2d(3),
+    )
+    for pooling in boundaries:
+        model = network(pooling=pooling)
+        assert not any(c.poolings for c in elc_fx.candidates(model, X)), pooling
+        captured = serial_capture(model).graph_module
+        assert all(max_pooling_of(captured, node) is None for node in captured.graph.nodes)
+
+
+def test_a_layer_that_only_scales_may_stand_alone_or_before_a_pooling() -> None:
+    scales = nn.Conv2d(3, 3, 1, groups=3)
+    for layers, names in (([nn.SiLU()], []), ([nn.MaxPool2d(2), nn.Conv2d(3, 3, 3)], ["0..1:2x2"])):
+        planner = elc_fx.Planner(nn.Sequential(scales, *layers).eval(), X, loss="uniform", progress=False)
+        assert [c.candidate.full_name for c in planner.choices if c.candidate.layers == ("0",)] == names
+
+
+def test_a_pooling_with_a_hook_stays_where_it_is() -> None:
+    model, seen = network(), list[Tensor]()
+    model[6].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    assert not any(c.poolings for c in elc_fx.candidates(model, X))
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, X, collapse=["0..3:3x3"]))
+    seen.clear()
+    decoupled(X)
+    assert seen and seen[0].min() >= 0  # behind the ReLU
+
+
+# The activation behind the pooling.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_activations_that_never_fall_do_not(dtype: torch.dtype) -> None:
+    x = torch.cat([torch.linspace(-9, 9, 20001), 0.01 * torch.randn(20000)]).to(dtype).sort().values
+    rising = []
+    for activation in sorted(MODULES, key=lambda m: m.__name__):
+        module = activation(0.1, 0.0) if activation is nn.Threshold else activation()
+        captured = capture(nn.Sequential(nn.Identity(), module).eval(), leaves=tuple(MODULES)).graph_module
+        if any(never_falls(captured, node) for node in captured.graph.nodes):
+            rising.append(activation.__name__)
+            assert (module(x).diff() >= 0).all()
+    assert rising == ["Hardtanh", "LeakyReLU", "ReLU", "ReLU6"]
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "relu": (F.relu, True),
+    "in place": (lambda x: F.relu_(x), True),
+    "method": (lambda x: x.relu(), True),
+    "clamp": (lambda x: x.clamp(-0.3, 0.5), True),
+    "clamp by keyword": (lambda x: torch.clamp(x, max=0.2), True),
+    "leaky": (lambda x: F.leaky_relu(x, 0.2), True),
+    "falling": (lambda x: F.leaky_relu(x, -0.2), False),
+    "falling by keyword": (lambda x: F.leaky_relu(x, negative_slope=-0.2), False),
+    "silu": (F.silu, False),
+    "threshold": (lambda x: F.threshold(x, 0.1, 3.0), False),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_an_activation_goes_behind_the_pooling_where_that_changes_nothing(function: str) -> None:
+    act, goes = FUNCTIONS[function]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.pool(act(self.conv(x)))
+            return y
+
+    model = Model().eval()
+    captured = serial_capture(model).graph_module
+    order = names(captured.graph)
+    assert (order.index("pool") == order.index("conv") + 1) == goes
+    x = X.clone()
+    x[0, 0, 3, 3] = torch.nan
+    assert torch.equal(captured(x).nan_to_num(), model(x).nan_to_num()) and captured(x).isnan().any()
+
+
+def test_an_activation_that_others_read_or_that_overwrites_what_others_see_stays() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act, self.pool = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.act(self.conv(x))
+            return self.pool(y), y
+
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.pool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.pool(self.act(x))
+            return y
+
+    for model in (Read().eval(), Overwrites().eval()):
+        order = names(serial_capture(model).graph_module.graph)
+        assert order.index("act") < order.index("pool")
+    x = X.clone()
+    serial_capture(Overwrites().eval()).graph_module(x)
+    assert x.min() >= 0  # as the model does
+
+
+# What is fitted, and planned.
+
+
+def test_the_line_is_that_of_the_mean_of_each_window() -> None:
+    model = network()
+    (candidate,) = (c for c in elc_fx.candidates(model, X) if c.full_name == "3..6:4x4")
+    decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("input",)), [X])
+    node: Any = decoupled.get_submodule("6")
+    y = model[:5](X)
+    mean, largest = F.avg_pool2d(y, 2), F.max_pool2d(y, 2)
+    for channel in range(6):
+        design = torch.stack([mean[:, channel].flatten(), torch.ones(4 * 6 * 6)], 1).double()
+        line = torch.linalg.lstsq(design, largest[:, channel].flatten().double().unsqueeze(1)).solution.flatten()
+        torch.testing.assert_close(torch.stack([node.slope[channel], node.offset[channel]]).double(), line)
+    fresh: Any = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("input",))).get_submodule("6")
+    assert torch.equal(fresh.slope, torch.ones(6)) and torch.equal(fresh.offset, torch.zeros(6))
+
+
+def test_what_a_pooling_and_a_relu_cut_off_need_not_be_matched() -> None:
+    model = network()
+    graph = SerialGraph.of(model, ExampleInputs.of(model, X))
+    calibration, _ = sensitivity.Calibration.read(graph, [X], None)
+    measured = sensitivity.Sensitivity(graph, calibration, None, progress=False)
+    nodes = {node.name: node for node in graph.graph_module.graph.nodes}
+    assert measured._flat(nodes["_4"]) == measured._flat(nodes["_6"]) == (0.0, torch.inf)
+
+
+def test_patterns_stand_for_what_is_between_max_poolings() -> None:
+    model = network()
+    plan = elc_fx.Plan.of(model, X, collapse=["*:3x3"])
+    assert [c.full_name for c in plan.candidates] == ["0..3:3x3"]
+    (named,) = elc_fx.Plan.of(model, X, collapse=["3..6"]).candidates
+    assert named.full_name == "3..6:4x4"
+    (named,) = elc_fx.Plan.of(model, X, collapse=["0..7:4x4"]).candidates
+    assert named.poolings == ("6",)  # whoever names it gets it, though the planner does not look there
+
+
+def test_a_plan_with_a_pooling_is_planned_stored_collapsed_and_trained() -> None:
+    torch.manual_seed(0)
+    model, batches = network(), list(torch.randn(6, 32, 3, 12, 13))
+    planner = elc_fx.Planner(model, X, batches, allow=lambda c: bool(c.poolings), rehearse=False, progress=False)
+    assert {c.candidate.poolings for c in planner.choices} == {("6",)}
+    assert not any("6" in c.candidate.layers for c in planner.choices) and planner.choices
+    plan = planner.plan(elc_fx.Budget(flops=0.7))
+    assert elc_fx.Plan.from_json(plan.to_json()) == plan
+    small = planner.collapse(plan)
+    assert small(X).shape == model(X).shape
+    measured = elc_fx.measure(elc_fx.compile(small, X), X)
+    assert plan.prediction is not None and measured.flops == plan.prediction.after.flops
+    assert not any(isinstance(m, nn.MaxPool2d) for m in small.modules())
+    data = [(x, torch.randint(5, (32,))) for x in batches]
+    for trained in (small, elc_fx.decouple(model, plan, batches)):
+        history = elc_fx.finetune(trained, data, teacher=model, epochs=2, features=1.0, progress=False)
+        assert history.epochs[-1].loss < history.epochs[0].loss
+
+
+def test_windows_that_are_too_much_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every source and kernel: with poolings there are many. The losses are the same."""
+    model, batches = network(), list(torch.randn(4, 16, 3, 12, 13))
+    kept: list[int] = []
+    fitted = sensitivity.Sensitivity._fitted
+
+    def noted(self: Any, choice: Any, read: Any, given: Any, windows: Any) -> Any:
+        result = fitted(self, choice, read, given, windows)
+        kept.append(len(windows))
+        return result
+
+    monkeypatch.setattr(sensitivity.Sensitivity, "_fitted", noted)
+    losses = elc_fx.Planner(model, X, batches, progress=False).losses
+    assert max(kept) > 1
+    kept.clear()
+    monkeypatch.setattr(sensitivity, "KEPT", 1)
+    assert elc_fx.Planner(model, X, batches, progress=False).losses == losses and max(kept) == 1
