@@ -46,7 +46,8 @@ FLAT_BEYOND = {
     "hardswish": (-3.0, math.inf),
     "hardsigmoid": (-3.0, 3.0),
 }
-RISING = frozenset(("relu", "relu6", "hardtanh", "leaky_relu", "clamp", "clamp_min", "clamp_max", "clip"))
+RISING = frozenset(("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip"))
+RISING_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 POINTS = 2049  # of the quadrature; its error is about 1e-5 for an activation with a kink
 REACH = 8.0  # standard deviations to both sides
 
@@ -117,19 +118,13 @@ def flat_beyond(activation: nn.Module) -> tuple[float, float]:
 def never_falls(captured: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node computes an activation of which it is known that a larger value never gives a smaller one.
 
-    Not said of those that are computed by approximations, in whose last bits nobody knows.
+    And that the slope is 0 or 1, so that gradients are the same to the bit on both sides of a maximum. Not said of a
+    user's own.
     """
     activation = activation_of(captured, node)
-    if activation is None or has_hooks(activation):
-        return False
-    if isinstance(activation, nn.LeakyReLU):
-        return activation.negative_slope >= 0
-    if isinstance(activation, Elementwise) and activation_name(activation) == "leaky_relu":
-        slopes = (*activation.args, *activation.kwargs.values())
-        return all(isinstance(slope, int | float) and slope >= 0 for slope in slopes)
-    home = type(activation).__module__
-    known = isinstance(activation, Elementwise) or home == "torch.nn.modules.activation"
-    return known and activation_name(activation).lower() in RISING
+    if isinstance(activation, Elementwise):
+        return node.target not in FUNCTIONS and function_name(node).removesuffix("_") in RISING
+    return activation is not None and type(activation) in RISING_MODULES and not has_hooks(activation)
 
 
 def activation_name(activation: nn.Module) -> str:

@@ -18,7 +18,6 @@ from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.candidates import (
     LARGEST_KERNEL,
     LONGEST,
-    MAX_POOLING,
     Candidate,
     CandidateFinder,
     candidate_table,
@@ -51,11 +50,11 @@ class Explanation:
     def smallest(self) -> tuple[Candidate, ...]:
         """The merges that change least: of few layers, that save FLOPs, and have no layer in common.
 
-        Of each region the one with the largest kernel that saves and is no larger than those of its own layers.
+        Of each region the one with the largest kernel that saves and is no larger than those of its own layers are.
         """
         best: dict[tuple[str, ...], Candidate] = {}
         for candidate in self.candidates:  # those of one region stand together, small kernels first
-            if candidate.merges and candidate.saves and max(candidate.kernel_size, default=1) <= _own_kernel(candidate):
+            if candidate.merges and candidate.saves and max(candidate.kernel_size, default=1) <= candidate.own_kernel:
                 best[candidate.nodes] = candidate
         order = {candidate: position for position, candidate in enumerate(self.candidates)}
         chosen: list[Candidate] = []
@@ -201,17 +200,6 @@ def _alone(graph: SerialGraph, free: set[str]) -> Iterable[Refusal]:
             readers = ", ".join(f"`{label(user)}`" for user in node.users if user.op != "output")
             behind = f"it feeds {readers}" if readers else "it gives the output"
             yield Refusal(label(node), f"it reads `{label(operation.source)}`, and {behind}")
-
-
-def _own_kernel(candidate: Candidate) -> int:
-    """The largest kernel among a candidate's own layers, as their texts say, as its max poolings widen it."""
-    largest, wider = 1, 0
-    for text in candidate.operations:
-        pools = MAX_POOLING in text
-        kernel = text.rpartition(MAX_POOLING if pools else ": ")[2].split(" ")[0]
-        size = max((int(n) for n in kernel.split("×") if n.isdigit()), default=1)
-        largest, wider = (largest, wider + size - 1) if pools else (max(largest, size), wider)
-    return largest + wider
 
 
 def _number(items: Any, what: str) -> str:

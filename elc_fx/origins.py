@@ -33,21 +33,23 @@ def recorded_origin(graph_module: fx.GraphModule, node: fx.Node) -> tuple[str, .
 def origins_of(graph_module: fx.GraphModule, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
     """The places in the original that nodes stand for; their own, for those that no pass made.
 
-    Nodes without numbers of their own are left out: the name of a sum says little, since the next trace counts anew.
+    Nodes without numbers of their own are left out, but for modules that pool, which can be part of a convolution: the
+    name of a sum says little, since the next trace counts anew.
     """
     places: dict[str, None] = {}
     for node in nodes:
         if recorded := recorded_origin(graph_module, node):
             places.update(dict.fromkeys(recorded))
-        elif _has_numbers(graph_module, node):
+        elif _has_place(graph_module, node):
             places[place_of(node)] = None
     return tuple(places)
 
 
-def _has_numbers(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def _has_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = module_of(graph_module, node)
-        return any(True for _ in itertools.chain(module.parameters(), module.buffers()))
+        pools = isinstance(module, nn.modules.pooling._MaxPoolNd)
+        return pools or any(True for _ in itertools.chain(module.parameters(), module.buffers()))
     return any(source.op == "get_attr" for source in node.all_input_nodes)
 
 

@@ -7,19 +7,19 @@ too. An activation that never falls gives the same on the other side: max(act(x)
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from elc_fx.activations import never_falls
 from elc_fx.capture import has_hooks
 from elc_fx.graph import function_name, module_of, overwritten_argument
+from elc_fx.regions import allocates
 
 MODULES: dict[str, type[Any]] = {f"max_pool{n}d": getattr(nn, f"MaxPool{n}d") for n in (1, 2, 3)}
 ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")  # of functions
-ALLOCATING = (_ConvNd, _BatchNorm, nn.Linear)  # whose output is no view of what others may read
+EXCHANGED = "elc_fx_pooling_first"  # in the meta of an activation that was put behind its pooling
 
 
 def max_pooling_of(captured: fx.GraphModule, node: fx.Node) -> Any:
@@ -38,28 +38,65 @@ def max_pooling_of(captured: fx.GraphModule, node: fx.Node) -> Any:
     return pooling if _all(pooling.padding, 0) and _all(pooling.dilation, 1) else None
 
 
-def poolings_before_activations(captured: fx.GraphModule) -> None:
-    """Puts the activation before a max pooling behind it, in place, wherever that changes nothing."""
-    graph = captured.graph
-    for node in list(graph.nodes):
-        if max_pooling_of(captured, node) is None:
+def put_poolings_first(captured: fx.GraphModule, names: Container[str] | None = None) -> None:
+    """Puts the activation before a max pooling behind it, in place, wherever that changes nothing.
+
+    names: of the poolings that matter, by default all.
+    """
+    for node in list(captured.graph.nodes):
+        if max_pooling_of(captured, node) is None or not (names is None or node.name in names):
             continue
         activation = node.all_input_nodes[0]
-        if list(activation.users) != [node] or not never_falls(captured, activation):
-            continue
-        source = activation.all_input_nodes[0]
-        if overwritten_argument(captured, activation) is not None and not _is_private(captured, source):
-            continue
-        node.replace_all_uses_with(activation)
-        node.replace_input_with(activation, source)
-        activation.replace_input_with(source, node)
-        node.append(activation)
+        if list(activation.users) == [node] and never_falls(captured, activation) and _is_private(captured, node):
+            _exchange(activation, node)
+            activation.meta[EXCHANGED] = True
     captured.recompile()
 
 
-def _is_private(captured: fx.GraphModule, value: fx.Node) -> bool:
-    """Whether nobody else sees when its only reader overwrites a value."""
-    return value.op == "call_module" and isinstance(module_of(captured, value), ALLOCATING) and len(value.users) == 1
+def put_poolings_back(captured: fx.GraphModule) -> None:
+    """Undoes that, in place, for the poolings that are still there."""
+    for activation in [node for node in captured.graph.nodes if node.meta.pop(EXCHANGED, False)]:
+        (pooling,) = activation.all_input_nodes
+        if max_pooling_of(captured, pooling) is not None:
+            _exchange(pooling, activation)
+    captured.recompile()
+
+
+def _exchange(first: fx.Node, second: fx.Node) -> None:
+    """The second reads the first alone, and then the first reads the second."""
+    (source,) = first.all_input_nodes
+    second.replace_all_uses_with(first)
+    second.replace_input_with(first, source)
+    first.replace_input_with(source, second)
+    second.append(first)
+
+
+def _is_private(captured: fx.GraphModule, pooling: fx.Node) -> bool:
+    """Whether nobody can tell which of the two overwrites what, and in whose output others may write.
+
+    An activation that works in place may overwrite the output of a layer that nobody else reads. Behind the pooling
+    its own output, which its gradient needs, must not be overwritten.
+    """
+    activation = pooling.all_input_nodes[0]
+    (source,) = activation.all_input_nodes
+    if overwritten_argument(captured, activation) is not None:
+        hooked = source.op == "call_module" and has_hooks(module_of(captured, source))
+        if not allocates(captured, source) or hooked or len(source.users) > 1:
+            return False
+    return not _may_be_overwritten(captured, pooling)
+
+
+def _may_be_overwritten(captured: fx.GraphModule, value: fx.Node) -> bool:
+    """By one of its readers, or through a view of it."""
+    seen, left = {value}, [value]
+    while left:
+        for user in left.pop().users:
+            if overwritten_argument(captured, user) in seen:
+                return True
+            if user not in seen and not allocates(captured, user):
+                seen.add(user)
+                left.append(user)
+    return False
 
 
 def _name(node: fx.Node) -> str:

@@ -380,6 +380,15 @@ class _Storage:
     shared: bool = False
 
 
+def allocates(captured: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether what a node gives is known to be in memory of its own."""
+    if node.op == "call_module":
+        module = module_of(captured, node)
+        known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
+        return known and not isinstance(module, (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES))
+    return function_name(node) in ALLOCATING
+
+
 class _Aliases:
     """Which values may share memory, erring on the safe side: what is not known to allocate its output, may."""
 
@@ -411,14 +420,8 @@ class _Aliases:
             self.storage[node] = large
 
     def _allocates(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = module_of(self.captured, node)
-            known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
-            return known and not isinstance(module, (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES))
-        name = function_name(node)
-        if name == "getitem":
-            return False
-        return node in self.interpreter.operations or name in ALLOCATING
+        read = node.op != "call_module" and function_name(node) != "getitem" and node in self.interpreter.operations
+        return read or allocates(self.captured, node)
 
     def of(self, node: fx.Node) -> list[fx.Node]:
         return self.storage[node].members

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from elc_fx.errors import InvalidInputError, NotAffineError
 from elc_fx.graph import module_of
 from elc_fx.inputs import ExampleInputs
 from elc_fx.interpret import CPU, Interpreter, Operation
-from elc_fx.pooling import max_pooling_of, poolings_before_activations
+from elc_fx.pooling import max_pooling_of, put_poolings_first
 from elc_fx.regions import Chain, Join, Part, find_chains, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
 from elc_fx.shapes import run_recording_shapes
 
@@ -129,8 +129,8 @@ class Region:
     @property
     def ends_with_pooling(self) -> bool:
         """Whether the last thing in it that is a layer, or more than a scale, is a pooling."""
-        *_, last = (op for op in operations_of(self.parts) if op.convolves or not op.geometry.is_scale)
-        return not last.convolves
+        *_, last = (p for p in self.parts if isinstance(p, Join) or p.convolves or not p.geometry.is_scale)
+        return isinstance(last, Operation) and not last.convolves
 
     @property
     def windows(self) -> Iterator[Windows]:
@@ -282,13 +282,16 @@ class SerialGraph:
         return end
 
 
-def serial_capture(model: nn.Module, given: Mapping[str, Any] | None = None) -> Capture:
+def serial_capture(
+    model: nn.Module, given: Mapping[str, Any] | None = None, poolings: Container[str] | None = None
+) -> Capture:
     """The graph of which `SerialGraph` reads chains: trainable, activations whole, and behind max poolings.
 
-    given: as for `capture`. Raises `CaptureError`.
+    given: as for `capture`. poolings: the names of those that regions may end with, by default all. Raises
+    `CaptureError`.
     """
     captured = capture(model, given, trainable=True, leaves=tuple(MODULES))
-    poolings_before_activations(captured.graph_module)
+    put_poolings_first(captured.graph_module, poolings)
     return captured
 
 

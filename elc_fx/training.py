@@ -573,7 +573,7 @@ class _Features:
         ends = {m.original: m for m in network.modules() if isinstance(m, Substitute | RegionOutput)}
         self.given: dict[str, Tensor] = {}
         self.wanted: dict[str, Tensor] = {}
-        captured = serial_capture(teacher).graph_module
+        captured = serial_capture(teacher, poolings=ends).graph_module
         missing = set(ends) - {node.name for node in captured.graph.nodes}
         if not ends or missing:
             raise InvalidInputError(

@@ -76,6 +76,41 @@ def test_however_it_is_spelled_it_merges(spelling: str) -> None:
             torch.testing.assert_close(elc_fx.merge(decoupled)(z), decoupled(z), rtol=0, atol=1e-12)
 
 
+def test_of_a_concatenation_too() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.pool = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 2, 3), nn.MaxPool2d(2)
+            self.last = nn.Conv2d(6, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.pool(F.relu(torch.cat([self.a(x), self.b(x)], 1))))
+            return y
+
+    model = Beside().double().eval()
+    pooled = [c for c in elc_fx.candidates(model, X.double()) if c.poolings]
+    assert {c.layers for c in pooled} == {("a", "b"), ("a", "b", "last")}
+    for candidate in pooled:
+        decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("x",)))
+        elc_fx.set_gate(decoupled, 0)
+        torch.testing.assert_close(elc_fx.merge(decoupled)(X.double()), decoupled(X.double()), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_half_precision_and_under_autocast(dims: int, autocast: bool) -> None:
+    model = Functional((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[dims - 1](2), dims).eval()
+    x = torch.randn(2, 3, *(6, 7, 8)[:dims])
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    candidate = next(c for c in elc_fx.candidates(model, x) if c.poolings)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("x",)), [x])
+        for gate in (1.0, 0.5, 0.0):
+            elc_fx.set_gate(decoupled, gate)
+            assert decoupled(x).dtype == torch.bfloat16 and decoupled(x).isfinite().all()
+
+
 def test_the_whole_kernel_and_the_window_give_the_kernel_that_the_algebra_says() -> None:
     found = {c.full_name: c for c in elc_fx.candidates(network(), X) if c.name == "3..6"}
     assert list(found) == ["3..6:2x2", "3..6:2x4", "3..6:4x2", "3..6:4x4"]
@@ -130,7 +165,7 @@ def test_activations_that_never_fall_do_not(dtype: torch.dtype) -> None:
         if any(never_falls(captured, node) for node in captured.graph.nodes):
             rising.append(activation.__name__)
             assert (module(x).diff() >= 0).all()
-    assert rising == ["Hardtanh", "LeakyReLU", "ReLU", "ReLU6"]
+    assert rising == ["Hardtanh", "ReLU", "ReLU6"]
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -139,9 +174,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "method": (lambda x: x.relu(), True),
     "clamp": (lambda x: x.clamp(-0.3, 0.5), True),
     "clamp by keyword": (lambda x: torch.clamp(x, max=0.2), True),
-    "leaky": (lambda x: F.leaky_relu(x, 0.2), True),
-    "falling": (lambda x: F.leaky_relu(x, -0.2), False),
-    "falling by keyword": (lambda x: F.leaky_relu(x, negative_slope=-0.2), False),
+    "leaky": (F.leaky_relu, False),  # it never falls, but its gradients would round otherwise
     "silu": (F.silu, False),
     "threshold": (lambda x: F.threshold(x, 0.1, 3.0), False),
 }
@@ -167,6 +200,105 @@ def test_an_activation_goes_behind_the_pooling_where_that_changes_nothing(functi
     x = X.clone()
     x[0, 0, 3, 3] = torch.nan
     assert torch.equal(captured(x).nan_to_num(), model(x).nan_to_num()) and captured(x).isnan().any()
+
+
+@torch.fx.wrap
+def clip(x: Tensor) -> Tensor:
+    return -x.abs()
+
+
+class Tent(nn.ReLU6):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x.abs()
+
+
+def test_of_activations_of_the_users_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elc_fx.activations, "FUNCTIONS", {clip})
+    monkeypatch.setattr(elc_fx.activations, "MODULES", {*MODULES, Tent})
+    monkeypatch.setattr(elc_fx.serial, "MODULES", {*MODULES, Tent})
+
+    class Clipped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return clip(x)
+
+    for act in (Clipped(), Tent()):
+        model = network(act)
+        decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, X, collapse=["0..3:3x3"]))
+        assert torch.equal(decoupled(X), model(X))
+        assert not any(c.poolings and c.layers == ("3",) for c in elc_fx.candidates(model, X))
+
+
+def test_gradients_at_gate_one_are_the_originals_to_the_bit() -> None:
+    for act in (nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(-0.4, 0.3), nn.LeakyReLU(0.1)):
+        for pooling in (nn.MaxPool2d(2), nn.MaxPool2d(2, 1), nn.MaxPool2d(3, 2)):
+            model = network(act, pooling)
+            pooled = [c for c in elc_fx.candidates(model, X) if c.poolings and len(c.layers) == 1]
+            plan = elc_fx.Plan((pooled or elc_fx.candidates(model, X))[-1:], ("input",))
+            gradients = []
+            for own in (copy.deepcopy(model).train(), elc_fx.decouple(model, plan).train()):
+                x = X.clone().requires_grad_()
+                own(x).square().sum().backward()
+                gradients.append([x.grad, *(p.grad for p in own.parameters() if p.grad is not None)])
+            assert all(map(torch.equal, *gradients)), (act, pooling)
+
+
+class Overwriting(nn.Module):
+    """What comes behind the pooling writes into its output, or into a view of it."""
+
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.write, self.pool = write, nn.MaxPool2d(2)
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(F.gelu(self.b(self.write(self.pool(F.relu(self.a(x)))))))
+        return y
+
+
+def added(x: Tensor) -> Tensor:
+    x += 1
+    return x.mul_(2)
+
+
+@pytest.mark.parametrize("write", [added, lambda x: x.sigmoid_(), lambda x: x.view(-1, 4, 5, 5).tanh_()])
+def test_what_is_overwritten_behind_the_pooling_can_be_trained_still(write: Callable[[Tensor], Tensor]) -> None:
+    model = Overwriting(write).eval()
+    for candidate in elc_fx.candidates(model, X):
+        decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("x",))).train()
+        assert torch.equal(decoupled(X), model(X))
+        decoupled(X).sum().backward()
+
+
+def test_what_a_hook_sees_is_what_it_saw() -> None:
+    model, kept = network(), list[Tensor]()
+    model[4].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    model(X)
+    elc_fx.decouple(model, elc_fx.Plan.of(model, X, collapse=["0:1x1"]))(X)
+    order = names(serial_capture(model).graph_module.graph)
+    assert order.index("_5") < order.index("_6") and len(kept) > 1
+    assert all(torch.equal(kept[0], other) for other in kept)
+
+
+def test_poolings_that_nothing_merges_with_stay_behind_their_activations() -> None:
+    model, batches = network(), list(torch.randn(4, 32, 3, 12, 13))
+    plan = elc_fx.Plan.of(model, X, collapse=["0..3:3x3"])
+    planner = elc_fx.Planner(model, X, batches, loss="uniform", progress=False)
+    for own in (elc_fx.decouple(model, plan), planner.collapse(plan)):
+        order = names(own.graph)
+        assert order.index("_5") < order.index("_6")
+        changes = elc_fx.diff(model, own, X).changes
+        assert all(c.kind == "kept" for c in changes if {layer.place for layer in c.before} & {"5", "6", "7"})
+
+
+def test_the_diff_says_that_a_pooling_was_merged() -> None:
+    model, batches = network(), list(torch.randn(4, 32, 3, 12, 13))
+    plan = elc_fx.Plan.of(model, X, collapse=["3..6"])
+    decoupled = elc_fx.decouple(model, plan)
+    elc_fx.set_gate(decoupled, 0)
+    collapsed = elc_fx.Planner(model, X, batches, loss="uniform", progress=False).collapse(plan)
+    for own in (elc_fx.merge(decoupled), collapsed, elc_fx.compile(collapsed, X)):
+        (merged,) = (c for c in elc_fx.diff(model, own, X).changes if "6" in {layer.place for layer in c.before})
+        assert merged.kind == "merged" and {"3", "6"} <= {layer.place for layer in merged.before}
 
 
 def test_an_activation_that_others_read_or_that_overwrites_what_others_see_stays() -> None:
@@ -227,10 +359,41 @@ def test_patterns_stand_for_what_is_between_max_poolings() -> None:
     model = network()
     plan = elc_fx.Plan.of(model, X, collapse=["*:3x3"])
     assert [c.full_name for c in plan.candidates] == ["0..3:3x3"]
-    (named,) = elc_fx.Plan.of(model, X, collapse=["3..6"]).candidates
-    assert named.full_name == "3..6:4x4"
+    for name in ("3..6", "0..6"):  # the largest kernel that its layers have, with the pooling behind them
+        (named,) = elc_fx.Plan.of(model, X, collapse=[name]).candidates
+        assert named.full_name == f"{name}:4x4"
+    large = nn.Sequential(nn.Conv2d(3, 4, 7), nn.MaxPool2d(2)).eval()
+    (wide,) = elc_fx.Plan.of(large, X, collapse=["0..1"]).candidates
+    assert wide.full_name == "0..1:8x8"
     (named,) = elc_fx.Plan.of(model, X, collapse=["0..7:4x4"]).candidates
     assert named.poolings == ("6",)  # whoever names it gets it, though the planner does not look there
+
+
+def test_where_merges_across_a_pooling_are_what_is_missing_that_is_said() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU()]
+    with pytest.raises(elc_fx.PlanError, match="merges of layers with a max pooling between them are not planned"):
+        elc_fx.plan(nn.Sequential(*layers).eval(), X, elc_fx.Budget(depth=0.5), loss="uniform")
+
+
+def test_a_pooling_in_a_branch_is_not_at_the_end_whatever_its_place() -> None:
+    class Reduction(nn.Module):
+        def __init__(self, first: bool) -> None:
+            super().__init__()
+            self.first, self.stem, self.conv, self.pool = (
+                first,
+                nn.Conv2d(3, 4, 1),
+                nn.Conv2d(4, 4, 2, 2),
+                nn.MaxPool2d(2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            branches = [self.pool(y), self.conv(y)]
+            return torch.cat(branches if self.first else branches[::-1], 1)
+
+    for first in (False, True):
+        planner = elc_fx.Planner(Reduction(first).eval(), X, loss="uniform", progress=False)
+        assert not any(choice.candidate.poolings for choice in planner.choices)
 
 
 def test_a_plan_with_a_pooling_is_planned_stored_collapsed_and_trained() -> None:

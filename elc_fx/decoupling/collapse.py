@@ -7,6 +7,7 @@ lossless mode merges them. Inner padding is no obstacle any more, since it stand
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 from torch import fx
@@ -168,21 +169,16 @@ class ClosedInterpreter(Interpreter):
         )
 
     def _closed_activation(self, node: fx.Node, source: fx.Node, module: DecoupledActivation) -> Operation:
-        slope, offset = module.slope.detach(), module.offset.detach()
-        geometry, mean = Geometry.identity(len(slope), module.dims), None
+        slope, offset, dims = module.slope.detach(), module.offset.detach(), module.dims
+        geometry = replace(Geometry.identity(len(slope), dims), bias=True)
         if isinstance(module, DecoupledPooling):
-            kernel, stride = module.activation.kernel_size, module.activation.stride
-            mean = self._average_pool(node, source, module.dims, kernel, stride, 0, False, True, None)
-            geometry = mean.geometry
+            geometry = replace(geometry, kernel_size=module.kernel_size, stride=module.stride)
 
         def load() -> AffineMap:
-            line = AffineMap.scale(slope.double(), offset.double(), module.dims)
-            if mean is None:
-                return line
-            pooled = mean.load()
-            return replace(pooled, kernel=pooled.kernel.to(slope.device)).then(line).settled()
+            kernel = (slope.double() / math.prod(geometry.kernel_size)).view(-1, 1, *[1] * dims)
+            return AffineMap(geometry, kernel.expand(-1, 1, *geometry.kernel_size).contiguous(), offset.double())
 
-        return Operation(node, source, replace(geometry, bias=True), load, slope.dtype, slope.device)
+        return Operation(node, source, geometry, load, slope.dtype, slope.device)
 
     def _ring(self, node: fx.Node, source: fx.Node, change: Padding | None) -> Operation | None:
         feature = self.features[source]

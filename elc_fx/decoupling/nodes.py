@@ -123,9 +123,14 @@ class DecoupledActivation(DecouplingNode):
 class DecoupledPooling(DecoupledActivation):
     """gate · max(x) + (1 − gate) · (slope · mean(x) + offset), per channel, over the windows of a max pooling."""
 
+    def __init__(self, pooling: nn.Module, slope: Tensor, offset: Tensor, kernel_size: Ints, stride: Ints) -> None:
+        super().__init__(pooling, slope, offset, len(kernel_size))
+        self.kernel_size, self.stride = kernel_size, stride
+
     def _linear(self, x: Tensor) -> Tensor:
-        mean: Tensor = AVERAGE[self.dims](x, self.activation.kernel_size, self.activation.stride)
-        return mean
+        # torch has no avg_pool3d in half precision on the CPU, and autocast may give another data type.
+        wide = x.float() if self.dims == 3 and x.dtype.itemsize < 4 else x
+        return AVERAGE[self.dims](wide, self.kernel_size, self.stride).to(x.dtype)  # type: ignore[no-any-return]
 
 
 class LineFit:

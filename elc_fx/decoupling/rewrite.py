@@ -89,7 +89,8 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
         raise InvalidInputError(f"plan is a {type(plan).__name__}, expected an elc_fx.Plan")
     with torch.inference_mode(False):  # what is made in that mode could not be trained
         own = clone(model, {})
-        captured = serial_capture(own, dict.fromkeys(plan.inputs, torch.empty(0)) or None)
+        chosen = {name for candidate in plan.candidates for name in candidate.nodes}
+        captured = serial_capture(own, dict.fromkeys(plan.inputs, torch.empty(0)) or None, chosen)
         graph = SerialGraph(captured)
         located = plan.locate(graph)
         for candidate in plan.candidates:
@@ -333,9 +334,9 @@ class _Rewriter:
 
     def _rewrite_pooling(self, op: Operation) -> None:
         """Until it is fitted, the line is the mean itself."""
-        pooling = max_pooling_of(self.graph_module, op.node)
-        one = self.like.new_ones(op.geometry.out_channels)
-        node = DecoupledPooling(pooling, one, torch.zeros_like(one), op.geometry.dims)
+        pooling, geometry = max_pooling_of(self.graph_module, op.node), op.geometry
+        one = self.like.new_ones(geometry.out_channels)
+        node = DecoupledPooling(pooling, one, torch.zeros_like(one), geometry.kernel_size, geometry.stride)
         self._put(op.node, node.to(self.like.device))
 
     def _with_ring(self, node: fx.Node, ring: Padding) -> fx.Node:

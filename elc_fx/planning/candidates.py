@@ -75,6 +75,17 @@ class Candidate:
         """Those of its activations that are max poolings."""
         return tuple(text.partition(MAX_POOLING)[0] for text in self.operations if MAX_POOLING in text)
 
+    @property
+    def own_kernel(self) -> int:
+        """The largest kernel among its layers, as the max poolings behind them widen it."""
+        largest, wider = 1, 0
+        for text in self.operations:
+            pools = MAX_POOLING in text
+            kernel = text.rpartition(MAX_POOLING if pools else ": ")[2].partition(" ")[0]
+            size = max((int(n) for n in kernel.split("×") if n.isdigit()), default=1)
+            largest, wider = (largest, wider + size - 1) if pools else (max(largest, size), wider)
+        return largest + wider
+
     def windows(self, region: Region) -> dict[fx.Node, Ints]:
         """What is left of the kernels that shrink, by the nodes of its region in a graph."""
         kept = dict(self.kernels)
@@ -328,17 +339,17 @@ def _positions(shapes: Mapping[fx.Node, Ints], node: fx.Node, dims: int) -> int:
 def _names(
     regions: Sequence[Region], everywhere: Sequence[str], poolings: Set[fx.Node]
 ) -> dict[tuple[int, int, int], str]:
-    """A name for each region: the module that holds just its layers, else its first and last layer or max pooling.
+    """A name for each region: the module that holds just its layers, else its first and last layer.
 
-    Where several regions have the same layers, as a block with and without its shortcut, the largest gets the module's
-    name.
+    One with a max pooling is called by its first and last layer or pooling in any case. Where several regions have the
+    same layers, as a block with and without its shortcut, the largest gets the module's name.
     """
     names: dict[tuple[int, int, int], str] = {}
     taken: set[str] = set()
     for region in sorted(regions, key=lambda r: -len(r.nodes())):
-        labels = list(dict.fromkeys(label(node) for node in region.layers))
-        ends = (label(op.node) for op in operations_of(region.parts) if op.convolves or op.node in poolings)
-        options = [*_holders(labels, everywhere), _span(list(dict.fromkeys(ends)))]
+        named = [op for op in operations_of(region.parts) if op.convolves or op.node in poolings]
+        labels = list(dict.fromkeys(label(op.node) for op in named))
+        options = [*(_holders(labels, everywhere) if all(op.convolves for op in named) else []), _span(labels)]
         options.append(f"{options[-1]}@{region.output.name}")
         name = next(option for option in options if option not in taken or option is options[-1])
         taken.add(name)

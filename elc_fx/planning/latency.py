@@ -246,7 +246,7 @@ class LatencyMeter:
 
     @functools.cached_property
     def _original(self) -> Call:
-        return self._deployed(self.graph.graph_module)
+        return self._deployed(substituted(self.graph.graph_module, [], {}))
 
     def _deployed(self, network: nn.Module) -> Call:
         """A call of a network with its batch norms folded."""

@@ -319,18 +319,15 @@ class _Chooser:
                 return "its layers do not become one convolution with these kernels"
             became = kernel_text(candidate.kernel_size)
             return candidate if kernel in ("", became) else f"with the kernels that you keep it becomes {became}"
-        options = list(self.finder.of_region(region, 1 << 30 if kernel else LARGEST_KERNEL))
-        if region.ends_with_pooling and region.is_one_layer and not kernel:
-            return options[-1] if options else f"`{self._name(region)}` does not become one convolution"
-        if region.is_one_layer and not kernel:
+        options = list(self.finder.of_region(region, 1 << 30 if kernel or named else LARGEST_KERNEL))
+        if region.is_one_layer and not region.ends_with_pooling and not kernel:
             ways = ", ".join(f"`{candidate.full_name}`" for candidate in options)
             return f"`{self._name(region)}` is one layer; say what is left of its kernel: {ways}"
         if kernel:
             same = [c for c in options if kernel_text(c.kernel_size) == kernel]
             sizes = ", ".join(kernel_text(c.kernel_size) for c in options)
             return same[0] if same else f"`{self._name(region)}` can be {sizes}, not {kernel}"
-        largest = max((max(op.geometry.kernel_size, default=1) for op in operations_of(region.parts)), default=1)
-        within = [c for c in options if max(c.kernel_size, default=1) <= largest]
+        within = [c for c in options if max(c.kernel_size, default=1) <= c.own_kernel]
         if within or options:
             return (within or options)[-1 if within else 0]
         return f"`{self._name(region)}` does not become one convolution"

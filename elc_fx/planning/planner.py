@@ -84,6 +84,7 @@ class Planner:
         with self._leaving_no_trace():
             self.model = CostModel.of(model, example_inputs, self.graph)
         found = choices_of(self.graph, longest=longest, largest_kernel=largest_kernel)
+        self.pools_between = not all(map(_pools_last, found))
         saving = [choice for choice in found if choice.candidate.saves and _pools_last(choice)]
         self.choices = [choice for choice in saving if allow is None or allow(choice.candidate)]
         self.sensitivity: Sensitivity | None = None
@@ -137,7 +138,13 @@ class Planner:
             with self._leaving_no_trace():
                 self.latency = self.meter.model(self.choices)
         self.model = self.model.with_latency(self.latency if "latency" in budget.names else None)
-        best = self._in_time(budget, lambda first, _: first, lambda solution: solution.loss)
+        try:
+            best = self._in_time(budget, lambda first, _: first, lambda solution: solution.loss)
+        except PlanError as error:
+            if not self.pools_between:
+                raise
+            between = "merges of layers with a max pooling between them are not planned; elc_fx.Plan.of takes them"
+            raise PlanError(f"{error}; {between}") from None
         rehearsed = None
         if self.sensitivity is not None:
             with self.sensitivity.keeping():

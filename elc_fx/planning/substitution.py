@@ -9,10 +9,14 @@ from torch import fx, nn
 
 from elc_fx.origins import origins_of, remember
 from elc_fx.planning.cost import Choice
+from elc_fx.pooling import put_poolings_back
 
 
 def substituted(graph_module: fx.GraphModule, choices: Sequence[Choice], by: Mapping[str, nn.Module]) -> fx.GraphModule:
-    """A copy in which each choice is computed by a module of its own. by: the modules, by names of region outputs."""
+    """A copy in which each choice is computed by a module of its own, and all else as in the model.
+
+    by: the modules, by names of region outputs.
+    """
     result = copy.deepcopy(graph_module)
     nodes, now = {node.name: node for node in result.graph.nodes}, dict[str, fx.Node]()
     order = {name: position for position, name in enumerate(nodes)}
@@ -27,6 +31,7 @@ def substituted(graph_module: fx.GraphModule, choices: Sequence[Choice], by: Map
             now[choice.output] = result.graph.call_module(path, (source,))
         nodes[choice.output].replace_all_uses_with(now[choice.output])
     result.graph.eliminate_dead_code()
+    put_poolings_back(result)
     result.delete_all_unused_submodules()
     result.recompile()
     return result

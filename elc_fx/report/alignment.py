@@ -112,11 +112,12 @@ class _Alignment:
     # What layers with numbers say.
 
     def _by_place(self) -> None:
-        """Layers belong together where their origins overlap."""
+        """Layers belong together where their origins overlap; those without numbers where others stand for them."""
         graph = nx.Graph()
+        named = [{place for layer in side.layers for place in layer.origin} for side in self.sides]
         for which, side in enumerate(self.sides):
             for i, layer in enumerate(side.layers):
-                if layer.state is not None:
+                if layer.state is not None or layer.place in named[1 - which]:
                     graph.add_edges_from(((which, i), place) for place in layer.origin or (layer.place,))
         for part in nx.connected_components(graph):
             members = [sorted(n[1] for n in part if isinstance(n, tuple) and n[0] == which) for which in (0, 1)]
