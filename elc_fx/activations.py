@@ -46,7 +46,7 @@ FLAT_BEYOND = {
     "hardswish": (-3.0, math.inf),
     "hardsigmoid": (-3.0, 3.0),
 }
-RISING = frozenset(("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip"))
+RISING = frozenset(("relu", "relu6", "hardtanh"))
 RISING_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 POINTS = 2049  # of the quadrature; its error is about 1e-5 for an activation with a kink
 REACH = 8.0  # standard deviations to both sides
@@ -118,8 +118,8 @@ def flat_beyond(activation: nn.Module) -> tuple[float, float]:
 def never_falls(captured: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node computes an activation of which it is known that a larger value never gives a smaller one.
 
-    And that the slope is 0 or 1, so that gradients are the same to the bit on both sides of a maximum. Not said of a
-    user's own.
+    And that the slope is 0 or 1, and 0 where it bends, so that gradients are the same to the bit on both sides of a
+    maximum (`clamp` has had another slope there in some versions of torch). Not said of a user's own.
     """
     activation = activation_of(captured, node)
     if isinstance(activation, Elementwise):

@@ -50,7 +50,8 @@ class Explanation:
     def smallest(self) -> tuple[Candidate, ...]:
         """The merges that change least: of few layers, that save FLOPs, and have no layer in common.
 
-        Of each region the one with the largest kernel that saves and is no larger than those of its own layers are.
+        Of each region the one with the largest kernel that saves and is no larger than those of its own layers, as max
+        poolings widen them.
         """
         best: dict[tuple[str, ...], Candidate] = {}
         for candidate in self.candidates:  # those of one region stand together, small kernels first

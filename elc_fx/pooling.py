@@ -13,13 +13,13 @@ from typing import Any
 from torch import fx, nn
 
 from elc_fx.activations import never_falls
-from elc_fx.capture import has_hooks
+from elc_fx.capture import has_hooks, runs_foreign_code
 from elc_fx.graph import function_name, module_of, overwritten_argument
 from elc_fx.regions import allocates
 
 MODULES: dict[str, type[Any]] = {f"max_pool{n}d": getattr(nn, f"MaxPool{n}d") for n in (1, 2, 3)}
 ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")  # of functions
-EXCHANGED = "elc_fx_pooling_first"  # in the meta of an activation that was put behind its pooling
+EXCHANGED = "elc_fx_poolings_first"  # in the meta of an activation: how many poolings it was put behind
 
 
 def max_pooling_of(captured: fx.GraphModule, node: fx.Node) -> Any:
@@ -47,18 +47,21 @@ def put_poolings_first(captured: fx.GraphModule, names: Container[str] | None = 
         if max_pooling_of(captured, node) is None or not (names is None or node.name in names):
             continue
         activation = node.all_input_nodes[0]
-        if list(activation.users) == [node] and never_falls(captured, activation) and _is_private(captured, node):
+        if list(activation.users) != [node] or not never_falls(captured, activation):
+            continue
+        if _overwrites_its_own(captured, activation) and not _may_be_overwritten(captured, node):
             _exchange(activation, node)
-            activation.meta[EXCHANGED] = True
+            activation.meta[EXCHANGED] = activation.meta.get(EXCHANGED, 0) + 1
     captured.recompile()
 
 
 def put_poolings_back(captured: fx.GraphModule) -> None:
     """Undoes that, in place, for the poolings that are still there."""
-    for activation in [node for node in captured.graph.nodes if node.meta.pop(EXCHANGED, False)]:
-        (pooling,) = activation.all_input_nodes
-        if max_pooling_of(captured, pooling) is not None:
-            _exchange(pooling, activation)
+    for activation in list(captured.graph.nodes):
+        for _ in range(activation.meta.pop(EXCHANGED, 0)):
+            (pooling,) = activation.all_input_nodes
+            if max_pooling_of(captured, pooling) is not None:
+                _exchange(pooling, activation)
     captured.recompile()
 
 
@@ -71,27 +74,21 @@ def _exchange(first: fx.Node, second: fx.Node) -> None:
     second.append(first)
 
 
-def _is_private(captured: fx.GraphModule, pooling: fx.Node) -> bool:
-    """Whether nobody can tell which of the two overwrites what, and in whose output others may write.
-
-    An activation that works in place may overwrite the output of a layer that nobody else reads. Behind the pooling
-    its own output, which its gradient needs, must not be overwritten.
-    """
-    activation = pooling.all_input_nodes[0]
+def _overwrites_its_own(captured: fx.GraphModule, activation: fx.Node) -> bool:
+    """Whether nobody can tell what an activation overwrites: nothing, or what a layer gives to it alone."""
+    if overwritten_argument(captured, activation) is None:
+        return True
     (source,) = activation.all_input_nodes
-    if overwritten_argument(captured, activation) is not None:
-        hooked = source.op == "call_module" and has_hooks(module_of(captured, source))
-        if not allocates(captured, source) or hooked or len(source.users) > 1:
-            return False
-    return not _may_be_overwritten(captured, pooling)
+    hooked = source.op == "call_module" and has_hooks(module_of(captured, source))
+    return allocates(captured, source) and not hooked and len(source.users) == 1
 
 
 def _may_be_overwritten(captured: fx.GraphModule, value: fx.Node) -> bool:
-    """By one of its readers, or through a view of it."""
+    """By a reader in the graph, or through a view of it: what an activation gives is needed for its gradient."""
     seen, left = {value}, [value]
     while left:
         for user in left.pop().users:
-            if overwritten_argument(captured, user) in seen:
+            if overwritten_argument(captured, user) in seen or runs_foreign_code(captured, user):
                 return True
             if user not in seen and not allocates(captured, user):
                 seen.add(user)

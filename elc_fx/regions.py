@@ -461,6 +461,7 @@ ALLOCATING = frozenset(
         *("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "sigmoid", "tanh"),
         *("softmax", "log_softmax", "softplus", "clone", "exp", "sqrt", "batch_norm", "layer_norm", "interpolate"),
         *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
+        *("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))),
     )
 )
 

@@ -73,7 +73,7 @@ class Candidate:
     @property
     def poolings(self) -> tuple[str, ...]:
         """Those of its activations that are max poolings."""
-        return tuple(text.partition(MAX_POOLING)[0] for text in self.operations if MAX_POOLING in text)
+        return tuple(text.rpartition(MAX_POOLING)[0] for text in self.operations if MAX_POOLING in text)
 
     @property
     def own_kernel(self) -> int:
@@ -349,7 +349,10 @@ def _names(
     for region in sorted(regions, key=lambda r: -len(r.nodes())):
         named = [op for op in operations_of(region.parts) if op.convolves or op.node in poolings]
         labels = list(dict.fromkeys(label(op.node) for op in named))
-        options = [*(_holders(labels, everywhere) if all(op.convolves for op in named) else []), _span(labels)]
+        if all(op.convolves for op in named):
+            options = [*_holders(labels, everywhere), _span(labels)]
+        else:  # a module that pools is often called several times
+            options = [f"{labels[0]}..{label(named[-1].node)}"]
         options.append(f"{options[-1]}@{region.output.name}")
         name = next(option for option in options if option not in taken or option is options[-1])
         taken.add(name)

@@ -84,9 +84,9 @@ class Planner:
         with self._leaving_no_trace():
             self.model = CostModel.of(model, example_inputs, self.graph)
         found = choices_of(self.graph, longest=longest, largest_kernel=largest_kernel)
-        self.pools_between = not all(map(_pools_last, found))
         saving = [choice for choice in found if choice.candidate.saves and _pools_last(choice)]
         self.choices = [choice for choice in saving if allow is None or allow(choice.candidate)]
+        self.pools_between = len(saving) < sum(choice.candidate.saves for choice in found)
         self.sensitivity: Sensitivity | None = None
         self.calibration, self.samples = calibration, samples
         self.refinements, self.rehearse, self.progress = refinements, rehearse, progress
@@ -141,7 +141,7 @@ class Planner:
         try:
             best = self._in_time(budget, lambda first, _: first, lambda solution: solution.loss)
         except PlanError as error:
-            if not self.pools_between:
+            if not (self.pools_between and "depth" in budget.names):
                 raise
             between = "merges of layers with a max pooling between them are not planned; elc_fx.Plan.of takes them"
             raise PlanError(f"{error}; {between}") from None

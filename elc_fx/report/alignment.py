@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import difflib
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -92,6 +92,7 @@ class _Alignment:
         self._by_place()
         self._by_unique(lambda layer: (layer.state, _sort(layer)) if layer.state else None)
         self._ends()
+        self._behind_what_was_taken_in()
         self._take_in_enclosed()
         self._follow()
         self._by_context()
@@ -115,9 +116,11 @@ class _Alignment:
         """Layers belong together where their origins overlap; those without numbers where others stand for them."""
         graph = nx.Graph()
         named = [{place for layer in side.layers for place in layer.origin} for side in self.sides]
+        calls = [Counter(layer.place for layer in side.layers) for side in self.sides]
         for which, side in enumerate(self.sides):
             for i, layer in enumerate(side.layers):
-                if layer.state is not None or layer.place in named[1 - which]:
+                stands_for = layer.place in named[1 - which] and calls[which][layer.place] == 1
+                if layer.state is not None or stands_for:
                     graph.add_edges_from(((which, i), place) for place in layer.origin or (layer.place,))
         for part in nx.connected_components(graph):
             members = [sorted(n[1] for n in part if isinstance(n, tuple) and n[0] == which) for which in (0, 1)]
@@ -150,6 +153,19 @@ class _Alignment:
         for kind in ("input", "output"):
             ends = [[i for i in side.left() if side.layers[i].kind == kind] for side in self.sides]
             for i, j in zip(*ends, strict=False):
+                self._new([i], [j])
+
+    def _behind_what_was_taken_in(self) -> None:
+        """What stands between layers of one group, and behind that group in the other network under the same name.
+
+        As an activation does that stood between a convolution and its pooling, which are one now.
+        """
+        before, after = self.sides
+        names = [_unique(((s.layers[i].place, _sort(s.layers[i])), i) for i in s.left()) for s in self.sides]
+        for name, i in names[0].items():
+            sources, readers = before.around([i])
+            j = names[1].get(name)
+            if j is not None and sources == readers == after.around([j])[0] and -1 not in sources:
                 self._new([i], [j])
 
     def _follow(self, *, ties: bool = False) -> None:
