@@ -64,7 +64,11 @@ def press(driver: Any, *keys: str) -> None:
 
 
 def shown(driver: Any) -> int:
-    return len([b for b in driver.find_elements("css selector", ".block") if b.is_displayed()])
+    """Blocks that are displayed, those beyond the window too, whether the browser has drawn them already or not."""
+    count: int = driver.execute_script(
+        "return [...document.querySelectorAll('.block')].filter(b => b.checkVisibility()).length"
+    )
+    return count
 
 
 def test_a_page_needs_nothing_but_itself(diff_file: Path) -> None:
