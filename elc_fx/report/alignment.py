@@ -165,7 +165,7 @@ class _Alignment:
         for name, i in names[0].items():
             sources, readers = before.around([i])
             j = names[1].get(name)
-            if j is not None and sources == readers == after.around([j])[0] and -1 not in sources:
+            if j is not None and len(sources) == 1 and sources == readers == after.around([j])[0] != {-1}:
                 self._new([i], [j])
 
     def _follow(self, *, ties: bool = False) -> None:
