@@ -433,7 +433,8 @@ def plan(
             candidates ("layer1.0:3x3") to losses, where what is missing is never chosen; or a function (output, output
             of the original) → number.
         allow: which candidates may be chosen, all by default. `lambda candidate: not candidate.merges` keeps all
-            layers and shrinks kernels, `lambda candidate: candidate.merges` shrinks the kernel of no single layer.
+            layers and max poolings and shrinks kernels, `lambda candidate: candidate.merges` shrinks the kernel of no
+            layer by itself, `lambda candidate: not candidate.poolings` keeps the max poolings.
         longest, largest_kernel: which candidates there are, as for `candidates`.
         samples: how many samples of `calibration` losses are measured on; by default 1,024, or fewer of large inputs,
             which have many windows: as many as hold 2²⁶ numbers (445 images of 3×224×224), since much of the network's

@@ -16,7 +16,7 @@ from elc_fx.report.charts import INK, STYLE, picture
 
 Row = Mapping[str, Any]
 NOT_RUN = "not run"
-USED = ("elc", "shrinks", *FOR_TIME, "torch-pruning", "torch-pruning-8")  # the other methods show what each idea buys
+USED = ("elc", "balanced", "shrinks", *FOR_TIME, "torch-pruning", "torch-pruning-8")  # others show what an idea buys
 OTHER_PROCESSORS = ("benchmark_latency_amd", "benchmark_latency_intel")  # the later counts, where both were timed
 PAPER = (0.5, 0.454, 0.259)  # shares of the FLOPs that are left in "Efficient Layer Compression Without Pruning"
 ACCURACY = (
