@@ -56,6 +56,12 @@ def function_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
+def is_torchs(node: fx.Node) -> bool:
+    """Whether a function or method is torch's or an operator, and not a user's of the same name."""
+    home = getattr(node.target, "__module__", None) or ""
+    return node.op != "call_function" or not home or home.startswith(("torch.", "_operator")) or home == "torch"
+
+
 def signature_of(node: fx.Node) -> dict[str, Any]:
     """The arguments of a function or method call by parameter name; what was left out is missing.
 

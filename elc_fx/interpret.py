@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
 from elc_fx.capture import assign, has_hooks, materialisable
-from elc_fx.graph import function_name, module_of, overwritten_argument, signature_of
+from elc_fx.graph import function_name, is_torchs, module_of, overwritten_argument, signature_of
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -243,7 +243,7 @@ class Interpreter:
         name, arguments = function_name(node), signature_of(node)
         if node.target is assign:
             return self._filled_padding(node)
-        if not _is_torchs(node):
+        if not is_torchs(node):
             return None
         if name in ADDS | SCALES | QUOTIENTS | {"neg", "negative", "neg_", "rsub"}:
             return self._elementwise(node, name, arguments)
@@ -644,7 +644,7 @@ class Interpreter:
     def summands(self, node: fx.Node) -> tuple[Term, Term] | None:
         """The two summands of an addition or subtraction of feature maps, or None."""
         name = function_name(node)
-        if (name not in ADDS and name != "rsub") or not _is_torchs(node):
+        if (name not in ADDS and name != "rsub") or not is_torchs(node):
             return None
         arguments = signature_of(node)
         left, right, alpha = arguments.get("input"), arguments.get("other"), arguments.get("alpha", 1)
@@ -658,7 +658,7 @@ class Interpreter:
 
     def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
         """The feature maps that a node concatenates along the channels, or None."""
-        if function_name(node) not in CONCATENATIONS or "out" in node.kwargs or not _is_torchs(node):
+        if function_name(node) not in CONCATENATIONS or "out" in node.kwargs or not is_torchs(node):
             return None
         arguments = signature_of(node)
         tensors, axis = arguments.get("tensors"), arguments.get("dim", 0)
@@ -817,12 +817,6 @@ def _is_per_channel(value: Tensor, channels: int, dims: int) -> bool:
         and value.dim() >= (dims + 1 if dims else 1)
         and (dims > 0 or value.dim() == 1)
     )
-
-
-def _is_torchs(node: fx.Node) -> bool:
-    """Whether a function or method is torch's or an operator, and not a user's of the same name."""
-    home = getattr(node.target, "__module__", None) or ""
-    return node.op != "call_function" or not home or home.startswith(("torch.", "_operator")) or home == "torch"
 
 
 def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:

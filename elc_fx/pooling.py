@@ -14,10 +14,11 @@ from torch import fx, nn
 
 from elc_fx.activations import never_falls
 from elc_fx.capture import has_hooks, runs_foreign_code
-from elc_fx.graph import function_name, module_of, overwritten_argument
+from elc_fx.graph import function_name, is_torchs, module_of, overwritten_argument
 from elc_fx.regions import allocates
 
-MODULES: dict[str, type[Any]] = {f"max_pool{n}d": getattr(nn, f"MaxPool{n}d") for n in (1, 2, 3)}
+MAX_POOLS: dict[type[Any], int] = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
+FUNCTIONS = {f"max_pool{dims}d": cls for cls, dims in MAX_POOLS.items()}
 ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")  # of functions
 EXCHANGED = "elc_fx_poolings_first"  # in the meta of an activation: how many poolings it was put behind
 
@@ -29,10 +30,12 @@ def max_pooling_of(captured: fx.GraphModule, node: fx.Node) -> Any:
     pooling: Any = None
     if node.op == "call_module":
         module = module_of(captured, node)
-        if type(module) in MODULES.values() and len(node.args) == 1 and not node.kwargs and not has_hooks(module):
+        if type(module) in MAX_POOLS and len(node.args) == 1 and not node.kwargs and not has_hooks(module):
             pooling = module
-    elif node.op == "call_function" and (cls := MODULES.get(_name(node))) is not None:
-        pooling = cls(**{**dict(zip(ARGUMENTS[1:], node.args[1:], strict=False)), **node.kwargs})
+    elif node.op == "call_function" and is_torchs(node) and function_name(node) in FUNCTIONS:
+        pooling = FUNCTIONS[function_name(node)](
+            **{**dict(zip(ARGUMENTS[1:], node.args[1:], strict=False)), **node.kwargs}
+        )
     if pooling is None or pooling.ceil_mode or pooling.return_indices or _all(pooling.kernel_size, 1):
         return None
     return pooling if _all(pooling.padding, 0) and _all(pooling.dilation, 1) else None
@@ -43,26 +46,28 @@ def put_poolings_first(captured: fx.GraphModule, names: Container[str] | None = 
 
     names: of the poolings that matter, by default all.
     """
+    changed = False
     for node in list(captured.graph.nodes):
         if max_pooling_of(captured, node) is None or not (names is None or node.name in names):
             continue
         activation = node.all_input_nodes[0]
         if list(activation.users) != [node] or not never_falls(captured, activation):
             continue
-        if _overwrites_its_own(captured, activation) and not _may_be_overwritten(captured, node):
+        if _overwrites_nothing_shared(captured, activation) and not _may_be_overwritten(captured, node):
             _exchange(activation, node)
             activation.meta[EXCHANGED] = activation.meta.get(EXCHANGED, 0) + 1
-    captured.recompile()
+            changed = True
+    if changed:
+        captured.recompile()
 
 
 def put_poolings_back(captured: fx.GraphModule) -> None:
-    """Undoes that, in place, for the poolings that are still there."""
+    """Undoes that, in place, for the poolings that are still there. The caller recompiles."""
     for activation in list(captured.graph.nodes):
         for _ in range(activation.meta.pop(EXCHANGED, 0)):
             (pooling,) = activation.all_input_nodes
             if max_pooling_of(captured, pooling) is not None:
                 _exchange(pooling, activation)
-    captured.recompile()
 
 
 def _exchange(first: fx.Node, second: fx.Node) -> None:
@@ -74,8 +79,8 @@ def _exchange(first: fx.Node, second: fx.Node) -> None:
     second.append(first)
 
 
-def _overwrites_its_own(captured: fx.GraphModule, activation: fx.Node) -> bool:
-    """Whether nobody can tell what an activation overwrites: nothing, or what a layer gives to it alone."""
+def _overwrites_nothing_shared(captured: fx.GraphModule, activation: fx.Node) -> bool:
+    """Whether an activation overwrites nothing, or what a layer gives to it alone."""
     if overwritten_argument(captured, activation) is None:
         return True
     (source,) = activation.all_input_nodes
@@ -94,11 +99,6 @@ def _may_be_overwritten(captured: fx.GraphModule, value: fx.Node) -> bool:
                 seen.add(user)
                 left.append(user)
     return False
-
-
-def _name(node: fx.Node) -> str:
-    home = getattr(node.target, "__module__", None) or ""
-    return function_name(node) if home.startswith("torch") else ""
 
 
 def _all(sizes: Any, wanted: int) -> bool:

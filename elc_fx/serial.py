@@ -24,7 +24,7 @@ from elc_fx.errors import InvalidInputError, NotAffineError
 from elc_fx.graph import module_of
 from elc_fx.inputs import ExampleInputs
 from elc_fx.interpret import CPU, Interpreter, Operation
-from elc_fx.pooling import max_pooling_of, put_poolings_first
+from elc_fx.pooling import MAX_POOLS, max_pooling_of, put_poolings_first
 from elc_fx.regions import Chain, Join, Part, find_chains, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
 from elc_fx.shapes import run_recording_shapes
 
@@ -62,7 +62,7 @@ class SerialInterpreter(Interpreter):
         source = node.all_input_nodes[0]
         if self.features[source].channels is None:
             return None
-        dims = int(type(pooling).__name__[-2])
+        dims = MAX_POOLS[type(pooling)]
         operation = self._average_pool(node, source, dims, pooling.kernel_size, pooling.stride, 0, False, True, None)
         return replace(operation, geometry=replace(operation.geometry, bias=True))
 
@@ -144,7 +144,7 @@ class Region:
             return
         (layer,) = (op for op in operations_of(self.parts) if op.convolves)
         options = itertools.product(*(sorted({1, min(3, k), k}) for k in layer.geometry.kernel_size))
-        *shrunk, _ = sorted(options, key=lambda kept: (max(kept, default=1), math.prod(kept)))
+        *shrunk, _ = sorted(options, key=lambda kept: (max(kept), math.prod(kept)))
         yield from ({layer.node: kept} for kept in shrunk)
         if self.ends_with_pooling:
             yield {}

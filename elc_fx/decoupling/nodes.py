@@ -130,7 +130,8 @@ class DecoupledPooling(DecoupledActivation):
     def _linear(self, x: Tensor) -> Tensor:
         # torch has no avg_pool3d in half precision on the CPU, and autocast may give another data type.
         wide = x.float() if self.dims == 3 and x.dtype.itemsize < 4 else x
-        return AVERAGE[self.dims](wide, self.kernel_size, self.stride).to(x.dtype)  # type: ignore[no-any-return]
+        mean: Tensor = AVERAGE[self.dims](wide, self.kernel_size, self.stride)
+        return mean.to(x.dtype)
 
 
 class LineFit:

@@ -12,6 +12,7 @@ the line through both, until more of them are known (`Planner` times its plans).
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.metadata
@@ -44,6 +45,7 @@ from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice, LatencyModel
 from elc_fx.planning.stored import StoredTable, described
 from elc_fx.planning.substitution import substituted
+from elc_fx.pooling import put_poolings_back
 from elc_fx.runtimes import RUNS
 from elc_fx.serial import SerialGraph
 from elc_fx.shapes import run_recording
@@ -246,7 +248,11 @@ class LatencyMeter:
 
     @functools.cached_property
     def _original(self) -> Call:
-        return self._deployed(substituted(self.graph.graph_module, [], {}))
+        captured = self.graph.graph_module
+        network = fx.GraphModule(captured, copy.deepcopy(captured.graph))  # with the same modules
+        put_poolings_back(network)
+        network.recompile()
+        return self._deployed(network)
 
     def _deployed(self, network: nn.Module) -> Call:
         """A call of a network with its batch norms folded."""
