@@ -1,8 +1,9 @@
 """Max poolings: which of them can become part of a convolution, and the activation before one, which goes behind it.
 
-A max pooling whose windows are all full is close to the mean of each window, which is affine: a barrier like an
-activation. But where the activation stood between the convolution and its pooling, the merge of the two would take it,
-too. An activation that never falls gives the same on the other side: max(act(x)) = act(max(x)), to the bit.
+A max pooling is close to the mean of each window, which is affine: a barrier like an activation. Where it pads, the
+border is left out of its windows, and is zero in the mean. But where the activation stood between the convolution and
+its pooling, the merge of the two would take it, too. An activation that never falls gives the same on the other side:
+max(act(x)) = act(max(x)), to the bit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ EXCHANGED = "elc_fx_poolings_first"  # in the meta of an activation: how many po
 
 
 def max_pooling_of(captured: fx.GraphModule, node: fx.Node) -> Any:
-    """The `nn.MaxPool1d`, `2d` or `3d` that a node computes of its only input, if all its windows are full, or None."""
+    """The `nn.MaxPool1d`, `2d` or `3d` that a node computes of its only input, or None.
+
+    Not where it is dilated, gives indices, or rounds its size up: then its last windows depend on the input's size.
+    """
     if len(node.all_input_nodes) != 1 or not node.args or node.args[0] is not node.all_input_nodes[0]:
         return None
     pooling: Any = None
@@ -38,7 +42,7 @@ def max_pooling_of(captured: fx.GraphModule, node: fx.Node) -> Any:
         )
     if pooling is None or pooling.ceil_mode or pooling.return_indices or _all(pooling.kernel_size, 1):
         return None
-    return pooling if _all(pooling.padding, 0) and _all(pooling.dilation, 1) else None
+    return pooling if _all(pooling.dilation, 1) else None
 
 
 def put_poolings_first(captured: fx.GraphModule, names: Container[str] | None = None) -> None:
@@ -93,9 +97,10 @@ def _may_be_overwritten(captured: fx.GraphModule, value: fx.Node) -> bool:
     seen, left = {value}, [value]
     while left:
         for user in left.pop().users:
-            if overwritten_argument(captured, user) in seen or runs_foreign_code(captured, user):
+            overwritten = overwritten_argument(captured, user)
+            if overwritten in seen or runs_foreign_code(captured, user):
                 return True
-            if user not in seen and not allocates(captured, user):
+            if user not in seen and overwritten is None and not allocates(captured, user):
                 seen.add(user)
                 left.append(user)
     return False

@@ -63,7 +63,8 @@ class SerialInterpreter(Interpreter):
         if self.features[source].channels is None:
             return None
         dims = MAX_POOLS[type(pooling)]
-        operation = self._average_pool(node, source, dims, pooling.kernel_size, pooling.stride, 0, False, True, None)
+        sizes = pooling.kernel_size, pooling.stride, pooling.padding
+        operation = self._average_pool(node, source, dims, *sizes, False, True, None)
         return replace(operation, geometry=replace(operation.geometry, bias=True))
 
     def _acts_per_channel(self, node: fx.Node, activation: nn.Module) -> bool:
@@ -259,7 +260,7 @@ class SerialGraph:
             for first, start in enumerate(heavy):
                 seen = start
                 for last in heavy[first : first + longest]:
-                    if not all(_can_be_decoupled(op) for op in operations_of(chain.parts[seen : last + 1])):
+                    if not all(self._can_be_decoupled(op) for op in operations_of(chain.parts[seen : last + 1])):
                         break
                     seen = last + 1
                     end = self._end(chain, last)
@@ -268,6 +269,11 @@ class SerialGraph:
                         yield region
                     if end < len(chain.parts) and chain.parts[end].node in self.poolings:
                         yield Region(chain, start, self._end(chain, end))
+
+    def _can_be_decoupled(self, op: Operation) -> bool:
+        geometry = op.geometry
+        pads_by_gate = op.convolves or pads(op) or op.node in self.poolings
+        return not (geometry.transposed or geometry.fill) and (pads_by_gate or not geometry.padded)
 
     def _end(self, chain: Chain, last: int) -> int:
         """A layer takes the scales and shifts after it, such as its batch norm, with it."""
@@ -306,11 +312,6 @@ def _all_chains(chains: Sequence[Chain], joins: Sequence[Join]) -> Iterator[Chai
 def is_heavy(part: Part) -> bool:
     """Whether it is, or has, a convolution or linear layer."""
     return any(op.convolves for op in operations_of([part]))
-
-
-def _can_be_decoupled(op: Operation) -> bool:
-    geometry = op.geometry
-    return not (geometry.transposed or geometry.fill) and (op.convolves or pads(op) or not geometry.padded)
 
 
 # Which convolutions of a region keep their kernels.
@@ -376,7 +377,7 @@ def rings(parts: Sequence[Part], windows: Windows, ring: Padding, steps: dict[fx
             continue
         geometry = closed_geometry(part, windows)
         padding = geometry.padding if part.geometry.padding_mode == "zeros" else part.geometry.padding
-        if not part.convolves and not pads(part):
+        if not part.convolves and not geometry.padded:
             padding = ((0, 0),) * geometry.dims  # a crop is done as it is
         before = moved(padding, geometry.stride, ring)
         before = tuple((max(low, 0), max(high, 0)) for low, high in before)

@@ -100,7 +100,7 @@ def stacks(draw: Any, dims: int, inputs: int, outputs: int, length: int, *, same
                 modules.append(nn.Dropout(0.0))
         if i < length - 1 and not same_size and not draw(st.integers(0, 3)):
             kernel, stride = (tuple(draw(st.integers(1, 3)) for _ in range(dims)) for _ in range(2))
-            modules.append(POOL[dims](kernel, stride))
+            modules.append(POOL[dims](kernel, stride, tuple(draw(st.integers(0, k // 2)) for k in kernel)))
     return nn.Sequential(*modules)
 
 

@@ -1009,7 +1009,7 @@ def test_latencies_leave_the_callers_random_numbers_as_they_were() -> None:
 
 def test_an_impossible_budget_names_the_layers_as_people_do() -> None:
     """A smaller kernel leaves the depth as it is: where that is limited, such candidates do not help."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, 2, 1), nn.Conv2d(4, 4, 1)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, ceil_mode=True), nn.Conv2d(4, 4, 1)).eval()
     x = torch.randn(1, 3, 8, 8)
     with pytest.raises(elc_fx.PlanError, match=r"1 layers wanted, 2 layers is .*; no candidate merges `0`, `2`;"):
         elc_fx.plan(model, x, elc_fx.Budget(depth=0.5), loss="uniform")

@@ -53,10 +53,12 @@ def names(graph: torch.fx.Graph) -> list[str]:
 
 SPELLINGS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "functional": (lambda x: F.max_pool2d(x, 2), 2),
+    "padded": (lambda x: F.max_pool2d(x, 3, 2, 1), 2),
     "keywords": (lambda x: F.max_pool2d(x, kernel_size=(2, 3), stride=2), 2),
     "torch": (lambda x: torch.max_pool2d(x, [2, 2], [2, 1]), 2),
     "1-d": (lambda x: F.max_pool1d(x, 3, 2), 1),
     "3-d": (lambda x: torch.max_pool3d(x, 2), 3),
+    "3-d, padded": (lambda x: torch.max_pool3d(x, 2, 2, (0, 1, 1)), 3),
 }
 
 
@@ -99,7 +101,7 @@ def test_of_a_concatenation_too() -> None:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_in_half_precision_and_under_autocast(dims: int, autocast: bool) -> None:
-    model = Functional((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[dims - 1](2), dims).eval()
+    model = Functional((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[dims - 1](2, padding=1), dims).eval()
     x = torch.randn(2, 3, *(6, 7, 8)[:dims])
     if not autocast:
         model, x = model.bfloat16(), x.bfloat16()
@@ -120,9 +122,8 @@ def test_the_whole_kernel_and_the_window_give_the_kernel_that_the_algebra_says()
     assert found["3..6:4x4"].operations[-1] == "6: max pooling 2×2 stride 2×2"
 
 
-def test_a_pooling_that_is_not_the_mean_of_full_windows_is_a_boundary() -> None:
+def test_a_pooling_whose_windows_are_not_known_is_a_boundary() -> None:
     boundaries = (
-        nn.MaxPool2d(2, padding=1),
         nn.MaxPool2d(2, ceil_mode=True),
         nn.MaxPool2d(2, dilation=2),
         nn.MaxPool2d(1, 2),
@@ -133,6 +134,55 @@ def test_a_pooling_that_is_not_the_mean_of_full_windows_is_a_boundary() -> None:
         assert not any(c.poolings for c in elc_fx.candidates(model, X)), pooling
         captured = serial_capture(model).graph_module
         assert all(max_pooling_of(captured, node) is None for node in captured.graph.nodes)
+
+
+def test_where_it_pads_that_is_in_the_plan() -> None:
+    plain, padded = network(pooling=nn.MaxPool2d(3, 3)), network(pooling=nn.MaxPool2d(3, 3, 1))
+    plan = elc_fx.Plan.of(padded, X, collapse=["3..6:5x5"])
+    assert plan.candidates[0].result == "5×5 4→6 stride 3 padding 2"
+    assert plan.candidates[0].operations[-1] == "6: max pooling 3×3 stride 3×3 padding 1×1"
+    with pytest.raises(elc_fx.PlanError):
+        elc_fx.decouple(plain, plan)
+
+
+def test_the_border_of_a_pooling_is_no_candidate_for_the_maximum_while_rings_are_computed() -> None:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 4, 3, padding=1)]
+    model = nn.Sequential(*layers).double().eval()
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, X.double(), collapse=["0..3:9x9"]))
+    seen: dict[str, Tensor] = {}
+    decoupled.get_submodule("2").register_forward_hook(lambda module, inputs, output: seen.update(pooled=output))
+    elc_fx.set_gate(decoupled, {"3_padding": 0.5})
+    decoupled(X.double())
+    wanted = model[:3](X.double())
+    low, high = decoupled.get_submodule("2").ring_out[0]
+    assert low > 0 and high > 0
+    assert torch.equal(seen["pooled"], F.pad(wanted, (low, high, low, high)))
+
+
+def test_the_first_layer_of_a_residual_network_takes_its_pooling_with_it() -> None:
+    """An addition in place of what another layer gave is no view of the pooling, though it is overwritten."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.relu, self.pool = nn.Conv2d(3, 4, 7, 2, 3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.pool(self.relu(self.stem(x)))
+            y = self.conv(x)
+            y += x
+            out: Tensor = self.relu(y)
+            return out
+
+    model, x = Net().double().eval(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    found = {c.full_name: c for c in elc_fx.candidates(model, x) if c.layers == ("stem",) and c.poolings}
+    assert found["stem..pool:7x7"].result == "7×7 3→4 stride 4 padding 3"
+    decoupled = elc_fx.decouple(model, elc_fx.Plan((found["stem..pool:7x7"],), ("x",)), [x])
+    assert torch.equal(decoupled(x), model(x))
+    decoupled.train()(x).sum().backward()
+    elc_fx.set_gate(decoupled.eval(), 0)
+    torch.testing.assert_close(elc_fx.merge(decoupled)(x), decoupled(x), rtol=0, atol=1e-12)
 
 
 def test_a_layer_that_only_scales_may_stand_alone_or_before_a_pooling() -> None:
@@ -230,7 +280,7 @@ def test_of_activations_of_the_users_nothing_is_known(monkeypatch: pytest.Monkey
 
 def test_gradients_at_gate_one_are_the_originals_to_the_bit() -> None:
     for act in (nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(-0.4, 0.3), nn.LeakyReLU(0.1)):
-        for pooling in (nn.MaxPool2d(2), nn.MaxPool2d(2, 1), nn.MaxPool2d(3, 2)):
+        for pooling in (nn.MaxPool2d(2), nn.MaxPool2d(2, 1), nn.MaxPool2d(3, 2), nn.MaxPool2d(3, 2, 1)):
             model = network(act, pooling)
             pooled = [c for c in elc_fx.candidates(model, X) if c.poolings and len(c.layers) == 1]
             plan = elc_fx.Plan((pooled or elc_fx.candidates(model, X))[-1:], ("input",))

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from elc_fx.affine import CONV, Ints, Padding, flat_padding, pad_zeros
+from elc_fx.affine import CONV, Geometry, Ints, Padding, flat_padding, pad_zeros
+from elc_fx.serial import Step
 
 ORIGINAL, BLENDED, MERGEABLE = "original", "blended", "mergeable"
 AVERAGE: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -25,7 +26,7 @@ class Rings:
     """Whether the modules of one region compute the rings around their outputs. Shared by them."""
 
     def __init__(self) -> None:
-        self.paddings: list[DecoupledPadding] = []
+        self.paddings: list[DecouplingNode] = []  # and max poolings that pad
 
     @property
     def on(self) -> bool:
@@ -96,7 +97,7 @@ class DecoupledActivation(DecouplingNode):
         if any(norm.takes_line for norm in self.norm):
             return x
         if self.state == ORIGINAL:
-            y: Tensor = self.activation(x)
+            y = self._original(x)
             if self.fit is not None:
                 self.fit.add(self._linear(x), y)
             return y
@@ -105,7 +106,11 @@ class DecoupledActivation(DecouplingNode):
             return self._line(self._linear(x), slope, offset)
         gate = self.gate.to(x.dtype)
         line = self._line(self._linear(x), (1 - gate) * slope, (1 - gate) * offset)
-        return torch.addcmul(line, gate, self.activation(x))
+        return torch.addcmul(line, gate, self._original(x))
+
+    def _original(self, x: Tensor) -> Tensor:
+        y: Tensor = self.activation(x)
+        return y
 
     def _linear(self, x: Tensor) -> Tensor:
         """What the line is of."""
@@ -121,16 +126,31 @@ class DecoupledActivation(DecouplingNode):
 
 
 class DecoupledPooling(DecoupledActivation):
-    """gate · max(x) + (1 − gate) · (slope · mean(x) + offset), per channel, over the windows of a max pooling."""
+    """gate · max(x) + (1 − gate) · (slope · mean(x) + offset), per channel, over the windows of a max pooling.
 
-    def __init__(self, pooling: nn.Module, slope: Tensor, offset: Tensor, kernel_size: Ints, stride: Ints) -> None:
-        super().__init__(pooling, slope, offset, len(kernel_size))
-        self.kernel_size, self.stride = kernel_size, stride
+    pooling: where it pads, the maximum is that of what is inside of the border alone, while the mean is that of the
+    ring, too, once rings are computed; without them, of zeros. ring_in, ring_out: of x, and of what this gives.
+    """
+
+    def __init__(
+        self, pooling: nn.Module, slope: Tensor, offset: Tensor, geometry: Geometry, step: Step, rings: Rings
+    ) -> None:
+        super().__init__(pooling, slope, offset, geometry.dims)
+        self.kernel_size, self.stride, self.padding = geometry.kernel_size, geometry.stride, geometry.padding
+        self.ring_in, self.ring_out, self.rings = step.ring_in, step.ring_out, rings
+        if geometry.padded:
+            rings.paddings.append(self)
+
+    def _original(self, x: Tensor) -> Tensor:
+        if not any(map(any, self.padding)) or not self.rings.on:
+            return super()._original(x)
+        return pad_zeros(super()._original(pad_zeros(x, negative(self.ring_in))), self.ring_out)
 
     def _linear(self, x: Tensor) -> Tensor:
         # torch has no avg_pool3d in half precision on the CPU, and autocast may give another data type.
         wide = x.float() if self.dims == 3 and x.dtype.itemsize < 4 else x
-        mean: Tensor = AVERAGE[self.dims](wide, self.kernel_size, self.stride)
+        padding = 0 if self.rings.on else [low for low, _ in self.padding]
+        mean: Tensor = AVERAGE[self.dims](wide, self.kernel_size, self.stride, padding)
         return mean.to(x.dtype)
 
 

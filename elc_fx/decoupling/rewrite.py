@@ -262,7 +262,7 @@ class _Rewriter:
         if op.convolves:
             self._rewrite_convolution(op, step, needed)
         elif node in self.poolings:
-            self._rewrite_pooling(op)
+            self._rewrite_pooling(op, step)
         elif node in self.activations:
             self._rewrite_activation(op)
         elif has_size(step.ring_in) and self._is_batch_norm(node):
@@ -332,11 +332,11 @@ class _Rewriter:
             before.line, line.norm = [line], [before]
         self._put(op.node, line)
 
-    def _rewrite_pooling(self, op: Operation) -> None:
+    def _rewrite_pooling(self, op: Operation, step: Step) -> None:
         """Until it is fitted, the line is the mean itself."""
-        pooling, geometry = max_pooling_of(self.graph_module, op.node), op.geometry
-        one = self.like.new_ones(geometry.out_channels)
-        node = DecoupledPooling(pooling, one, torch.zeros_like(one), geometry.kernel_size, geometry.stride)
+        pooling = max_pooling_of(self.graph_module, op.node)
+        one = self.like.new_ones(op.geometry.out_channels)
+        node = DecoupledPooling(pooling, one, torch.zeros_like(one), op.geometry, step, self.rings)
         self._put(op.node, node.to(self.like.device))
 
     def _with_ring(self, node: fx.Node, ring: Padding) -> fx.Node:

@@ -246,8 +246,10 @@ def operation_texts(graph: SerialGraph, region: Region) -> tuple[str, ...]:
 
 def _operation_text(graph: SerialGraph, op: Operation) -> str:
     if op.node in graph.poolings:
-        kernel, stride = ("×".join(map(str, sizes)) for sizes in (op.geometry.kernel_size, op.geometry.stride))
-        return f"{MAX_POOLING}{kernel} stride {stride}"
+        geometry = op.geometry
+        sizes = [geometry.kernel_size, geometry.stride, tuple(low for low, _ in geometry.padding)]
+        kernel, stride, padding = ("×".join(map(str, size)) for size in sizes)
+        return f"{MAX_POOLING}{kernel} stride {stride}" + (f" padding {padding}" if geometry.padded else "")
     activation = activation_of(graph.graph_module, op.node) if op.node in graph.activations else None
     return f": {op.geometry if activation is None else activation_name(activation)}"
 
