@@ -27,7 +27,7 @@ EXCHANGED = "elc_fx_poolings_first"  # in the meta of an activation: how many po
 def max_pooling_of(captured: fx.GraphModule, node: fx.Node) -> Any:
     """The `nn.MaxPool1d`, `2d` or `3d` that a node computes of its only input, or None.
 
-    Not where it is dilated, gives indices, or rounds its size up: then its last windows depend on the input's size.
+    Not where it is dilated, gives indices, or rounds its size up: then the last windows depend on the input's size.
     """
     if len(node.all_input_nodes) != 1 or not node.args or node.args[0] is not node.all_input_nodes[0]:
         return None
@@ -40,9 +40,9 @@ def max_pooling_of(captured: fx.GraphModule, node: fx.Node) -> Any:
         pooling = FUNCTIONS[function_name(node)](
             **{**dict(zip(ARGUMENTS[1:], node.args[1:], strict=False)), **node.kwargs}
         )
-    if pooling is None or pooling.ceil_mode or pooling.return_indices or _all(pooling.kernel_size, 1):
+    if pooling is None or pooling.return_indices or _all(pooling.kernel_size, 1) or not _all(pooling.dilation, 1):
         return None
-    return pooling if _all(pooling.dilation, 1) else None
+    return None if pooling.ceil_mode and not _all(pooling.stride, 1) else pooling
 
 
 def put_poolings_first(captured: fx.GraphModule, names: Container[str] | None = None) -> None:
@@ -75,12 +75,15 @@ def put_poolings_back(captured: fx.GraphModule) -> None:
 
 
 def _exchange(first: fx.Node, second: fx.Node) -> None:
-    """The second reads the first alone, and then the first reads the second."""
+    """The second reads the first alone, and then the first reads the second, where it read its source before.
+
+    Not later, since what the source holds may be overwritten in between.
+    """
     (source,) = first.all_input_nodes
     second.replace_all_uses_with(first)
     second.replace_input_with(first, source)
     first.replace_input_with(source, second)
-    second.append(first)
+    first.prepend(second)
 
 
 def _overwrites_nothing_shared(captured: fx.GraphModule, activation: fx.Node) -> bool:
@@ -97,10 +100,11 @@ def _may_be_overwritten(captured: fx.GraphModule, value: fx.Node) -> bool:
     seen, left = {value}, [value]
     while left:
         for user in left.pop().users:
-            overwritten = overwritten_argument(captured, user)
-            if overwritten in seen or runs_foreign_code(captured, user):
+            written = overwritten_argument(captured, user)
+            if written in seen or runs_foreign_code(captured, user):
                 return True
-            if user not in seen and overwritten is None and not allocates(captured, user):
+            elsewhere = written is not None and allocates(captured, written)  # as a sum in place of a layer's output
+            if user not in seen and not elsewhere and not allocates(captured, user):
                 seen.add(user)
                 left.append(user)
     return False

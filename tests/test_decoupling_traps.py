@@ -368,3 +368,19 @@ def test_calibration_without_a_sample_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_found_by_fuzz(body: list[Any], seed: int) -> None:
     check([[]], body, seed=seed)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "zeros"])
+def test_a_kernel_that_closes_before_its_padding_pads_what_the_original_pads(mode: str) -> None:
+    for padding, dilation, stride in ((1, 1, 1), (3, 2, 2), (2, 1, 1)):
+        conv = nn.Conv2d(3, 4, 3, stride, padding, dilation, padding_mode=mode)
+        model, x = nn.Sequential(conv).double().eval(), torch.randn(2, 3, 8, 9, dtype=torch.float64)
+        for candidate in elc_fx.candidates(model, x):
+            decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("input",)))
+            outputs = []
+            for gate in (0.0, 1e-12):
+                elc_fx.set_gate(decoupled, {"0": gate})
+                outputs.append(decoupled(x))
+            torch.testing.assert_close(*outputs, rtol=0, atol=1e-10)
+            elc_fx.set_gate(decoupled, 0)
+            torch.testing.assert_close(elc_fx.merge(decoupled)(x), decoupled(x), rtol=0, atol=1e-12)

@@ -53,6 +53,7 @@ def names(graph: torch.fx.Graph) -> list[str]:
 
 SPELLINGS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "functional": (lambda x: F.max_pool2d(x, 2), 2),
+    "rounded up": (lambda x: F.max_pool2d(x, 3, 1, 1, ceil_mode=True), 2),  # which it need not be
     "padded": (lambda x: F.max_pool2d(x, 3, 2, 1), 2),
     "keywords": (lambda x: F.max_pool2d(x, kernel_size=(2, 3), stride=2), 2),
     "torch": (lambda x: torch.max_pool2d(x, [2, 2], [2, 1]), 2),
@@ -125,6 +126,7 @@ def test_the_whole_kernel_and_the_window_give_the_kernel_that_the_algebra_says()
 def test_a_pooling_whose_windows_are_not_known_is_a_boundary() -> None:
     boundaries = (
         nn.MaxPool2d(2, ceil_mode=True),
+        nn.MaxPool2d((2, 2), (1, 2), ceil_mode=True),
         nn.MaxPool2d(2, dilation=2),
         nn.MaxPool2d(1, 2),
         nn.AdaptiveMaxPool2d(3),
@@ -322,6 +324,56 @@ def test_what_is_overwritten_behind_the_pooling_can_be_trained_still(write: Call
         decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("x",))).train()
         assert torch.equal(decoupled(X), model(X))
         decoupled(X).sum().backward()
+
+
+class Joined(Overwriting):
+    """The pooling is in a tuple, through which it is overwritten."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.pool(F.relu(self.a(x)))
+        parts = self.b(pooled).chunk(2, 1)
+        parts += (pooled,)
+        y: Tensor = self.c(F.gelu(self.write(parts[-1])))
+        return y
+
+
+def test_what_is_overwritten_through_a_tuple_can_be_trained_still() -> None:
+    model = Joined(added).eval()
+    for candidate in elc_fx.candidates(model, X):
+        decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("x",))).train()
+        assert torch.equal(decoupled(X), model(X))
+        decoupled(X).sum().backward()
+
+
+def test_what_an_activation_read_may_be_overwritten_before_the_pooling() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            rectified = F.relu(y)
+            y += 1
+            out: Tensor = self.pool(rectified) + y
+            return out
+
+    model = Model().eval()
+    captured = serial_capture(model).graph_module
+    assert names(captured.graph).index("pool") < names(captured.graph).index("relu")
+    assert torch.equal(captured(X), model(X))
+    put_poolings_back(captured)
+    captured.recompile()
+    assert names(captured.graph).index("relu") < names(captured.graph).index("pool")
+    assert torch.equal(captured(X), model(X))
+
+
+def test_a_volume_may_be_smaller_than_the_window() -> None:
+    model, x = Functional(nn.MaxPool3d(3, 2, 1), 3).eval(), torch.randn(2, 3, 2, 8, 8)
+    candidate = next(c for c in elc_fx.candidates(model, x) if c.poolings)
+    decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("x",)), [x])
+    elc_fx.set_gate(decoupled, 0)
+    torch.testing.assert_close(elc_fx.merge(decoupled)(x), decoupled(x))
 
 
 def test_what_a_hook_sees_is_what_it_saw() -> None:

@@ -147,10 +147,10 @@ class DecoupledPooling(DecoupledActivation):
         return pad_zeros(super()._original(pad_zeros(x, negative(self.ring_in))), self.ring_out)
 
     def _linear(self, x: Tensor) -> Tensor:
+        padded = x if self.rings.on else pad_zeros(x, self.padding)  # avg_pool3d takes no input below its kernel
         # torch has no avg_pool3d in half precision on the CPU, and autocast may give another data type.
-        wide = x.float() if self.dims == 3 and x.dtype.itemsize < 4 else x
-        padding = 0 if self.rings.on else [low for low, _ in self.padding]
-        mean: Tensor = AVERAGE[self.dims](wide, self.kernel_size, self.stride, padding)
+        wide = padded.float() if self.dims == 3 and x.dtype.itemsize < 4 else padded
+        mean: Tensor = AVERAGE[self.dims](wide, self.kernel_size, self.stride)
         return mean.to(x.dtype)
 
 
@@ -305,10 +305,14 @@ class DecoupledConvolution(DecouplingNode):
 
     def forward(self, x: Tensor) -> Tensor:
         padding, mode = (self.ring_padding, "zeros") if self.rings.on else (self.padding, self.mode)
-        if self.state == MERGEABLE:
-            weight = self.closed_weight if self.shrinks else self.weight
-            return self._convolve(x, weight, self.around_window(padding), mode if not self.shrinks else "zeros")
-        weight = self.weight
+        if self.state == MERGEABLE and self.shrinks:
+            padding = self.around_window(padding)
+            if mode != "zeros" and any(side > 0 for sides in padding for side in sides):
+                # Of what the original pads, the window sees the inner part.
+                x = F.pad(x, flat_padding(self.padding), mode)
+                padding = self.around_window(((0, 0),) * len(padding))
+            return self._convolve(x, self.closed_weight, padding, "zeros")
+        weight: Tensor = self.weight
         if self.state == BLENDED:
             weight = weight * torch.where(self.mask, 1, self.gate).to(weight.dtype)
         return self._convolve(x, weight, padding, mode)

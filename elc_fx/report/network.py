@@ -265,10 +265,12 @@ class _Reader:
         module = module_of(self.graph_module, node) if node.op == "call_module" else None
         text = _words(function_name(node) if module is None else type(module).__name__)
         if "pool" in text and "adaptive" not in text:
-            rest = (*node.args[1:], None, None)
+            rest = (*node.args[1:], None, None, None)
             kernel = getattr(module, "kernel_size", node.kwargs.get("kernel_size", rest[0]))
             stride = getattr(module, "stride", node.kwargs.get("stride", rest[1])) or kernel
             text += f" {_short(kernel)} stride {_short(stride)}" if kernel else ""
+            padding = getattr(module, "padding", node.kwargs.get("padding", rest[2]))
+            text += f" padding {_short(padding)}" if kernel and _short(padding or 0) != "0" else ""
         return text
 
     def _settings(self, node: fx.Node) -> str:
