@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from elc_fx.capture import has_hooks
 from elc_fx.errors import InvalidInputError
-from elc_fx.graph import function_name, module_of
+from elc_fx.graph import function_name, is_torchs, module_of
 
 MODULES: set[type[nn.Module]] = {
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
@@ -78,11 +78,9 @@ def activation_of(captured: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         return module if type(module) in MODULES and len(node.args) == 1 and not node.kwargs else None
     if node.op == "call_method" and node.target in NAMES:
         return Elementwise(str(node.target).removesuffix("_"), node.args[1:], node.kwargs)
-    if node.op == "call_function":
-        home = getattr(node.target, "__module__", None) or ""
-        torchs = function_name(node) in NAMES and home.startswith("torch")
-        if torchs or node.target in FUNCTIONS:
-            return Elementwise(node.target, node.args[1:], {**node.kwargs})
+    known = (function_name(node) in NAMES and is_torchs(node)) or node.target in FUNCTIONS
+    if node.op == "call_function" and known:
+        return Elementwise(node.target, node.args[1:], {**node.kwargs})
     return None
 
 

@@ -460,7 +460,7 @@ class AffineMap:
         return AffineMap(geometry, torch.cat([_placed(self, geometry), _placed(other, geometry)]), bias, ones)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> AffineMap:
-        """The map with another kernel, bias and ones: function of each that there is."""
+        """The map with another kernel, bias, ones, fill and gain: function of each that there is."""
         bias = None if self.bias is None else function(self.bias)
         ones = None if self.ones is None else function(self.ones)
         fill = None if self.fill is None else function(self.fill)
@@ -491,8 +491,7 @@ class AffineMap:
             padding = tuple(low for low, _ in g.padding)
             convolution = CONV_TRANSPOSE[g.dims]
             return convolution(x, weight, bias, g.stride, padding, g.output_padding, g.groups, g.dilation)
-        grow = tuple((max(low, 0), max(high, 0)) for low, high in g.padding)
-        crop = tuple((min(low, 0), min(high, 0)) for low, high in g.padding)
+        grow, crop = grown_and_cropped(g.padding)
         x = F.pad(x, flat_padding(grow), mode="constant" if g.padding_mode == "zeros" else g.padding_mode)
         x = F.pad(x, flat_padding(crop))
         return CONV[g.dims](x, kernel, bias, g.stride, 0, g.dilation, g.groups)
@@ -512,8 +511,13 @@ def paddings(padding: Padding) -> list[Padding]:
     """The same padding as one or two that torch can do: it crops first, and cannot crop what only padding gives."""
     if not any(low < 0 < high or high < 0 < low for low, high in padding):
         return [padding]
+    return list(grown_and_cropped(padding))
+
+
+def grown_and_cropped(padding: Padding) -> tuple[Padding, Padding]:
+    """What a padding adds, and what it takes away."""
     grow = tuple((max(low, 0), max(high, 0)) for low, high in padding)
-    return [grow, tuple((min(low, 0), min(high, 0)) for low, high in padding)]
+    return grow, tuple((min(low, 0), min(high, 0)) for low, high in padding)
 
 
 def pad_zeros(x: Tensor, padding: Padding) -> Tensor:

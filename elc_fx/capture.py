@@ -25,14 +25,11 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
 from elc_fx.errors import ElcError
-from elc_fx.graph import module_of, overwritten_argument, signature_of
+from elc_fx.graph import function_name, module_of, overwritten_argument, package_of, signature_of
 from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask
 from elc_fx.randomness import generators
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-IDENTITY_MODULES = (nn.Identity, *DROPOUT_MODULES)
-DROP_PATHS = ("DropPath", "StochasticDepth")  # as torchvision, timm and many others call them
 DROPOUT_CLASSES: dict[str, type[nn.Module]] = {
     "dropout": nn.Dropout,
     "dropout1d": nn.Dropout1d,
@@ -41,18 +38,11 @@ DROPOUT_CLASSES: dict[str, type[nn.Module]] = {
     "alpha_dropout": nn.AlphaDropout,
     "feature_alpha_dropout": nn.FeatureAlphaDropout,
 }
-DROPOUT_FUNCTIONS = {
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "alpha_dropout",
-    "feature_alpha_dropout",
-    "feature_dropout",
-    "stochastic_depth",
-    "drop_path",
-}
-OPERATORS = ("aten", "prim", "prims", "torchvision")  # whose overwriting is known
+DROPOUT_MODULES: tuple[type[nn.Module], ...] = tuple(DROPOUT_CLASSES.values())
+DROPOUT_FUNCTIONS = {*DROPOUT_CLASSES, "feature_dropout", "stochastic_depth", "drop_path"}
+IDENTITY_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, *DROPOUT_MODULES)
+DROP_PATHS = ("DropPath", "StochasticDepth")  # as torchvision, timm and many others call them
+KNOWN_PACKAGES = ("torch", "torchvision", "builtins", "math")  # of functions of which it is known what they overwrite
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
 PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc", "torch.utils._pytree"}  # for others
 ASKS_FOR_USER = {"is_tensor", "typename"}  # functions of torch
@@ -212,11 +202,7 @@ def runs_foreign_code(captured: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node calls code that is not torch's: it may write into what it reads, and nobody knows what it is."""
     if node.op == "call_module":
         return not is_leaf(module_of(captured, node))
-    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return str(node.target).partition(".")[0] not in OPERATORS
-    if node.op != "call_function" or not inspect.isfunction(node.target):
-        return False
-    return node.target.__module__.partition(".")[0] not in ("torch", "torchvision")
+    return node.op == "call_function" and package_of(node) not in KNOWN_PACKAGES
 
 
 def calls_differently(module: nn.Module) -> bool:
@@ -561,10 +547,9 @@ class _Tracer(fx.Tracer):
         if node.op == "call_method":
             return not hasattr(Tensor, str(node.target)) and _reads_uncertain(node, self.uncertain)
         if node.op == "call_function":
-            home = getattr(node.target, "__module__", None) or ""
-            if node.target is getattr or getattr(node.target, "__name__", "") == "getitem":
+            if node.target is getattr or function_name(node) == "getitem":
                 return _reads_uncertain(node, self.uncertain)
-            return not home.startswith(("torch", "_operator", "builtins", "math", "elc_fx"))
+            return package_of(node) not in (*KNOWN_PACKAGES, "elc_fx")
         return False
 
 
@@ -703,10 +688,8 @@ def is_drop_path(module: nn.Module) -> bool:
 def _make_dropouts_modules(captured: fx.GraphModule) -> None:
     """F.dropout(x, p, self.training), which tracing in eval froze, becomes a module that follows `train()`."""
     for node in captured.graph.nodes:
-        module_class = (
-            DROPOUT_CLASSES.get(getattr(node.target, "__name__", "")) if is_identity(captured, node) else None
-        )
-        if node.op != "call_function" or module_class is None:
+        module_class = DROPOUT_CLASSES.get(function_name(node)) if node.op == "call_function" else None
+        if module_class is None or not is_identity(captured, node):
             continue
         module = module_class(signature_of(node).get("p", 0.5)).eval()
         captured.add_submodule(node.name, module)
@@ -732,7 +715,7 @@ def _make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> set[
     """
     made: set[nn.Module] = set()
     for node in list(captured.graph.nodes):
-        if node.op != "call_function" or getattr(node.target, "__name__", "") != "batch_norm":
+        if node.op != "call_function" or function_name(node) != "batch_norm":
             continue
         arguments = signature_of(node)
         read = {name: arguments.get(name) for name in ("weight", "bias", "running_mean", "running_var")}
@@ -791,7 +774,7 @@ def is_identity(captured: fx.GraphModule, node: fx.Node) -> bool:
         module = module_of(captured, node)
         off = type(module) is nn.Identity or not module.training
         return type(module) in IDENTITY_MODULES and off and not has_hooks(module)
-    if node.op == "call_function" and getattr(node.target, "__name__", "") in DROPOUT_FUNCTIONS:
+    if node.op == "call_function" and function_name(node) in DROPOUT_FUNCTIONS:
         arguments = signature_of(node)
         training = arguments.get("training", arguments.get("train"))
         return training is False and len(node.all_input_nodes) == 1

@@ -28,7 +28,7 @@ class VerificationError(ElcError):
 
 
 class PlanError(ElcError, ValueError):
-    """A plan names what the model does not have, or overlaps with itself; the message says what."""
+    """A plan names what the model does not have, or overlaps with itself, or a budget cannot be met."""
 
 
 class GateNotClosedError(ElcError, RuntimeError):

@@ -86,11 +86,6 @@ def load(file: Path) -> Exported:
     return Exported(program, None, origins)
 
 
-def save_onnx(model: nn.Module, inputs: Sequence[Tensor], file: Path) -> None:
-    """Writes the model as ONNX, for any batch size, whole or not at all. Raises as `onnx_bytes`, and ExportError."""
-    write(file, onnx_bytes(model, inputs))
-
-
 def require_onnx() -> None:
     """Raises MissingPackageError where ONNX cannot be written; call it before long work."""
     for package in ("onnx", "onnxscript"):  # which torch's exporter needs

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from elc_fx.affine import AffineMap, Geometry, flat_padding, paddings, regroup, transposed_weight
+from elc_fx.affine import AffineMap, Geometry, flat_padding, grown_and_cropped, paddings, regroup, transposed_weight
 from elc_fx.capture import Refusal
 from elc_fx.errors import NotAffineError, VerificationError
-from elc_fx.graph import label, module_of
+from elc_fx.graph import constants, label, module_of
 from elc_fx.interpret import Operation
 from elc_fx.origins import origins_of, remember
 from elc_fx.regions import Merge, Regroup, Step, is_same_padding, needs_explicit_padding
@@ -63,11 +63,7 @@ class Fusion:
             if node.op == "get_attr":
                 self.read.update(itertools.accumulate(str(node.target).split("."), "{}.{}".format))
         self.replaced: dict[fx.Node, fx.Node] = {}
-        self.constant: set[fx.Node] = set()  # attributes, and what is computed from them alone
-        for node in self.graph.nodes:
-            inputs = node.all_input_nodes
-            if node.op == "get_attr" or (inputs and all(source in self.constant for source in inputs)):
-                self.constant.add(node)
+        self.constant = constants(self.graph)
 
     def apply(self, step: Step) -> None:
         if isinstance(step, Merge):
@@ -270,8 +266,7 @@ def padded(geometry: Geometry, source: Any, call: Callable[..., Any] = _now) -> 
             for step in paddings(geometry.padding):
                 source = call(F.pad, source, flat_padding(step))
             return source
-        grow = tuple((max(low, 0), max(high, 0)) for low, high in geometry.padding)
-        crop = tuple((min(low, 0), min(high, 0)) for low, high in geometry.padding)
+        grow, crop = grown_and_cropped(geometry.padding)
         source = call(F.pad, source, flat_padding(grow), geometry.padding_mode)
         if any(sides != (0, 0) for sides in crop):
             source = call(F.pad, source, flat_padding(crop))

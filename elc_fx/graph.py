@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -33,6 +34,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "dropout": ("input", "p", "train"),
     "getitem": ("input", "index"),
 }
+TORCHS_LIBRARIES = ("aten", "prim", "prims")  # of operators under torch.ops
 IN_PLACE_OPERATORS = frozenset(
     name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
 )
@@ -42,6 +44,16 @@ def module_of(captured: fx.GraphModule, node: fx.Node) -> nn.Module:
     """The module that a node calls."""
     module: nn.Module = operator.attrgetter(str(node.target))(captured)
     return module
+
+
+def constants(graph: fx.Graph) -> set[fx.Node]:
+    """Attributes, and what is computed from them alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (inputs and found.issuperset(inputs)):
+            found.add(node)
+    return found
 
 
 def label(node: fx.Node) -> str:
@@ -56,10 +68,22 @@ def function_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
+def package_of(node: fx.Node) -> str:
+    """The package of the function that a node calls; "torch" also for operators, "" where it is not known."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        library = str(target).partition(".")[0]
+        return "torch" if library in TORCHS_LIBRARIES else library
+    home = getattr(target, "__module__", None)
+    if home is None and not inspect.isfunction(target):  # as those of torch that are written in C++
+        return "torch"
+    package = (home or "").partition(".")[0]
+    return "torch" if package == "_operator" else package
+
+
 def is_torchs(node: fx.Node) -> bool:
     """Whether a function or method is torch's or an operator, and not a user's of the same name."""
-    home = getattr(node.target, "__module__", None) or ""
-    return node.op != "call_function" or not home or home.startswith(("torch.", "_operator")) or home == "torch"
+    return node.op != "call_function" or package_of(node) == "torch"
 
 
 def signature_of(node: fx.Node) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a node of a captured graph means in the algebra: which operations are affine maps, and which.
 
-`Interpreter.operation` reads one node, in any spelling (module, function, method, operator), as an affine map of one
-feature map. Its geometry is known at once; its numbers are loaded in float64 when a merge needs them.
+`Interpreter` reads nodes, in any spelling (module, function, method, operator), as affine maps of one feature map. The
+geometry of one is known at once; its numbers are loaded in float64 when a merge needs them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
 from elc_fx.capture import assign, has_hooks, materialisable
-from elc_fx.graph import function_name, is_torchs, module_of, overwritten_argument, signature_of
+from elc_fx.graph import constants, function_name, is_torchs, module_of, overwritten_argument, signature_of
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -99,11 +99,7 @@ class Interpreter:
         self.shapes = shapes or {}
         self._constants: dict[fx.Node, Any] = {}
         self._written = self._overwritten_attributes()
-        self._may_be_constant: set[fx.Node] = set()
-        for node in captured.graph.nodes:
-            inputs = node.all_input_nodes
-            if node.op == "get_attr" or (inputs and all(source in self._may_be_constant for source in inputs)):
-                self._may_be_constant.add(node)
+        self._may_be_constant = constants(captured.graph)
         self.operations: dict[fx.Node, Operation] = {}
         self.refusals: dict[fx.Node, str] = {}  # operations that look affine but are not, with the reason
         self.features: dict[fx.Node, Feature] = {node: Feature() for node in captured.graph.nodes}
@@ -152,8 +148,7 @@ class Interpreter:
         kwargs = fx.map_arg(node.kwargs, lambda n: inputs[n])
         if node.op == "call_method":
             return getattr(args[0], name)(*args[1:], **kwargs)  # type: ignore[index]
-        home = getattr(node.target, "__module__", None) or ""
-        if node.op == "call_function" and (home.startswith(("torch", "_operator")) or home == ""):
+        if node.op == "call_function" and is_torchs(node):
             return node.target(*args, **kwargs)  # type: ignore[operator, misc]
         return None
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry, Ints
-from elc_fx.capture import IDENTITY_MODULES, Refusal, is_leaf
+from elc_fx.capture import IDENTITY_MODULES, Refusal, is_leaf, runs_foreign_code
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import function_name, label, module_of, overwritten_argument, signature_of
+from elc_fx.graph import function_name, is_torchs, label, module_of, overwritten_argument, signature_of
 from elc_fx.interpret import CPU, Feature, Interpreter, Operation
 
 LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chains are merged step by step
@@ -71,7 +71,7 @@ class Join:
 Part: TypeAlias = Operation | Join
 
 
-@dataclass
+@dataclass(eq=False)
 class Chain:
     """Parts one after the other, each the only reader of what stands before it.
 
@@ -86,12 +86,11 @@ class Chain:
 
 @dataclass(frozen=True)
 class Merge:
-    """Parts of a chain (or branches of a join, `branches` then) that become one convolution of `source`."""
+    """Parts of a chain, or branches of a join, that become one convolution of `source`."""
 
     source: fx.Node
     parts: tuple[Part, ...]
     geometry: Geometry
-    size: Ints
     before: Cost
     after: Cost
     exact_size: bool
@@ -386,7 +385,7 @@ def allocates(captured: fx.GraphModule, node: fx.Node) -> bool:
         module = module_of(captured, node)
         known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
         return known and not isinstance(module, (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES))
-    return function_name(node) in ALLOCATING
+    return function_name(node) in ALLOCATING and is_torchs(node)
 
 
 class _Aliases:
@@ -435,10 +434,7 @@ class _Aliases:
             return True
         if node in self.interpreter.operations:  # rings of a decoupled network are modules of elc_fx
             return False
-        if node.op == "call_module":
-            return not is_leaf(module_of(self.captured, node))
-        home = getattr(node.target, "__module__", None) or ""
-        return node.op == "call_function" and not home.startswith(("torch", "_operator", "builtins", "math"))
+        return runs_foreign_code(self.captured, node)
 
 
 ALLOCATING = frozenset(
@@ -508,7 +504,7 @@ class Planner:
         self.interpreter = interpreter
         self.refusals: list[Refusal] = []
         self.steps: list[Step] = []
-        self._splits: dict[tuple[int, Ints], list[_Block]] = {}  # by the identity of a chain, and its input's size
+        self._splits: dict[tuple[Chain, Ints], list[_Block]] = {}  # by the identity of a chain, and its input's size
 
     def plan(self, chains: Sequence[Chain], joins: Sequence[Join]) -> list[Step]:
         """The merges to carry out, for all chains and joins of a graph."""
@@ -559,7 +555,7 @@ class Planner:
 
     def _split(self, chain: Chain, size: Ints) -> list[_Block]:
         """The cheapest partition of a chain into blocks; LONGEST_SPAN at most merge at once, so until no more do."""
-        key = (id(chain), size)
+        key = (chain, size)
         if key not in self._splits:
             at, blocks = size, []
             for part in chain.parts:
@@ -654,7 +650,7 @@ class Planner:
                 return None
             before = _add(*(alone[i] for i in indices), _launches(len(indices) - 1))
             after = merged_cost(geometry, size)
-            return Merge(source, (join,), geometry, size, before, after, self._knows(source))
+            return Merge(source, (join,), geometry, before, after, self._knows(source))
 
         if ordered:
             return _best_intervals(branches, alone, merged)
@@ -677,9 +673,7 @@ class Planner:
             if block.merged:
                 assert block.geometry is not None
                 before = self._original_cost(block.parts, size)
-                self.steps.append(
-                    Merge(value, block.parts, block.geometry, size, before, block.cost, self._knows(value))
-                )
+                self.steps.append(Merge(value, block.parts, block.geometry, before, block.cost, self._knows(value)))
             elif block.step is not None:
                 self._emit_regroup(block.step, size)
             if previous is not None:

@@ -213,11 +213,17 @@ def closed_geometry(op: Operation, windows: Windows) -> Geometry:
 
 def windowed(geometry: Geometry, kept: Ints) -> Geometry:
     """The middle `kept` taps of each axis, at their places."""
-    padding = []
-    for k, size, d, (low, high) in zip(geometry.kernel_size, kept, geometry.dilation, geometry.padding, strict=True):
+    padding = window_padding(geometry.padding, geometry.kernel_size, kept, geometry.dilation)
+    return replace(geometry, kernel_size=kept, padding=padding)
+
+
+def window_padding(padding: Padding, kernel_size: Ints, kept: Ints, dilation: Ints) -> Padding:
+    """What the middle `kept` taps of each axis pad, where all of them pad `padding`."""
+    sides = []
+    for k, size, d, (low, high) in zip(kernel_size, kept, dilation, padding, strict=True):
         start = window_start(k, size)
-        padding.append((low - d * start, high - d * (k - size - start)))
-    return replace(geometry, kernel_size=kept, padding=tuple(padding))
+        sides.append((low - d * start, high - d * (k - size - start)))
+    return tuple(sides)
 
 
 def window_start(kernel_size: int, kept: int) -> int:

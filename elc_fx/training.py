@@ -257,7 +257,7 @@ class Finetuning:
         # With one process there is nothing to prepare, and Accelerate would cast to what the caller's own one casts to.
         self.trained = self.accelerator.prepare(network) if self.accelerator.num_processes > 1 else network
         try:
-            with randomness_of_the_caller(), without_autocast_cache(), SoundConvolutions(), self._bar() as bar:
+            with randomness_of_the_caller(), without_autocast_cache(), SoundConvolutions(), _Bar(self) as bar:
                 for number in range(len(self.state.history), self.config.epochs):
                     if self._impatient():
                         break
@@ -429,7 +429,6 @@ class Finetuning:
             current = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
             self.network.load_state_dict(self.average)
         self.network.eval()
-        right, count = torch.zeros((), device=self.device), 0
         total = torch.zeros((2,), device=self.device)
         for batch in self.validation:
             inputs, target = self._parts(batch)
@@ -561,9 +560,6 @@ class Finetuning:
             write_whole({folder.parent / METRICS: metrics(history)})
 
     # Progress
-
-    def _bar(self) -> Any:
-        return _Bar(self)
 
 
 class _Features:

@@ -136,6 +136,23 @@ def add(input: Tensor, other: Tensor) -> Tensor:
     return torch.maximum(input, other)
 
 
+@torch.fx.wrap
+def relu(input: Tensor) -> Tensor:
+    return input * input
+
+
+relu.__module__ = "torchnets"
+
+
+def test_nor_is_one_of_a_package_whose_name_begins_like_torchs() -> None:
+    layers = {"a": nn.Conv2d(4, 4, 3), "pool": nn.MaxPool2d(2), "b": nn.Conv2d(4, 4, 1)}
+    model, x = Formula(lambda s, x: s.b(s.pool(relu(s.a(x)))), **layers).eval(), torch.randn(1, 4, 8, 8)
+    found = elc_fx.candidates(model, x)
+    assert not any(candidate.activations for candidate in found)
+    for candidate in found:
+        assert torch.equal(elc_fx.decouple(model, elc_fx.Plan((candidate,), ("x",)))(x), model(x))
+
+
 def test_a_users_function_is_not_torchs_of_the_same_name() -> None:
     model = Formula(lambda s, x: add(s.a(x), s.b(x)), a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1)).eval()
     x = torch.randn(1, 4, 3, 3)

@@ -117,7 +117,7 @@ def _merge_of(
         geometry = interpret(
             chain.parts, lambda op: op.geometry, lambda n: Geometry.identity(n, dims), channels_of(chain.parts)
         )
-        return Merge(chain.source, tuple(chain.parts), geometry, (), (0, 0, layers), (0, 0, 1), exact_size=False)
+        return Merge(chain.source, tuple(chain.parts), geometry, (0, 0, layers), (0, 0, 1), exact_size=False)
     reasons = "; ".join(str(refusal) for refusal in refusals[:3])
     raise NotAffineError(f"region `{name}` was changed after decouple and is not one affine map any more: {reasons}")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from elc_fx.affine import CONV, Geometry, Ints, Padding, flat_padding, pad_zeros
-from elc_fx.serial import Step
+from elc_fx.serial import Step, window_padding, window_start
 
 ORIGINAL, BLENDED, MERGEABLE = "original", "blended", "mergeable"
 AVERAGE: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -264,7 +264,7 @@ class DecoupledConvolution(DecouplingNode):
         self.padding, self.mode, self.ring_padding = padding, mode, ring_padding
         self.rings = rings
         self.window = window
-        self.starts = tuple((k - w) // 2 for k, w in zip(weight.shape[2:], window, strict=True))
+        self.starts = tuple(map(window_start, weight.shape[2:], window))
         if not self.shrinks:
             self.set_gate(0)  # nothing to decouple: the kernel is what it was
         mask = torch.zeros(weight.shape[2:], dtype=torch.bool)
@@ -296,12 +296,7 @@ class DecoupledConvolution(DecouplingNode):
         return self.around_window(self.ring_padding)
 
     def around_window(self, padding: Padding) -> Padding:
-        sides = []
-        for k, w, start, d, (low, high) in zip(
-            self.weight.shape[2:], self.window, self.starts, self.dilation, padding, strict=True
-        ):
-            sides.append((low - d * start, high - d * (k - w - start)))
-        return tuple(sides)
+        return window_padding(padding, tuple(self.weight.shape[2:]), self.window, self.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         padding, mode = (self.ring_padding, "zeros") if self.rings.on else (self.padding, self.mode)

@@ -301,7 +301,7 @@ class CandidateFinder:
             op for op in operations if decouples_padding(op, steps[op.node], at_source=op.source is region.source)
         ]
         return Candidate(
-            name=self.names[region.start, region.end, id(region.chain)],
+            name=self.names[region],
             layers=tuple(dict.fromkeys(label(op.node) for op in layers)),
             operations=operation_texts(self.graph, region),
             kernels=tuple((node.name, kept) for node, kept in windows.items()),
@@ -338,15 +338,13 @@ def _positions(shapes: Mapping[fx.Node, Ints], node: fx.Node, dims: int) -> int:
     return count
 
 
-def _names(
-    regions: Sequence[Region], everywhere: Sequence[str], poolings: Set[fx.Node]
-) -> dict[tuple[int, int, int], str]:
+def _names(regions: Sequence[Region], everywhere: Sequence[str], poolings: Set[fx.Node]) -> dict[Region, str]:
     """A name for each region: the module that holds just its layers, else its first and last layer.
 
     One with a max pooling is called by its first and last layer or pooling in any case. Where several regions have the
     same layers, as a block with and without its shortcut, the largest gets the module's name.
     """
-    names: dict[tuple[int, int, int], str] = {}
+    names: dict[Region, str] = {}
     taken: set[str] = set()
     for region in sorted(regions, key=lambda r: -len(r.nodes())):
         named = [op for op in operations_of(region.parts) if op.convolves or op.node in poolings]
@@ -358,7 +356,7 @@ def _names(
         options.append(f"{options[-1]}@{region.output.name}")
         name = next(option for option in options if option not in taken or option is options[-1])
         taken.add(name)
-        names[region.start, region.end, id(region.chain)] = name
+        names[region] = name
     return names
 
 

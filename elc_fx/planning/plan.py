@@ -175,14 +175,20 @@ class Plan:
             raise InvalidInputError(f"this plan is not JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InvalidInputError(f"this is not a plan of format {FORMAT}")
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Of the fields by name, as plain data. Raises `InvalidInputError` for anything else."""
         try:
             inputs, found = data["inputs"], data["candidates"]
         except KeyError as error:
             raise InvalidInputError(f"this plan is not complete: it has no {error}") from None
         for name, value in {"inputs": inputs, "candidates": found}.items():
-            if not isinstance(value, list):
+            if not isinstance(value, list | tuple):
                 raise InvalidInputError(f"`{name}` of a plan cannot be {value!r:.200}")
-        prediction = Prediction.from_dict(data["prediction"]) if "prediction" in data else None
+        predicted = data.get("prediction")
+        prediction = None if predicted is None else Prediction.from_dict(predicted)
         plan = cls(tuple(Candidate.from_dict(c) for c in found), _texts("inputs", inputs), prediction)
         plan.check_disjoint()
         return plan
@@ -198,13 +204,13 @@ class Plan:
             return f"{candidate_table(self.candidates)}\n\n{total}"
         return f"{candidate_table(self.candidates, self.prediction.losses)}\n\n{total}\n{self.prediction}"
 
-    def locate(self, graph: SerialGraph, longest: int = LONGEST) -> list[tuple[Candidate, Region, dict[fx.Node, Ints]]]:
+    def locate(self, graph: SerialGraph) -> list[tuple[Candidate, Region, dict[fx.Node, Ints]]]:
         """The candidates' regions in a model's graph, and the kernels that they keep.
 
         Raises `PlanError` where the plan was made for another model.
         """
         wanted = {frozenset(candidate.nodes): candidate for candidate in self.candidates}
-        longest = max([longest, *(len(c.nodes) for c in self.candidates)])
+        longest = max((len(candidate.nodes) for candidate in self.candidates), default=0)  # has no more layers
         found: dict[frozenset[str], Region] = {}
         firsts = {name for nodes in wanted for name in nodes}
         for region in graph.regions(longest):
@@ -282,7 +288,7 @@ class _Chooser:
     def matching(self, pattern: str) -> list[tuple[Region, Candidate]]:
         """The candidate of this name, or the largest ones whose layers all match, between max poolings."""
         name, _, kernel = pattern.partition(":")
-        named = [region for region in self.regions if self._name(region) == name]
+        named = [region for region in self.regions if self.finder.names[region] == name]
         between = (region for region in self.regions if not region.nodes() & self.finder.graph.poolings)
         fitting = named or [r for r in between if all(_matches(label(n), name) for n in r.layers)]
         chosen: list[tuple[Region, Candidate]] = []
@@ -300,14 +306,11 @@ class _Chooser:
         if not chosen:
             if reasons:
                 raise PlanError(f"`{pattern}` cannot be collapsed so: {reasons[0]}")
-            names = dict.fromkeys(self._name(region) for region in self.regions)
+            names = dict.fromkeys(self.finder.names[region] for region in self.regions)
             raise PlanError(
                 f"no candidate is called `{pattern}`, or has only layers of that name; there are {_some(names)}"
             )
         return chosen
-
-    def _name(self, region: Region) -> str:
-        return self.finder.names[region.start, region.end, id(region.chain)]
 
     def _candidate(self, region: Region, kernel: str, *, named: bool) -> Candidate | str:
         """The candidate with the kernel size that is asked for, or why there is none. named: not by a pattern."""
@@ -322,15 +325,15 @@ class _Chooser:
         options = list(self.finder.of_region(region, 1 << 30 if kernel or named else LARGEST_KERNEL))
         if region.is_one_layer and not region.ends_with_pooling and not kernel:
             ways = ", ".join(f"`{candidate.full_name}`" for candidate in options)
-            return f"`{self._name(region)}` is one layer; say what is left of its kernel: {ways}"
+            return f"`{self.finder.names[region]}` is one layer; say what is left of its kernel: {ways}"
         if kernel:
             same = [c for c in options if kernel_text(c.kernel_size) == kernel]
             sizes = ", ".join(kernel_text(c.kernel_size) for c in options)
-            return same[0] if same else f"`{self._name(region)}` can be {sizes}, not {kernel}"
+            return same[0] if same else f"`{self.finder.names[region]}` can be {sizes}, not {kernel}"
         within = [c for c in options if max(c.kernel_size, default=1) <= c.own_kernel]
         if within or options:
             return (within or options)[-1 if within else 0]
-        return f"`{self._name(region)}` does not become one convolution"
+        return f"`{self.finder.names[region]}` does not become one convolution"
 
     def _kept(self, region: Region, node: fx.Node) -> Ints | None:
         """The kernel size that the caller wants a layer to keep."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from elc_fx.compiled import REPORT
 from elc_fx.errors import InvalidInputError
 from elc_fx.exporting import Exported
 from elc_fx.report.alignment import Group, aligned
-from elc_fx.report.network import Layer, Network, stored_inputs
+from elc_fx.report.network import Layer, Network, flops_of, stored_inputs
 
 Kind = Literal["kept", "merged", "split", "changed", "inserted", "removed"]
 KINDS: tuple[Kind, ...] = ("kept", "merged", "split", "changed", "inserted", "removed")
@@ -37,7 +37,7 @@ class Change:
 
     @property
     def flops(self) -> tuple[int | None, int | None]:
-        return _flops(self.before), _flops(self.after)
+        return flops_of(self.before), flops_of(self.after)
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -49,11 +49,6 @@ class Change:
         """Of its first convolution or linear layer, else of its first layer."""
         layers = self.before or self.after
         return next((layer for layer in layers if layer.is_heavy), layers[0]).place
-
-
-def _flops(layers: Iterable[Layer]) -> int | None:
-    counted = [layer.flops for layer in layers]
-    return None if None in counted else sum(n for n in counted if n is not None)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,6 +72,12 @@ class Layer:
         return self.kind in ("convolution", "linear")
 
 
+def flops_of(layers: Iterable[Layer]) -> int | None:
+    """Of all of them, or None where those of one are not known."""
+    counted = [layer.flops for layer in layers]
+    return None if None in counted else sum(n for n in counted if n is not None)
+
+
 @dataclass(frozen=True)
 class Network:
     """The layers in the order in which they run."""
@@ -81,8 +87,7 @@ class Network:
 
     @cached_property
     def flops(self) -> int | None:
-        counted = [layer.flops for layer in self.layers]
-        return None if None in counted else sum(n for n in counted if n is not None)
+        return flops_of(self.layers)
 
     @cached_property
     def parameters(self) -> int:

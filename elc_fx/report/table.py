@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from tabulate import tabulate
 from elc_fx.capture import Refusal
 from elc_fx.errors import InvalidInputError
 from elc_fx.fusion import MergedRegion
-from elc_fx.planning.plan import FORMAT, Plan
+from elc_fx.planning.plan import Plan
 from elc_fx.training import Epoch
 
 MOST_ROWS = 40  # of refusals that the table prints; `Report.refused` has all
@@ -55,10 +54,7 @@ class Report:
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """The inverse of `to_dict`, also after JSON. Raises `InvalidInputError` for anything else."""
         try:
-            plan = data["plan"]
-            if plan is not None:
-                known = {name: value for name, value in plan.items() if value is not None}
-                plan = Plan.from_json(json.dumps({"format": FORMAT, **known}))
+            plan = None if data["plan"] is None else Plan.from_dict(data["plan"])
             report = cls(
                 tuple(MergedRegion(**_tuples(region)) for region in data["merged"]),
                 tuple(Refusal(**refusal) for refusal in data["refused"]),

@@ -1,0 +1,45 @@
+"""Graph modules that keep what is noted about them through copies and pickling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import fx
+
+
+class AnnotatedModule(fx.GraphModule):
+    """A GraphModule with an attribute of its own. A copy loses those of GraphModule, and a pickle its `meta`.
+
+    kept: the name of the attribute, none that a submodule of the caller may have.
+    """
+
+    kept: ClassVar[str]
+
+    def __copy__(self) -> AnnotatedModule:
+        return _annotated(type(self), self, self.training, getattr(self, self.kept))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        copied: fx.GraphModule = super().__deepcopy__(memo)
+        copied.training = self.training
+        setattr(copied, self.kept, getattr(self, self.kept))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        function, arguments = super().__reduce__()
+        # fx gives every GraphModule a class of its own, which a pickle does not find.
+        (cls,) = (base for base in type(self).__mro__ if base.__dict__.get("kept"))
+        return _unpickled, (cls, function, arguments, self.training, getattr(self, self.kept))
+
+
+def _unpickled(
+    cls: type[AnnotatedModule], function: Callable[..., Any], arguments: tuple[Any, ...], training: bool, noted: Any
+) -> AnnotatedModule:
+    return _annotated(cls, function(*arguments), training, noted)
+
+
+def _annotated(cls: type[AnnotatedModule], plain: fx.GraphModule, training: bool, noted: Any) -> AnnotatedModule:
+    module = cls(plain, plain.graph, type(plain).__name__)
+    module.training = training
+    setattr(module, cls.kept, noted)
+    return module
