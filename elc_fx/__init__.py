@@ -21,6 +21,7 @@ from elc_fx.errors import (
 from elc_fx.explanation import Explanation, explain
 from elc_fx.exporting import ExportError
 from elc_fx.fusion import MergedRegion
+from elc_fx.history import History
 from elc_fx.memory import OutOfMemoryError
 from elc_fx.planning.budget import Budget, Costs
 from elc_fx.planning.candidates import Candidate, Candidates, candidates
@@ -31,7 +32,7 @@ from elc_fx.report import Report
 from elc_fx.report.diff import Change, Diff, diff
 from elc_fx.runtimes import RuntimeFailedError
 from elc_fx.storing import StorageError, load, save
-from elc_fx.training import FinetuneConfig, History, TrainingError, finetune
+from elc_fx.training import FinetuneConfig, TrainingError, finetune
 
 __version__ = "0.1.0"
 

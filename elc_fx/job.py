@@ -21,6 +21,7 @@ from elc_fx.comparison import Comparison, compare
 from elc_fx.compression import compress
 from elc_fx.errors import InvalidInputError
 from elc_fx.files import write_whole
+from elc_fx.history import metrics
 from elc_fx.memory import within_memory
 from elc_fx.planning import latency
 from elc_fx.planning.budget import Budget
@@ -29,7 +30,7 @@ from elc_fx.report import Report
 from elc_fx.report.charts import Point
 from elc_fx.report.diff import Diff, diff
 from elc_fx.report.page import page
-from elc_fx.training import METRICS, FinetuneConfig, TrainingError, fingerprint, metrics
+from elc_fx.training import METRICS, FinetuneConfig, TrainingError, fingerprint
 
 CALIBRATION_BATCH = 128
 WORK = "work"  # inside the output folder: losses, checkpoints

@@ -7,7 +7,6 @@ its own, so that a run that was killed and started again ends as one that was no
 from __future__ import annotations
 
 import copy
-import csv
 import hashlib
 import io
 import math
@@ -33,11 +32,12 @@ from elc_fx.decoupling.gates import ORDERS, SHAPES, GateSchedule, decoupling_nod
 from elc_fx.decoupling.nodes import RegionOutput
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.files import write_whole
+from elc_fx.history import Epoch, History, metrics
 from elc_fx.inputs import batch_values
 from elc_fx.kernels import SoundConvolutions, without_autocast_cache
+from elc_fx.losses import distance, of_classes, relative_square
 from elc_fx.packages import required
 from elc_fx.planning.fitting import Substitute
-from elc_fx.planning.sensitivity import of_classes
 from elc_fx.randomness import randomness_of_the_caller, seed_all
 from elc_fx.serial import serial_capture
 
@@ -141,34 +141,6 @@ class FinetuneConfig:
         left_out = ("train_data", "validation", "loss", "folder", "tensorboard", "progress")
         loss = getattr(self.loss, "__qualname__", type(self.loss).__name__)
         return {name: value for name, value in vars(self).items() if name not in left_out} | {"loss": loss}
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch gave. loss: mean over the training batches. gate: the mean of all at the end of the epoch.
-
-    score: on the validation data, with closed gates: the share of right classes, else minus the loss.
-    """
-
-    number: int
-    loss: float
-    gate: float
-    learning_rate: float
-    images_per_second: float
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class History:
-    """The epochs of a fine-tuning, those of an earlier part of it included."""
-
-    epochs: tuple[Epoch, ...]
-
-    @property
-    def best(self) -> Epoch:
-        """The one whose weights remain: the best of those with closed gates; without validation the last."""
-        scored = [epoch for epoch in self.epochs if epoch.score is not None]
-        return max(scored, key=lambda epoch: epoch.score or 0.0) if scored else self.epochs[-1]
 
 
 def finetune(
@@ -593,8 +565,7 @@ class _Features:
 
     def distance(self) -> Tensor:
         """The mean over the regions of the squared error over the mean square."""
-        pairs = [(self.given[name].float(), wanted.float()) for name, wanted in self.wanted.items()]
-        return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in pairs]).mean()
+        return relative_square((self.given[name].float(), wanted.float()) for name, wanted in self.wanted.items())
 
     def remove(self) -> None:
         for hook in self.hooks:
@@ -646,29 +617,6 @@ class _Bar:
         self.progress.update(self.task, completed=run.state.steps, description=text)
 
 
-def distance(output: Any, wanted: Any, temperature: float | None) -> Tensor:
-    """How far an output is from the teacher's.
-
-    With a temperature, both [N, classes]: the Kullback–Leibler divergence of the distributions at it, times its square
-    (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015); else the mean squared error over the mean
-    square.
-    """
-    if temperature is not None:
-        if not isinstance(wanted, Tensor) or wanted.shape != output.shape:
-            shape = list(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
-            raise InvalidInputError(f"the network gives {list(output.shape)}, and the teacher {shape}")
-        given, expected = (F.log_softmax(t.float() / temperature, 1) for t in (output, wanted))
-        return F.kl_div(given, expected, reduction="batchmean", log_target=True) * temperature**2
-    pairs = [
-        (a.float(), b.float())
-        for a, b in zip(pytree.tree_leaves(output), pytree.tree_leaves(wanted), strict=True)
-        if isinstance(b, Tensor) and b.is_floating_point()
-    ]
-    if not pairs:
-        raise InvalidInputError("the teacher gives no tensor of floating point numbers; set distillation=0")
-    return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in pairs]).mean()
-
-
 def optimizer_of(parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.SGD:
     """weight_decay: of weights with more than one axis."""
     groups = [
@@ -692,16 +640,6 @@ def computes_in_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release of torch
     return device.type == "cpu" and any(getattr(torch.cpu, unit, bool)() for unit in units)
-
-
-def metrics(history: Iterable[Epoch]) -> bytes:
-    """CSV with one line for each epoch."""
-    rows = [asdict(epoch) for epoch in history]
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue().encode()
 
 
 def fingerprint(network: nn.Module | None) -> str:

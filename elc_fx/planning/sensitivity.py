@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from rich.console import Console
 from rich.progress import track
@@ -30,6 +29,7 @@ from elc_fx.capture import runs_foreign_code
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import overwritten_argument
 from elc_fx.inputs import batch_values, batches_of, fresh
+from elc_fx.losses import distance, of_classes
 from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.fitting import Substitute, Windows
@@ -447,11 +447,6 @@ def numbers_of(values: Any) -> int:
     return sum(value.numel() for value in pytree.tree_leaves(values) if isinstance(value, Tensor))
 
 
-def of_classes(output: Any) -> bool:
-    """Whether it is [N, classes], of two classes at least."""
-    return isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
-
-
 def divergence(output: Any, expected: Any) -> Tensor:
     """The loss "auto", see `Sensitivity`."""
     if not all(t.isfinite().all() for t in pytree.tree_leaves(expected) if isinstance(t, Tensor)):
@@ -459,18 +454,8 @@ def divergence(output: Any, expected: Any) -> Tensor:
             "the model's output for a calibration batch is not finite: "
             "look for NaN and infinity in the batches, or pass a loss of your own"
         )
-    if of_classes(expected):
-        given, wanted = (F.log_softmax(t.double(), 1) for t in (output, expected))
-        return F.kl_div(given, wanted, reduction="batchmean", log_target=True).clamp_min(0)  # but for rounding, it is
-    pairs = [
-        (a.double(), b.double())
-        for a, b in zip(pytree.tree_leaves(output), pytree.tree_leaves(expected), strict=True)
-        if isinstance(b, Tensor) and b.is_floating_point()
-    ]
-    if not pairs:
-        raise InvalidInputError("the model gives no tensor of floating point numbers; pass a loss of your own")
-    errors = [(a - b).square().mean() / b.square().mean().clamp_min(1e-30) for a, b in pairs]
-    return torch.stack(errors).mean()
+    found = distance(output, expected, 1.0 if of_classes(expected) else None, torch.float64)
+    return found.clamp_min(0)  # but for rounding, it is
 
 
 def _step(walks: Iterable[Walk], node: fx.Node) -> None:

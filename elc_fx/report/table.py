@@ -11,8 +11,8 @@ from tabulate import tabulate
 from elc_fx.capture import Refusal
 from elc_fx.errors import InvalidInputError
 from elc_fx.fusion import MergedRegion
+from elc_fx.history import Epoch
 from elc_fx.planning.plan import Plan
-from elc_fx.training import Epoch
 
 MOST_ROWS = 40  # of refusals that the table prints; `Report.refused` has all
 
