@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
+from elc_fx.arguments import check_from_zero, check_positive, check_share, check_whole
 from elc_fx.decoupling.gates import ORDERS, SHAPES, GateSchedule, decoupling_nodes
 from elc_fx.decoupling.nodes import RegionOutput
 from elc_fx.errors import ElcError, InvalidInputError
@@ -104,15 +105,15 @@ class FinetuneConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _check_whole(1, epochs=self.epochs)
+        check_whole(1, epochs=self.epochs)
         if self.patience is not None:
-            _check_whole(1, patience=self.patience)
-        _check_share(warmup=self.warmup, distillation=self.distillation, gates=self.gates)
-        _check_positive(learning_rate=self.learning_rate, temperature=self.temperature, clip=self.clip)
+            check_whole(1, patience=self.patience)
+        check_share(warmup=self.warmup, distillation=self.distillation, gates=self.gates)
+        check_positive(learning_rate=self.learning_rate, temperature=self.temperature, clip=self.clip)
         if self.ema is not None:
-            _check_share(ema=self.ema)
-        _check_from_zero(weight_decay=self.weight_decay, features=self.features)
-        _check_whole(0, seed=self.seed)
+            check_share(ema=self.ema)
+        check_from_zero(weight_decay=self.weight_decay, features=self.features)
+        check_whole(0, seed=self.seed)
         if self.seed >= 2**32:
             raise InvalidInputError(f"seed is {self.seed}, expected a whole number below 2³²")
         for name, known in (("gate_shape", SHAPES), ("gate_order", ORDERS)):
@@ -708,27 +709,3 @@ def _length(batches: Any) -> int:
     if not isinstance(batches, Sized) or not len(batches):
         raise InvalidInputError("train_data has no length, or is empty; give a DataLoader or a list of batches")
     return len(batches)
-
-
-def _check_whole(least: int, **given: Any) -> None:
-    for name, value in given.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InvalidInputError(f"{name} is {value!r}, expected a whole number from {least} on")
-
-
-def _check_share(**given: Any) -> None:
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise InvalidInputError(f"{name} is {value!r}, expected a number from 0 to 1")
-
-
-def _check_from_zero(**given: Any) -> None:
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise InvalidInputError(f"{name} is {value!r}, expected a number from 0 on")
-
-
-def _check_positive(**given: Any) -> None:
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise InvalidInputError(f"{name} is {value!r}, expected a number above 0")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
+from elc_fx.arguments import check_whole
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.nodes import DecouplingNode, RegionInput, RegionOutput
 from elc_fx.errors import InvalidInputError
@@ -83,9 +84,8 @@ class GateSchedule:
         order: Literal["together", "depth", "reverse depth", "cost"] = "together",
         overlap: float = 0.5,
     ) -> None:
-        for name, number in {"total_steps": total_steps, "start": start}.items():
-            if not isinstance(number, int) or isinstance(number, bool):
-                raise InvalidInputError(f"{name} is {number!r}, expected a whole number")
+        check_whole(1, total_steps=total_steps)
+        check_whole(0, start=start)
         self.module = module
         self.total_steps = total_steps
         self.start = start
@@ -96,7 +96,7 @@ class GateSchedule:
             raise InvalidInputError(f"shape is {shape!r}, expected 'linear' or 'cosine'")
         if order not in ORDERS:
             raise InvalidInputError(f"order is {order!r}, expected 'together', 'depth', 'reverse depth' or 'cost'")
-        if not 0 <= start < total_steps or not _is_share(overlap):
+        if start >= total_steps or not _is_share(overlap):
             raise InvalidInputError("expected 0 <= start < total_steps and 0 <= overlap <= 1")
         nodes = _decoupled(module)
         self.ranks, regions = _ranks(module, list(nodes), order)

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from elc_fx.activations import activation_name, activation_of
 from elc_fx.affine import Ints
+from elc_fx.arguments import check_whole
 from elc_fx.errors import InvalidInputError, NotAffineError, TrainingModeError
 from elc_fx.graph import label, module_of
 from elc_fx.inputs import ExampleInputs
@@ -203,7 +204,7 @@ def candidates(
         CaptureError: the model's `forward` cannot be traced.
     """
     graph = serial_graph(model, example_inputs)
-    check_counts(largest_kernel=largest_kernel)
+    check_whole(1, largest_kernel=largest_kernel)
     return Candidates(candidate for _, candidate in CandidateFinder(graph, longest).all(largest_kernel))
 
 
@@ -232,13 +233,6 @@ def check_computes(network: nn.Module) -> None:
         )
 
 
-def check_counts(**values: Any) -> None:
-    """Raises `InvalidInputError` for what is not a whole number above 0."""
-    for name, value in values.items():
-        if not _is_count(value) or not value:
-            raise InvalidInputError(f"{name} is {value!r}, expected a whole number above 0")
-
-
 def operation_texts(graph: SerialGraph, region: Region) -> tuple[str, ...]:
     """What each operation of a region does, for people, and to tell regions of different models apart."""
     return tuple(f"{label(op.node)}{_operation_text(graph, op)}" for op in operations_of(region.parts))
@@ -258,7 +252,7 @@ class CandidateFinder:
     """Makes candidates of the regions of one graph; their names are the same for the same graph."""
 
     def __init__(self, graph: SerialGraph, longest: int = LONGEST) -> None:
-        check_counts(longest=longest)
+        check_whole(1, longest=longest)
         self.graph = graph
         self.regions = list(graph.regions(longest))
         layers = [label(op.node) for op in graph.interpreter.operations.values() if op.convolves]

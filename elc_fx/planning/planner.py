@@ -17,12 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from elc_fx.arguments import check_whole
 from elc_fx.capture import Attributes
 from elc_fx.errors import InvalidInputError, PlanError
 from elc_fx.kernels import without_autocast_cache
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.budget import Budget, cost_text, real_number
-from elc_fx.planning.candidates import Candidate, check_counts, serial_graph
+from elc_fx.planning.candidates import Candidate, serial_graph
 from elc_fx.planning.cost import Choice, CostModel, LatencyModel, choices_of
 from elc_fx.planning.latency import Backend, LatencyMeter, check_backend
 from elc_fx.planning.plan import Plan, Prediction, named_inputs
@@ -66,9 +67,8 @@ class Planner:
         cache: str | Path | None = None,
         progress: bool = True,
     ) -> None:
-        check_counts(longest=longest, largest_kernel=largest_kernel, samples=1 if samples is None else samples)
-        if not isinstance(refinements, int) or isinstance(refinements, bool) or refinements < 0:
-            raise InvalidInputError(f"refinements is {refinements!r}, expected a whole number from 0 on")
+        check_whole(1, longest=longest, largest_kernel=largest_kernel, samples=1 if samples is None else samples)
+        check_whole(0, refinements=refinements)
         if not isinstance(rehearse, bool):
             raise InvalidInputError(f"rehearse is {rehearse!r}, expected True or False")
         if cache is not None and not isinstance(cache, str | Path):
