@@ -20,7 +20,7 @@ from elc_fx.graph import module_of
 from elc_fx.inputs import ExampleInputs
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import clone, replaceable_children
-from elc_fx.regions import Planner, find_chains
+from elc_fx.regions import MergePlanner, find_chains
 from elc_fx.report import Report, Totals
 from elc_fx.shapes import run_recording_shapes
 from elc_fx.verification import verify_merge, verify_outputs
@@ -31,7 +31,7 @@ LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 def merge_all(interpreter: Interpreter, *, verify: bool) -> tuple[Fusion, list[Refusal]]:
     """Carries out the merges of the graph that was read, in place; with what was not merged, and why."""
     chains, joins, refusals = find_chains(interpreter)
-    planner = Planner(interpreter)
+    planner = MergePlanner(interpreter)
     fusion = Fusion(interpreter.captured, verify_merge if verify else None)
     for step in planner.plan(chains, joins):
         fusion.apply(step)

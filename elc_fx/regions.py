@@ -1,7 +1,7 @@
 """Regions: the parts of a captured graph that are affine maps, and which merges of them cost least.
 
 Affine operations form chains; branches of one value that end in a sum or a concatenation form joins, which are parts
-of chains again. `find_chains` reads this series-parallel structure off the graph in one pass. `Planner` then splits
+of chains again. `find_chains` reads this series-parallel structure off the graph in one pass. `MergePlanner` splits
 each chain where that is cheapest: FLOPs first, and at equal FLOPs the number of operations that are launched.
 """
 
@@ -497,7 +497,7 @@ def fit_one_layer(kinds: frozenset[object]) -> bool:
     return sum(isinstance(k, torch.dtype) for k in kinds) <= 1 and sum(isinstance(k, torch.device) for k in kinds) <= 1
 
 
-class Planner:
+class MergePlanner:
     """Chooses the cheapest merges. Costs are exact where the shapes are known, else for large inputs."""
 
     def __init__(self, interpreter: Interpreter) -> None:

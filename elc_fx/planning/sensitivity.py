@@ -39,7 +39,7 @@ from elc_fx.pooling import max_pooling_of
 from elc_fx.randomness import generators, seed_all
 from elc_fx.serial import SerialGraph
 
-Step = TypeVar("Step")
+T = TypeVar("T")
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
 SAMPLES, NUMBERS = 1024, 2**26  # to measure losses on, and what they hold at most, if nobody says how many
 FITTED_MORE = 4  # times as many samples, at most, are fitted to once the choice is made,
@@ -277,7 +277,7 @@ class Sensitivity:
             for walk in walks:
                 self._forget(walk, node, needed)
 
-    def shown(self, steps: Iterable[Step], description: str, count: int | None = None) -> Iterable[Step]:
+    def shown(self, steps: Iterable[T], description: str, count: int | None = None) -> Iterable[T]:
         """With a bar. count: of the steps, by default one for each node."""
         console = Console(stderr=True)
         return track(steps, description, count or len(self.nodes), console=console, disable=not self.progress)
