@@ -11,25 +11,25 @@ from torch import fx
 class AnnotatedModule(fx.GraphModule):
     """A GraphModule with an attribute of its own. A copy loses those of GraphModule, and a pickle its `meta`.
 
-    kept: the name of the attribute, none that a submodule of the caller may have.
+    elc_fx_kept: its name. None of these may be one that a submodule of the caller has.
     """
 
-    kept: ClassVar[str]
+    elc_fx_kept: ClassVar[str]
 
     def __copy__(self) -> AnnotatedModule:
-        return _annotated(type(self), self, self.training, getattr(self, self.kept))
+        return _annotated(type(self), self, self.training, getattr(self, self.elc_fx_kept))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied: fx.GraphModule = super().__deepcopy__(memo)
         copied.training = self.training
-        setattr(copied, self.kept, getattr(self, self.kept))
+        setattr(copied, self.elc_fx_kept, getattr(self, self.elc_fx_kept))
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         function, arguments = super().__reduce__()
         # fx gives every GraphModule a class of its own, which a pickle does not find.
-        (cls,) = (base for base in type(self).__mro__ if base.__dict__.get("kept"))
-        return _unpickled, (cls, function, arguments, self.training, getattr(self, self.kept))
+        (cls,) = (base for base in type(self).__mro__ if base.__dict__.get("elc_fx_kept"))
+        return _unpickled, (cls, function, arguments, self.training, getattr(self, self.elc_fx_kept))
 
 
 def _unpickled(
@@ -41,5 +41,5 @@ def _unpickled(
 def _annotated(cls: type[AnnotatedModule], plain: fx.GraphModule, training: bool, noted: Any) -> AnnotatedModule:
     module = cls(plain, plain.graph, type(plain).__name__)
     module.training = training
-    setattr(module, cls.kept, noted)
+    setattr(module, cls.elc_fx_kept, noted)
     return module

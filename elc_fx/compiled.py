@@ -11,5 +11,5 @@ REPORT = "elc_fx_report"
 class CompiledModule(AnnotatedModule):
     """An ordinary GraphModule with a report."""
 
-    kept = REPORT
+    elc_fx_kept = REPORT
     elc_fx_report: Report | None = None  # a compiled part of a model that cannot be traced has none of its own

@@ -9,5 +9,5 @@ from elc_fx.planning.plan import Plan
 class DecoupledModule(AnnotatedModule):
     """An ordinary GraphModule with the plan that it was decoupled for."""
 
-    kept = "elc_fx_plan"
+    elc_fx_kept = "elc_fx_plan"
     elc_fx_plan: Plan
