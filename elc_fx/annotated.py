@@ -17,7 +17,7 @@ class AnnotatedModule(fx.GraphModule):
     elc_fx_kept: ClassVar[str]
 
     def __copy__(self) -> AnnotatedModule:
-        return _annotated(type(self), self, self.training, getattr(self, self.elc_fx_kept))
+        return _annotated(_class_of(self), self, self.training, getattr(self, self.elc_fx_kept))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied: fx.GraphModule = super().__deepcopy__(memo)
@@ -27,9 +27,13 @@ class AnnotatedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         function, arguments = super().__reduce__()
-        # fx gives every GraphModule a class of its own, which a pickle does not find.
-        (cls,) = (base for base in type(self).__mro__ if base.__dict__.get("elc_fx_kept"))
-        return _unpickled, (cls, function, arguments, self.training, getattr(self, self.elc_fx_kept))
+        noted = getattr(self, self.elc_fx_kept)
+        return _unpickled, (_class_of(self), function, arguments, self.training, noted)
+
+
+def _class_of(module: AnnotatedModule) -> type[AnnotatedModule]:
+    """The one that it was made of: fx gives every GraphModule a class of its own."""
+    return next(cls for cls in type(module).__mro__ if "elc_fx_kept" in vars(cls))
 
 
 def _unpickled(

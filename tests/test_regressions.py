@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,20 @@ def test_merged_layers_have_memory_of_their_own(tmp_path: Path) -> None:
     elc_fx.save(compiled, tmp_path / "net.elc")
     with torch.no_grad():
         assert_same(elc_fx.load(tmp_path / "net.elc")(x), model(x))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_of_what_is_compiled_keep_its_report(copied: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.kept(x))
+            return y
+
+    compiled, x = elc_fx.compile(Net().eval()), torch.randn(1, 3, 9, 9)
+    for again in (copied(compiled), copied(copied(compiled))):
+        assert torch.equal(again(x), compiled(x))
+        assert elc_fx.report_of(again) == elc_fx.report_of(compiled)
