@@ -22,28 +22,31 @@ from elc_fx.serial import Region, SerialGraph, Step, Windows, decouples_padding,
 
 LONGEST = 12  # layers or blocks in a row that one candidate may replace
 LARGEST_KERNEL = 7  # of a merged convolution, per axis
-MAX_POOLING = ": max pooling "  # after the name of one, in the text of an operation
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A region, and the convolution that could replace it.
 
-    name: of the region. layers: its convolutions and linear layers. operations: all that it computes. kernels: what is
-    left of the kernels that shrink, by node.
-    kernel_size, result: of the merged convolution. activations (max poolings too), paddings: what has to be decoupled
-    besides the kernels.
-    ring: how many positions beyond its border the inner layers have to compute. flops, parameters: before and after
-    (FLOPs for the batch of the example inputs). nodes: of the captured graph, which tell the region again.
+    name: of the region. layers: its convolutions and linear layers. operations: all that it computes. removed: how many
+    layers go; of one that is used several times, each use counts. kernels: what is left of the kernels that shrink, by
+    node. kernel_size, result: of the merged convolution. own_kernel: the largest kernel among its layers, as the max
+    poolings behind them widen it. activations (max poolings too), paddings: what has to be decoupled besides the
+    kernels. poolings: those of the activations that are max poolings. ring: how many positions beyond its border the
+    inner layers have to compute. flops, parameters: before and after (FLOPs for the batch of the example inputs).
+    nodes: of the captured graph, which tell the region again.
     """
 
     name: str
     layers: tuple[str, ...]
     operations: tuple[str, ...]
+    removed: int
     kernels: tuple[tuple[str, Ints], ...]
     kernel_size: Ints
+    own_kernel: int
     result: str
     activations: tuple[str, ...]
+    poolings: tuple[str, ...]
     paddings: tuple[str, ...]
     ring: int
     flops: tuple[int, int]
@@ -64,28 +67,6 @@ class Candidate:
     def merges(self) -> bool:
         """Whether something merges, a pooling too; else it is a layer by itself, whose kernel shrinks."""
         return self.removed > 0 or bool(self.activations) or not self.kernels
-
-    @property
-    def removed(self) -> int:
-        """How many layers go when it becomes one; of a layer that is used several times, each use counts."""
-        beginnings = tuple(f"{layer}: " for layer in self.layers)
-        return sum(text.startswith(beginnings) for text in self.operations) - 1
-
-    @property
-    def poolings(self) -> tuple[str, ...]:
-        """Those of its activations that are max poolings."""
-        return tuple(text.rpartition(MAX_POOLING)[0] for text in self.operations if MAX_POOLING in text)
-
-    @property
-    def own_kernel(self) -> int:
-        """The largest kernel among its layers, as the max poolings behind them widen it."""
-        largest, wider = 1, 0
-        for text in self.operations:
-            pools = MAX_POOLING in text
-            kernel = text.rpartition(MAX_POOLING if pools else ": ")[2].partition(" ")[0]
-            size = max((int(n) for n in kernel.split("×") if n.isdigit()), default=1)
-            largest, wider = (largest, wider + size - 1) if pools else (max(largest, size), wider)
-        return largest + wider
 
     def windows(self, region: Region) -> dict[fx.Node, Ints]:
         """What is left of the kernels that shrink, by the nodes of its region in a graph."""
@@ -130,10 +111,10 @@ def _is_kernel(value: Any) -> bool:
 # What the fields of a candidate can be.
 FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("name", "result"), _is_text),
-    **dict.fromkeys(("layers", "operations", "activations", "paddings", "nodes"), _are(_is_text)),
+    **dict.fromkeys(("layers", "operations", "activations", "poolings", "paddings", "nodes"), _are(_is_text)),
     "kernels": _are(_is_kernel),
     "kernel_size": _are(_is_count),
-    "ring": _is_count,
+    **dict.fromkeys(("removed", "own_kernel", "ring"), _is_count),
     **dict.fromkeys(("flops", "parameters"), _are(_is_count, 2)),
 }
 
@@ -243,7 +224,7 @@ def _operation_text(graph: SerialGraph, op: Operation) -> str:
         geometry = op.geometry
         sizes = [geometry.kernel_size, geometry.stride, tuple(low for low, _ in geometry.padding)]
         kernel, stride, padding = ("×".join(map(str, size)) for size in sizes)
-        return f"{MAX_POOLING}{kernel} stride {stride}" + (f" padding {padding}" if geometry.padded else "")
+        return f": max pooling {kernel} stride {stride}" + (f" padding {padding}" if geometry.padded else "")
     activation = activation_of(graph.graph_module, op.node) if op.node in graph.activations else None
     return f": {op.geometry if activation is None else activation_name(activation)}"
 
@@ -284,6 +265,7 @@ class CandidateFinder:
         size = _spatial(shapes, region.source, geometry.dims)
         operations = list(operations_of(region.parts))
         layers = [op for op in operations if op.convolves]
+        pools = [op for op in operations if op.node in self.graph.poolings]
         positions = _positions(shapes, region.source, geometry.dims)
         before = sum(
             op.geometry.flops(_spatial(shapes, op.source, geometry.dims)) * _positions(shapes, op.source, geometry.dims)
@@ -298,10 +280,13 @@ class CandidateFinder:
             name=self.names[region],
             layers=tuple(dict.fromkeys(label(op.node) for op in layers)),
             operations=operation_texts(self.graph, region),
+            removed=len(layers) - 1,
             kernels=tuple((node.name, kept) for node, kept in windows.items()),
             kernel_size=geometry.kernel_size,
+            own_kernel=max(map(_largest, layers)) + sum(_largest(op) - 1 for op in pools),
             result=str(geometry),
             activations=tuple(label(op.node) for op in operations if op.node in self.graph.barriers),
+            poolings=tuple(label(op.node) for op in pools),
             paddings=tuple(label(op.node) for op in padded),
             ring=max((side for step in steps.values() for sides in step.ring_out for side in sides), default=0),
             flops=(before, geometry.flops(size) * positions),
@@ -317,6 +302,10 @@ class CandidateFinder:
             for p in module_of(self.graph.graph_module, op.node).parameters()
         }
         return sum(found.values())
+
+
+def _largest(op: Operation) -> int:
+    return max(op.geometry.kernel_size, default=1)
 
 
 def _spatial(shapes: Mapping[fx.Node, Ints], node: fx.Node, dims: int) -> Ints:

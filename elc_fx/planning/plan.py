@@ -30,7 +30,7 @@ from elc_fx.planning.candidates import (
 from elc_fx.regions import operations_of
 from elc_fx.serial import Region, SerialGraph, capacity, windows_keeping
 
-FORMAT = 2  # of the JSON
+FORMAT = 3  # of the JSON
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Plan:
         except (ValueError, TypeError, RecursionError) as error:
             raise InvalidInputError(f"this plan is not JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise InvalidInputError(f"this is not a plan of format {FORMAT}")
+            raise InvalidInputError(f"this is not a plan of format {FORMAT}, as this version of elc_fx makes them")
         return cls.from_dict(data)
 
     @classmethod
