@@ -35,6 +35,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "getitem": ("input", "index"),
 }
 TORCHS_LIBRARIES = ("aten", "prim", "prims")  # of operators under torch.ops
+SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes", "unbind", "hsplit", "vsplit", "dsplit", "unsafe_chunk")
 IN_PLACE_OPERATORS = frozenset(
     name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
 )
@@ -103,9 +104,27 @@ def signature_of(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
+def may_be_tuple(node: fx.Node) -> bool:
+    """Whether what a node gives may be several tensors, as far as its function and its arguments tell."""
+    seen, left = {node}, [node]
+    while left:
+        now = left.pop()
+        name = function_name(now)
+        if name in SPLITS:
+            return True
+        joins = name in ("add", "mul", "iadd", "imul")
+        if joins and any(isinstance(value, tuple | list) for value in now.args):
+            return True
+        if joins or (name == "getitem" and isinstance(now.args[1], slice)):
+            left.extend(source for source in now.all_input_nodes if source not in seen)
+            seen.update(left)
+    return False
+
+
 def overwritten_argument(captured: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The value that an in-place operation overwrites, and returns."""
-    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    given = node.args or tuple(node.kwargs.values())
+    first = next((value for value in given if isinstance(value, fx.Node)), None)
     if node.op == "call_method":
         name = str(node.target)
         return first if name.endswith("_") and not name.endswith("__") else None
@@ -116,6 +135,8 @@ def overwritten_argument(captured: fx.GraphModule, node: fx.Node) -> fx.Node | N
         if isinstance(out := node.kwargs.get("out"), fx.Node):
             return out
         target: Callable[..., Any] = node.target  # type: ignore[assignment]
+        if isinstance(target, torch._ops.OpOverload):
+            return first if target._schema.is_mutable else None
         if name == "assign" or (getattr(target, "__module__", "") == "_operator" and name in IN_PLACE_OPERATORS):
             return first
         if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True:

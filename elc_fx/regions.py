@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from elc_fx.affine import AffineMap, Geometry, Ints
 from elc_fx.capture import IDENTITY_MODULES, Refusal, is_leaf, runs_foreign_code
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import function_name, is_torchs, label, module_of, overwritten_argument, signature_of
+from elc_fx.graph import function_name, is_torchs, label, may_be_tuple, module_of, overwritten_argument, signature_of
 from elc_fx.interpret import CPU, Feature, Interpreter, Operation
 
 LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chains are merged step by step
@@ -385,7 +385,7 @@ def allocates(captured: fx.GraphModule, node: fx.Node) -> bool:
         module = module_of(captured, node)
         known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
         return known and not isinstance(module, (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES))
-    return function_name(node) in ALLOCATING and is_torchs(node)
+    return function_name(node) in ALLOCATING and is_torchs(node) and not may_be_tuple(node)
 
 
 class _Aliases:

@@ -37,7 +37,7 @@ from elc_fx.files import write_whole
 from elc_fx.graph import module_of
 from elc_fx.report import Report
 
-FORMAT = 1
+FORMAT = 2
 KEY = "elc_fx"  # of the JSON in the file's metadata
 PACKAGES = ("elc_fx", "torch", "safetensors")  # whose versions are noted
 NAMESPACES = (torch, torch.functional, torch.nn.functional, torch.linalg, torch.fft, torch.special)

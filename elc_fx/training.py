@@ -532,8 +532,6 @@ class Finetuning:
         if self.accelerator.is_main_process and history:  # which a kill may have kept from being written
             write_whole({folder.parent / METRICS: metrics(history)})
 
-    # Progress
-
 
 class _Features:
     """What the regions of a network give, beside what the teacher gives at the same places."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -329,16 +330,23 @@ def test_what_is_overwritten_behind_the_pooling_can_be_trained_still(write: Call
 class Joined(Overwriting):
     """The pooling is in a tuple, through which it is overwritten."""
 
+    in_place = True
+
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(F.relu(self.a(x)))
         parts = self.b(pooled).chunk(2, 1)
-        parts += (pooled,)
+        if self.in_place:
+            parts += (pooled,)
+        else:
+            parts = operator.add(parts, (pooled,))
         y: Tensor = self.c(F.gelu(self.write(parts[-1])))
         return y
 
 
-def test_what_is_overwritten_through_a_tuple_can_be_trained_still() -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_is_overwritten_through_a_tuple_can_be_trained_still(in_place: bool) -> None:
     model = Joined(added).eval()
+    model.in_place = in_place
     for candidate in elc_fx.candidates(model, X):
         decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("x",))).train()
         assert torch.equal(decoupled(X), model(X))

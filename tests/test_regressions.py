@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +316,46 @@ def test_copies_of_what_is_compiled_keep_its_report(copied: Any) -> None:
     for again in (copied(compiled), copied(copied(compiled))):
         assert torch.equal(again(x), compiled(x))
         assert elc_fx.report_of(again) == elc_fx.report_of(compiled)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda z: operator.add(z.chunk(2, 1), (z,))[-1].add_(1),
+        lambda z: operator.add((z,), z.chunk(2, 1))[0].add_(1),
+        lambda z: (z.chunk(2, 1) * 2)[0].add_(1),
+        lambda z: torch.ops.aten.add_.Tensor(z, torch.ones(())),
+        lambda z: torch.relu_(input=z),
+        lambda z: nn.init.constant_(z, 1.0),
+        lambda z: nn.init.constant_(tensor=z, val=1.0),
+    ],
+    ids=["behind", "before", "repeated", "overload", "keyword", "initialised", "initialised by keyword"],
+)
+def test_nothing_merges_across_a_write_however_it_is_spelled(write: Any) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        z = F.gelu(s.z(x))
+        y = s.a(z)
+        write(z)
+        return F.gelu(y + s.b(z))
+
+    layers = {name: nn.Conv2d(4, 4, 3, padding=1) for name in "zab"}
+    model, x = Formula(forward, **layers).eval(), torch.randn(1, 4, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(elc_fx.compile(model, verify=False)(x), model(x))
+
+
+def test_an_average_pooling_counts_among_the_kernels_of_a_region() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AvgPool2d(4), nn.Conv2d(8, 8, 1)).eval()
+    assert [c.full_name for c in elc_fx.explain(model, torch.randn(1, 8, 16, 16)).smallest] == ["0..3:4x4"]
+
+
+def test_what_gives_an_ordered_dict_has_poolings_to_merge() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.p = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return OrderedDict(out=self.p(F.relu(self.a(x))))
+
+    assert any(candidate.poolings for candidate in elc_fx.candidates(Named().eval(), torch.randn(1, 3, 9, 9)))

@@ -30,8 +30,8 @@ class Candidate:
 
     name: of the region. layers: its convolutions and linear layers. operations: all that it computes. removed: how many
     layers go; of one that is used several times, each use counts. kernels: what is left of the kernels that shrink, by
-    node. kernel_size, result: of the merged convolution. own_kernel: the largest kernel among its layers, as the max
-    poolings behind them widen it. activations (max poolings too), paddings: what has to be decoupled besides the
+    node. kernel_size, result: of the merged convolution. own_kernel: the largest kernel among its layers and average
+    poolings, as max poolings widen it. activations (max poolings too), paddings: what has to be decoupled besides the
     kernels. poolings: those of the activations that are max poolings. ring: how many positions beyond its border the
     inner layers have to compute. flops, parameters: before and after (FLOPs for the batch of the example inputs).
     nodes: of the captured graph, which tell the region again.
@@ -283,7 +283,7 @@ class CandidateFinder:
             removed=len(layers) - 1,
             kernels=tuple((node.name, kept) for node, kept in windows.items()),
             kernel_size=geometry.kernel_size,
-            own_kernel=max(map(_largest, layers)) + sum(_largest(op) - 1 for op in pools),
+            own_kernel=_own_kernel(operations, pools),
             result=str(geometry),
             activations=tuple(label(op.node) for op in operations if op.node in self.graph.barriers),
             poolings=tuple(label(op.node) for op in pools),
@@ -304,8 +304,10 @@ class CandidateFinder:
         return sum(found.values())
 
 
-def _largest(op: Operation) -> int:
-    return max(op.geometry.kernel_size, default=1)
+def _own_kernel(operations: Sequence[Operation], pools: Sequence[Operation]) -> int:
+    sizes = {op.node: max(op.geometry.kernel_size, default=1) for op in operations}
+    wider = [sizes.pop(op.node) - 1 for op in pools]
+    return max(sizes.values()) + sum(wider)
 
 
 def _spatial(shapes: Mapping[fx.Node, Ints], node: fx.Node, dims: int) -> Ints:
