@@ -337,5 +337,5 @@ def test_what_a_file_may_call_takes_tensors_and_no_code() -> None:
 
 
 def test_a_file_of_a_later_format_is_told(file: Path) -> None:
-    with pytest.raises(elc_fx.StorageError, match=r"format 99, this elc_fx reads 1: .*torch"):
+    with pytest.raises(elc_fx.StorageError, match=r"format 99, this elc_fx reads 2: .*torch"):
         elc_fx.load(forged(file, lambda d: d.update(format=99)))
