@@ -17,7 +17,8 @@ from elc_fx.report.charts import INK, STYLE, picture
 Row = Mapping[str, Any]
 NOT_RUN = "not run"
 USED = ("elc", "balanced", "shrinks", *FOR_TIME, "torch-pruning", "torch-pruning-8")  # others show what an idea buys
-OTHER_PROCESSORS = ("benchmark_latency_amd", "benchmark_latency_intel")  # the later counts, where both were timed
+# The later count, where several were timed.
+OTHER_PROCESSORS = ("benchmark_latency_amd", "benchmark_latency_intel", "benchmark_latency_xeon")
 PAPER = (0.5, 0.454, 0.259)  # shares of the FLOPs that are left in "Efficient Layer Compression Without Pruning"
 ACCURACY = (
     "network",
