@@ -42,13 +42,8 @@ DROPOUT_MODULES: tuple[type[nn.Module], ...] = tuple(DROPOUT_CLASSES.values())
 DROPOUT_FUNCTIONS = {*DROPOUT_CLASSES, "feature_dropout", "stochastic_depth", "drop_path"}
 IDENTITY_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, *DROPOUT_MODULES)
 DROP_PATHS = ("DropPath", "StochasticDepth")  # as torchvision, timm and many others call them
-KNOWN_PACKAGES = (
-    "torch",
-    "torchvision",
-    "builtins",
-    "collections",
-    "math",
-)  # of functions of which it is known what they overwrite
+# Of functions of which it is known what they overwrite.
+KNOWN_PACKAGES = ("torch", "torchvision", "builtins", "collections", "math")
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
 PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc", "torch.utils._pytree"}  # for others
 ASKS_FOR_USER = {"is_tensor", "typename"}  # functions of torch

@@ -57,6 +57,19 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def tuples(graph: fx.Graph) -> set[fx.Node]:
+    """Values that may be several tensors, as far as functions and their arguments tell."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = function_name(node)
+        joins = name in ("add", "mul", "iadd", "imul")
+        passes_on = joins or (name == "getitem" and any(isinstance(index, slice) for index in node.args[1:]))
+        literal = joins and any(isinstance(value, tuple | list) for value in node.args)
+        if name in SPLITS or literal or (passes_on and not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
 def label(node: fx.Node) -> str:
     """The name of a node for people: the module's path for a call of a module, else the node's own name."""
     return str(node.target) if node.op in ("call_module", "get_attr") else node.name
@@ -102,23 +115,6 @@ def signature_of(node: fx.Node) -> dict[str, Any]:
     if len(node.args) > len(names):
         return {}
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-def may_be_tuple(node: fx.Node) -> bool:
-    """Whether what a node gives may be several tensors, as far as its function and its arguments tell."""
-    seen, left = {node}, [node]
-    while left:
-        now = left.pop()
-        name = function_name(now)
-        if name in SPLITS:
-            return True
-        joins = name in ("add", "mul", "iadd", "imul")
-        if joins and any(isinstance(value, tuple | list) for value in now.args):
-            return True
-        if joins or (name == "getitem" and isinstance(now.args[1], slice)):
-            left.extend(source for source in now.all_input_nodes if source not in seen)
-            seen.update(left)
-    return False
 
 
 def overwritten_argument(captured: fx.GraphModule, node: fx.Node) -> fx.Node | None:

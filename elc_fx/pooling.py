@@ -8,7 +8,7 @@ max(act(x)) = act(max(x)), to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Set
 from typing import Any
 
 from torch import fx, nn
@@ -16,7 +16,7 @@ from torch import fx, nn
 from elc_fx.activations import never_falls
 from elc_fx.capture import has_hooks, runs_foreign_code
 from elc_fx.graph import function_name, is_torchs, module_of, overwritten_argument
-from elc_fx.regions import allocates
+from elc_fx.regions import allocating
 
 MAX_POOLS: dict[type[Any], int] = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 FUNCTIONS = {f"max_pool{dims}d": cls for cls, dims in MAX_POOLS.items()}
@@ -50,14 +50,14 @@ def put_poolings_first(captured: fx.GraphModule, names: Container[str] | None = 
 
     names: of the poolings that matter, by default all.
     """
-    changed = False
+    changed, own = False, allocating(captured)
     for node in list(captured.graph.nodes):
         if max_pooling_of(captured, node) is None or not (names is None or node.name in names):
             continue
         activation = node.all_input_nodes[0]
         if list(activation.users) != [node] or not never_falls(captured, activation):
             continue
-        if _overwrites_nothing_shared(captured, activation) and not _may_be_overwritten(captured, node):
+        if _overwrites_nothing_shared(captured, activation, own) and not _may_be_overwritten(captured, node, own):
             _exchange(activation, node)
             activation.meta[EXCHANGED] = activation.meta.get(EXCHANGED, 0) + 1
             changed = True
@@ -86,16 +86,16 @@ def _exchange(first: fx.Node, second: fx.Node) -> None:
     first.prepend(second)
 
 
-def _overwrites_nothing_shared(captured: fx.GraphModule, activation: fx.Node) -> bool:
-    """Whether an activation overwrites nothing, or what a layer gives to it alone."""
+def _overwrites_nothing_shared(captured: fx.GraphModule, activation: fx.Node, own: Set[fx.Node]) -> bool:
+    """Whether an activation overwrites nothing, or what a layer gives to it alone. own: values in their own memory."""
     if overwritten_argument(captured, activation) is None:
         return True
     (source,) = activation.all_input_nodes
     hooked = source.op == "call_module" and has_hooks(module_of(captured, source))
-    return allocates(captured, source) and not hooked and len(source.users) == 1
+    return source in own and not hooked and len(source.users) == 1
 
 
-def _may_be_overwritten(captured: fx.GraphModule, value: fx.Node) -> bool:
+def _may_be_overwritten(captured: fx.GraphModule, value: fx.Node, own: Set[fx.Node]) -> bool:
     """By a reader in the graph, or through a view of it: what an activation gives is needed for its gradient."""
     seen, left = {value}, [value]
     while left:
@@ -103,8 +103,8 @@ def _may_be_overwritten(captured: fx.GraphModule, value: fx.Node) -> bool:
             written = overwritten_argument(captured, user)
             if written in seen or runs_foreign_code(captured, user):
                 return True
-            elsewhere = written is not None and allocates(captured, written)  # as a sum in place of a layer's output
-            if user not in seen and not elsewhere and not allocates(captured, user):
+            elsewhere = written in own  # as a sum in place of a layer's output
+            if user not in seen and not elsewhere and user not in own:
                 seen.add(user)
                 left.append(user)
     return False

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from elc_fx.affine import AffineMap, Geometry, Ints
 from elc_fx.capture import IDENTITY_MODULES, Refusal, is_leaf, runs_foreign_code
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import function_name, is_torchs, label, may_be_tuple, module_of, overwritten_argument, signature_of
+from elc_fx.graph import function_name, is_torchs, label, module_of, overwritten_argument, signature_of, tuples
 from elc_fx.interpret import CPU, Feature, Interpreter, Operation
 
 LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chains are merged step by step
@@ -379,13 +379,19 @@ class _Storage:
     shared: bool = False
 
 
-def allocates(captured: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether what a node gives is known to be in memory of its own."""
+def allocating(captured: fx.GraphModule) -> set[fx.Node]:
+    """The nodes of which it is known that what they give is in memory of its own."""
+    several = tuples(captured.graph)
+    return {node for node in captured.graph.nodes if node not in several and _allocates(captured, node)}
+
+
+def _allocates(captured: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether what a node gives is, if that is one tensor."""
     if node.op == "call_module":
         module = module_of(captured, node)
         known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
         return known and not isinstance(module, (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES))
-    return function_name(node) in ALLOCATING and is_torchs(node) and not may_be_tuple(node)
+    return function_name(node) in ALLOCATING and is_torchs(node)
 
 
 class _Aliases:
@@ -394,6 +400,7 @@ class _Aliases:
     def __init__(self, interpreter: Interpreter) -> None:
         self.interpreter = interpreter
         self.captured = interpreter.captured
+        self.allocating = allocating(self.captured)
         self.storage: dict[fx.Node, _Storage] = {}
         for node in self.captured.graph.nodes:
             self._add(node)
@@ -420,7 +427,7 @@ class _Aliases:
 
     def _allocates(self, node: fx.Node) -> bool:
         read = node.op != "call_module" and function_name(node) != "getitem" and node in self.interpreter.operations
-        return read or allocates(self.captured, node)
+        return read or node in self.allocating
 
     def of(self, node: fx.Node) -> list[fx.Node]:
         return self.storage[node].members
