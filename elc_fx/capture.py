@@ -25,7 +25,15 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
 from elc_fx.errors import ElcError
-from elc_fx.graph import function_name, module_of, overwritten_argument, package_of, signature_of
+from elc_fx.graph import (
+    allocates,
+    function_name,
+    module_of,
+    overwrites_several,
+    overwritten_argument,
+    package_of,
+    signature_of,
+)
 from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask
 from elc_fx.randomness import generators
 
@@ -200,10 +208,10 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def runs_foreign_code(captured: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node calls code that is not torch's: it may write into what it reads, and nobody knows what it is."""
+    """Whether a node may write into anything that it reads: code that is not torch's, and nobody knows what it is."""
     if node.op == "call_module":
         return not is_leaf(module_of(captured, node))
-    return node.op == "call_function" and package_of(node) not in KNOWN_PACKAGES
+    return node.op == "call_function" and (package_of(node) not in KNOWN_PACKAGES or overwrites_several(node))
 
 
 def calls_differently(module: nn.Module) -> bool:
@@ -359,6 +367,7 @@ class _Tracer(fx.Tracer):
         self.untruthful: str | None = None  # the last question that a traced value could not answer
         self._called: set[nn.Module] = set()
         self._parameters: dict[str, fx.Proxy] = {}
+        self._frozen: dict[fx.Node, str] = {}  # what shares memory with tensors for which there are no stand-ins
 
     @functools.cached_property
     def _names(self) -> dict[int, str]:
@@ -432,7 +441,21 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if self.autocast != _autocast_state():
             raise _UntruthfulError("it switches autocast, which a graph does not record")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        self._check_writes(node)
+        return node
+
+    def _check_writes(self, node: fx.Node) -> None:
+        """Raises for a write into a tensor that is read as it is now wherever no traced value is involved."""
+        if node.op not in ("call_function", "call_method", "call_module"):
+            return
+        written = overwritten_argument(self.root, node)
+        for value in node.all_input_nodes if overwrites_several(node) else (written,):
+            if value in self._frozen:
+                raise _UntruthfulError(f"it writes into {self._frozen[value]}, which tracing would freeze")
+        source = next(iter(node.all_input_nodes), None)
+        if source in self._frozen and not allocates(node):  # maybe a view
+            self._frozen[node] = self._frozen[source]
 
     def _forget_after(self, last: fx.Node | None) -> None:
         for node in reversed(self.graph.nodes):
@@ -462,7 +485,9 @@ class _Tracer(fx.Tracer):
                 name = next(n for i in itertools.count() if not self._has(n := f"_tensor_constant{i}"))
                 self.constants[name] = a
                 self._names[id(a)] = name
-            return self.create_node("get_attr", name, (), {})
+            node = self.create_node("get_attr", name, (), {})
+            self._frozen[node] = "a tensor that it makes" if name in self.constants else f"`{name}`"
+            return node
         if isinstance(a, dict) and type(a) is not dict:  # torch.fx would make it a plain one
             if type(a) is not OrderedDict:
                 raise NotImplementedError(f"a {type(a).__name__} made of traced values")

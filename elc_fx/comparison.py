@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdRef
 
 from elc_fx.errors import InvalidInputError, TrainingModeError
+from elc_fx.graph import written_arguments
 from elc_fx.inputs import ExampleInputs, fresh
 from elc_fx.randomness import reproducibly
 
@@ -233,7 +234,7 @@ class _Layers(TorchDispatchMode):
         known = [depth for value in values if (depth := self._depth_of(value)) is not None]
         if known:
             depth = max(known) + (packet in _CONVOLUTIONS or self._is_linear(packet, args))
-            self._mark([*tree_leaves(output), *(_written(func, args, kwargs) if operation else ())], depth)
+            self._mark([*tree_leaves(output), *(written_arguments(func, args, kwargs) if operation else ())], depth)
         return output
 
     def _is_linear(self, packet: Any, args: tuple[Any, ...]) -> bool:
@@ -254,15 +255,6 @@ class _Layers(TorchDispatchMode):
 def _storage(tensor: Tensor) -> StorageWeakRef | WeakIdRef:
     """What the views of one tensor have in common. Sparse and other storageless tensors stand for themselves."""
     return StorageWeakRef(tensor.untyped_storage()) if torch._C._has_storage(tensor) else WeakIdRef(tensor)
-
-
-def _written(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The tensors that an operation overwrites; not all of them are among what it returns."""
-    if not func._schema.is_mutable:
-        return []
-    named = {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
-    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return tree_leaves([named.get(name) for name in written])
 
 
 # Outputs

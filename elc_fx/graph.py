@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -36,12 +37,35 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 TORCHS_LIBRARIES = ("aten", "prim", "prims")  # of operators under torch.ops
 SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes", "unbind", "hsplit", "vsplit", "dsplit", "unsafe_chunk")
+ALLOCATING = frozenset(
+    (
+        *(
+            "add",
+            "sub",
+            "mul",
+            "truediv",
+            "div",
+            "cat",
+            "concat",
+            "concatenate",
+            "stack",
+            "neg",
+            "matmul",
+            "sum",
+            "mean",
+        ),
+        *("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "sigmoid", "tanh"),
+        *("softmax", "log_softmax", "softplus", "clone", "exp", "sqrt", "batch_norm", "layer_norm", "interpolate"),
+        *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
+        *("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))),
+    )
+)
 IN_PLACE_OPERATORS = frozenset(
     name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
 )
 
 
-def module_of(captured: fx.GraphModule, node: fx.Node) -> nn.Module:
+def module_of(captured: nn.Module, node: fx.Node) -> nn.Module:
     """The module that a node calls."""
     module: nn.Module = operator.attrgetter(str(node.target))(captured)
     return module
@@ -100,6 +124,14 @@ def is_torchs(node: fx.Node) -> bool:
     return node.op != "call_function" or package_of(node) == "torch"
 
 
+def allocates(node: fx.Node) -> bool:
+    """Whether what a function or method gives, if it is one tensor, is known to be in memory of its own.
+
+    Not asked of one that works in place.
+    """
+    return function_name(node) in ALLOCATING and is_torchs(node)
+
+
 def signature_of(node: fx.Node) -> dict[str, Any]:
     """The arguments of a function or method call by parameter name; what was left out is missing.
 
@@ -117,8 +149,10 @@ def signature_of(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def overwritten_argument(captured: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def overwritten_argument(captured: nn.Module, node: fx.Node) -> fx.Node | None:
     """The value that an in-place operation overwrites, and returns."""
+    if overwrites_several(node):
+        return None
     given = node.args or tuple(node.kwargs.values())
     first = next((value for value in given if isinstance(value, fx.Node)), None)
     if node.op == "call_method":
@@ -132,7 +166,7 @@ def overwritten_argument(captured: fx.GraphModule, node: fx.Node) -> fx.Node | N
             return out
         target: Callable[..., Any] = node.target  # type: ignore[assignment]
         if isinstance(target, torch._ops.OpOverload):
-            return first if target._schema.is_mutable else None
+            return next((v for v in written_arguments(target, node.args, node.kwargs) if isinstance(v, fx.Node)), None)
         if name == "assign" or (getattr(target, "__module__", "") == "_operator" and name in IN_PLACE_OPERATORS):
             return first
         if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True:
@@ -140,3 +174,22 @@ def overwritten_argument(captured: fx.GraphModule, node: fx.Node) -> fx.Node | N
         if inspect.isfunction(target) and signature_of(node).get("inplace") is True:
             return first
     return None
+
+
+def overwrites_several(node: fx.Node) -> bool:
+    """Whether an operation of torch's may write into several of its inputs, or into one that it does not return."""
+    name = function_name(node)
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        written = written_arguments(node.target, node.args, node.kwargs)
+        return len(written) > 1 or (len(written) == 1 and len(node.target._schema.returns) != 1)
+    in_lists = name.startswith("_foreach_") and name.endswith("_")
+    return in_lists or name in ("set_", "__setitem__") or isinstance(node.kwargs.get("out"), tuple | list)
+
+
+def written_arguments(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What the schema of an operator says that a call of it overwrites; not all of it is among what it returns."""
+    schema = overload._schema
+    if not schema.is_mutable:
+        return []
+    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
+    return tree_leaves([given.get(argument.name) for argument in schema.arguments if argument.is_write])

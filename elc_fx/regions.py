@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from elc_fx.affine import AffineMap, Geometry, Ints
 from elc_fx.capture import IDENTITY_MODULES, Refusal, is_leaf, runs_foreign_code
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import function_name, is_torchs, label, module_of, overwritten_argument, signature_of, tuples
+from elc_fx.graph import allocates, function_name, label, module_of, overwritten_argument, signature_of, tuples
 from elc_fx.interpret import CPU, Feature, Interpreter, Operation
 
 LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chains are merged step by step
@@ -391,7 +391,7 @@ def _allocates(captured: fx.GraphModule, node: fx.Node) -> bool:
         module = module_of(captured, node)
         known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
         return known and not isinstance(module, (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES))
-    return function_name(node) in ALLOCATING and is_torchs(node)
+    return allocates(node)
 
 
 class _Aliases:
@@ -442,31 +442,6 @@ class _Aliases:
         if node in self.interpreter.operations:  # rings of a decoupled network are modules of elc_fx
             return False
         return runs_foreign_code(self.captured, node)
-
-
-ALLOCATING = frozenset(
-    (
-        *(
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "div",
-            "cat",
-            "concat",
-            "concatenate",
-            "stack",
-            "neg",
-            "matmul",
-            "sum",
-            "mean",
-        ),
-        *("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "sigmoid", "tanh"),
-        *("softmax", "log_softmax", "softplus", "clone", "exp", "sqrt", "batch_norm", "layer_norm", "interpolate"),
-        *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
-        *("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))),
-    )
-)
 
 
 @dataclass(frozen=True)

@@ -696,6 +696,12 @@ def scale_part(y: Tensor) -> None:
     y[:, 1:] *= 2
 
 
+@torch.library.custom_op("elc_fx_tests::scale_and_shift", mutates_args=["scaled", "shifted"])
+def scale_and_shift(scaled: Tensor, shifted: Tensor) -> None:
+    scaled.mul_(2.0)
+    shifted.add_(1.5)
+
+
 OVERWRITES: dict[str, Callable[[Tensor], Any]] = {
     "relu_": lambda y: y.relu_(),
     "F.relu": lambda y: F.relu(y, inplace=True),
@@ -707,6 +713,11 @@ OVERWRITES: dict[str, Callable[[Tensor], Any]] = {
     "assignment": lambda y: y.__setitem__((..., 0), 0.5),
     "fill of a part": lambda y: y[:, 1].fill_(2.0),
     "out=": lambda y: torch.clamp(y, min=0.1, out=y),
+    "out= of two": lambda y: torch.sort(y.neg(), dim=1, out=(y, torch.empty_like(y, dtype=torch.long))),
+    "list": lambda y: torch._foreach_add_([y], 1.5),
+    "list, overload": lambda y: torch.ops.aten._foreach_add_.Scalar([y], 1.5),
+    "last argument, overload": lambda y: torch.ops.aten.add.out(y.neg(), 1.5, out=y),
+    "custom operator": lambda y: torch.ops.elc_fx_tests.scale_and_shift(y.neg(), y),
 }
 
 ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -795,6 +806,51 @@ def test_example_inputs_are_not_overwritten_by_compile() -> None:
     kept = x.clone()
     elc_fx.compile(model, (x,))
     assert torch.equal(x, kept)
+
+
+def through_a_view(s: Any, y: Tensor, made: Tensor) -> Tensor:
+    part = made[0]
+    part.copy_(y.mean())
+    return y * made.exp().view(4, 1, 1)
+
+
+def expanded(s: Any, y: Tensor, made: Tensor) -> Tensor:
+    made.view_as(y.mean((0, 2, 3))).copy_(y.mean((0, 2, 3)))
+    return y * made.exp().view(4, 1, 1)
+
+
+WRITES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "read by itself": lambda s, y, made: (made.copy_(y.mean()), y * made.exp().view(4, 1, 1))[1],
+    "read with a value": lambda s, y, made: (made.add_(y.mean()), y * made.view(4, 1, 1))[1],
+    "out=": lambda s, y, made: (torch.sum(y, (0, 2, 3), out=made), y * made.exp().view(4, 1, 1))[1],
+    "part": lambda s, y, made: (made.__setitem__(0, y.mean()), y * made.exp().view(4, 1, 1))[1],
+    "through a view": through_a_view,
+    "through a view by its reader": expanded,
+    "by a module": lambda s, y, made: (s.relu(made.sub_(y.mean())), y * made.exp().view(4, 1, 1))[1],
+}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["made by forward", "buffer"])
+@pytest.mark.parametrize("name", WRITES)
+def test_values_written_into_a_tensor_that_is_none_of_the_graph(name: str, kept: bool) -> None:
+    """It would be frozen as it is while tracing, and keep from call to call what is written."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        made = s.statistic if kept else torch.ones(4, dtype=torch.float64)
+        written: Tensor = WRITES[name](s, s.c(x), made)
+        return s.a(written)
+
+    torch.manual_seed(0)
+    layers = {"c": conv_bn(4, 4), "a": conv_bn(4, 4), "relu": nn.ReLU(inplace=True)}
+    model = ready(Unary(forward, **layers, statistic=torch.ones(4, dtype=torch.float64)))
+    compiled = [elc_fx.compile(model), elc_fx.compile(model, image(1, 4, 5, 5))]
+    original = copy.deepcopy(model)
+    with torch.no_grad():
+        for _ in range(3):
+            x = image(1, 4, 5, 5)
+            expected = original(x)
+            for result in compiled:
+                assert_same(result(x), expected)
 
 
 def test_parameter_changed_by_forward_is_not_folded() -> None:
