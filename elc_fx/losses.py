@@ -41,8 +41,8 @@ def distance(output: Any, wanted: Any, temperature: float | None, dtype: torch.d
     ]
     if not pairs:
         raise InvalidInputError(
-            "the model gives no tensor of floating point numbers to compare: train without a teacher "
-            "(distillation=0), or pass a loss of your own"
+            "the model gives no tensor of floating point numbers by which outputs could be compared; wrap it in a "
+            'module that gives some, or do without: plan(..., loss="uniform"), FinetuneConfig(distillation=0)'
         )
     return relative_square(pairs)
 

@@ -23,7 +23,7 @@ from elc_fx.planning.latency import LatencyMeter
 def row(method: str, accuracy: float, seed: int = 0) -> dict[str, Any]:
     before, after = {"flops": 200, "depth": 20}, {"flops": 100, "depth": 12}
     scores = {"test": [0.9, accuracy], "held_out": [0.5, accuracy], "before": before, "after": after}
-    origin = {"provenance": {"machine": {"cpu": "Abacus(R) of 1622"}}, "arithmetic": "float32"}
+    origin = {"provenance": {"date": "2026-01-02", "machine": {"cpu": "Abacus(R) of 1622"}}, "arithmetic": "float32"}
     return {"network": "net", "method": method, "budget": 0.5, "epochs": 5, "seed": seed, **scores, **origin}
 
 
@@ -43,8 +43,12 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, own in enumerate(rows):
         (tmp_path / "benchmark" / f"{number}.json").write_text(json.dumps(own))
     times = [latency("original", "eager", 0.9), latency("net-elc-0.5-5-0", "eager", 2.0)]
-    (tmp_path / "benchmark_latency.json").write_text(json.dumps({"rows": times}))
+    write_times(tmp_path / "benchmark_latency.json", times)
     return tmp_path
+
+
+def write_times(file: Path, times: list[dict[str, Any]], date: str = "2026-01-03") -> None:
+    file.write_text(json.dumps({"provenance": {"date": date}, "rows": times}))
 
 
 def test_seeds_are_averaged_and_what_was_not_run_is_said(results: Path) -> None:
@@ -69,8 +73,37 @@ def test_the_headline_has_what_people_would_use_with_its_speed(results: Path) ->
 
 
 def test_speeds_are_named_by_method_and_budget(results: Path) -> None:
-    shown = tables.latency_table(tables._latencies())
+    shown = tables.latency_table(tables.timed(tables.stored()))
     assert "elc, 50%" in shown and "2.00 (1.90–2.10)" in shown and "original" in shown and "eager, 1" in shown
+
+
+def test_networks_of_the_same_layers_take_the_same_time(results: Path) -> None:
+    plan = {"plan": {"candidates": ["a"]}}
+    stored = [{**row("elc", 0.88), **plan}, {**row("elc", 0.89), **plan, "epochs": 10}]
+    short, long = tables.speed_table(stored).splitlines()[2:]
+    assert short.endswith("2.00×") and long.endswith("2.00×")
+
+
+def test_times_of_what_a_row_was_before_it_was_run_again_do_not_count(results: Path) -> None:
+    write_times(results / "benchmark_latency.json", [latency("net-elc-0.5-5-0", "eager", 2.0)], date="2026-01-01")
+    assert tables.timed(tables.stored()) == [] and "2.00" not in tables.speed_table(tables.stored())
+
+
+def test_a_pruned_network_is_compared_with_the_best_that_is_as_fast(results: Path) -> None:
+    stored = [row("torch-pruning", 0.87), row("elc", 0.89), row("balanced", 0.88), row("shrinks", 0.9)]
+    pruned, elc, balanced, shrinks = (tables._stem(own) for own in stored)
+    write_times(results / "benchmark_latency.json", [latency(pruned, "eager", 1.5), latency(elc, "eager", 1.4)])
+
+    def points() -> str:
+        (line,) = tables.versus_table(stored).splitlines()[2:]
+        return line.split("87.00%")[1].removesuffix("not run").split("not run")[0].strip()
+
+    assert points() == "slower"
+    elsewhere = [latency(pruned, "eager", 1.2), latency(elc, "eager", 1.4), latency(balanced, "eager", 1.2)]
+    write_times(results / "benchmark_latency_amd.json", [*elsewhere, latency(shrinks, "eager", 1.1)])
+    assert points() == "+1.00"  # elc counts on the first processor, and shrinks is slower
+    write_times(results / "benchmark_latency_xeon.json", [latency(pruned, "eager", 1), latency(shrinks, "eager", 2)])
+    assert points() == "+1.00"
 
 
 def test_a_plot_of_the_same_rows_is_the_same_file(results: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,11 @@ MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results:(?P
 STYLE = "github"
 Result = dict[str, Any]
 
+
+def _latencies(name: str, _: Result) -> str:
+    return benchmark.latency_table(benchmark.timed(benchmark.stored(), name), STYLE)
+
+
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "zoo_sweep": ("zoo_sweep", lambda result: zoo_sweep.table(result["rows"], STYLE)),
     "zoo_summary": ("zoo_sweep", lambda result: zoo_sweep.summary(result["rows"]) + "."),
@@ -67,10 +73,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "benchmark_accuracy": ("benchmark", lambda result: benchmark.accuracy_table(result["rows"], STYLE)),
     "benchmark_headline": ("benchmark", lambda result: benchmark.headline_table(result["rows"], STYLE)),
     "benchmark_speed": ("benchmark", lambda result: benchmark.speed_table(result["rows"], STYLE)),
-    **{
-        name: (name, lambda result: benchmark.latency_table(result["rows"], STYLE))
-        for name in ("benchmark_latency", *benchmark.OTHER_PROCESSORS)
-    },
+    "benchmark_versus": ("benchmark", lambda result: benchmark.versus_table(result["rows"], STYLE)),
+    **{name: (name, partial(_latencies, name)) for name in benchmark.LATENCIES},
     "quantised": ("quantised", lambda result: quantise.table(result["rows"], STYLE)),
     "quantised_speed": ("quantised", lambda result: quantise.speed_table(result["rows"], STYLE)),
     "runtimes": ("runtimes", lambda result: bench_runtimes.table(result["rows"], STYLE)),

@@ -11,14 +11,21 @@ from typing import Any
 
 import provenance
 import terminal
-from benchmark.methods import FOR_TIME, METHODS, RUNTIMES
+from benchmark.methods import BATCHES, FOR_TIME, METHODS, RUNTIMES
 from elc_fx.report.charts import INK, STYLE, picture
 
 Row = Mapping[str, Any]
 NOT_RUN = "not run"
 USED = ("elc", "balanced", "shrinks", *FOR_TIME, "torch-pruning", "torch-pruning-8")  # others show what an idea buys
-# The later count, where several were timed.
-OTHER_PROCESSORS = ("benchmark_latency_amd", "benchmark_latency_intel", "benchmark_latency_xeon")
+LATENCIES = {  # the file of each processor; where a network was timed on several, the first counts, then the last
+    "benchmark_latency": "AMD with bfloat16",
+    "benchmark_latency_amd": "AMD without",
+    "benchmark_latency_intel": "Intel with bfloat16",
+    "benchmark_latency_xeon": "Intel without",
+}
+MAIN = next(iter(LATENCIES))
+COLUMNS = [(runtime, batch) for runtime in RUNTIMES for batch in BATCHES]
+TIMES = tuple(f"{runtime}, {batch}" for runtime, batch in COLUMNS)
 PAPER = (0.5, 0.454, 0.259)  # shares of the FLOPs that are left in "Efficient Layer Compression Without Pruning"
 ACCURACY = (
     "network",
@@ -42,7 +49,9 @@ def show() -> None:
     print()
     print(accuracy_table(rows))
     print()
-    print(latency_table(_latencies()))
+    print(versus_table(rows))
+    print()
+    print(latency_table(timed(rows)))
     for network in sorted({row["network"] for row in rows}):
         plot(network, rows, provenance.RESULTS / f"benchmark_{network}.svg")
 
@@ -55,14 +64,26 @@ def stored() -> list[Row]:
     return sorted(rows, key=lambda r: (r["network"], -r["budget"], r["epochs"], order.index(r["method"]), r["seed"]))
 
 
-def _latencies(name: str = "benchmark_latency") -> list[Row]:
+def timed(rows: Sequence[Row], name: str = MAIN) -> list[Row]:
+    """What was timed on one processor, without networks that their rows have not had since."""
     file = provenance.RESULTS / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    if not file.exists():
+        return []
+    run = json.loads(file.read_text(encoding="utf-8"))
+    made = {_stem(row): row["provenance"]["date"] for row in rows}
+    return [row for row in run["rows"] if made.get(row["row"], "") <= run["provenance"]["date"]]
 
 
-def _speedups(latencies: Sequence[Row]) -> dict[tuple[str, str, int], float]:
-    """By row, runtime and batch size."""
-    return {(row["row"], row["runtime"], row["batch"]): row["speedup"] for row in latencies}
+def _speedups(rows: Sequence[Row], name: str = MAIN) -> dict[tuple[str, str, int], float]:
+    """By layers, runtime and batch size, on one processor."""
+    layers = {_stem(row): _layers(row) for row in rows}
+    times = [row for row in timed(rows, name) if row["row"] in layers]
+    return {(layers[row["row"]], row["runtime"], row["batch"]): row["speedup"] for row in times}
+
+
+def _layers(row: Row) -> str:
+    """Equal for networks of the same layers, which take the same time."""
+    return f"{row['network']} {json.dumps(row['plan'])}" if row.get("plan") else _stem(row)
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
@@ -80,7 +101,8 @@ def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
 
 def headline_table(rows: Sequence[Row], style: str = "simple") -> str:
     """What people would use, at the paper's budgets; see `speed_table`."""
-    return speed_table([row for row in rows if row["budget"] in PAPER and row["method"] not in FOR_TIME], style)
+    lines = [own for own in _useful(rows) if own[0]["budget"] in PAPER and own[0]["method"] not in FOR_TIME]
+    return _speeds(lines, rows, style)
 
 
 def speed_table(rows: Sequence[Row], style: str = "simple") -> str:
@@ -88,20 +110,62 @@ def speed_table(rows: Sequence[Row], style: str = "simple") -> str:
 
     With a star, what was only timed on another processor, against the original there.
     """
-    times = _speedups(_latencies())
-    others = [row for name in OTHER_PROCESSORS for row in _latencies(name)]
-    shown = {k: f"{speedup:.2f}×*" for k, speedup in _speedups(others).items()} | {
-        k: f"{speedup:.2f}×" for k, speedup in times.items()
-    }
-    columns = sorted({column[1:] for column in times}, key=lambda column: (RUNTIMES.index(column[0]), column[1]))
-    lines = []
-    for (network, method, _, epochs), own in _grouped(rows).items():
-        if method in USED and "test" in own[0]:
-            accuracy, points, _, flops, _, seeds = _cells(own)
-            cells = [shown.get((_stem(own[0]), *column), "") for column in columns]
-            lines.append([network, method, flops, epochs, accuracy, points, seeds, *cells])
+    return _speeds(_useful(rows), rows, style)
+
+
+def _useful(rows: Sequence[Row]) -> list[list[Row]]:
+    return [own for own in _grouped(rows).values() if own[0]["method"] in USED and "test" in own[0]]
+
+
+def _speeds(lines: Sequence[list[Row]], rows: Sequence[Row], style: str) -> str:
+    main, *others = (_speedups(rows, name) for name in LATENCIES)
+    shown = {key: f"{speedup:.2f}×*" for times in others for key, speedup in times.items()}
+    shown |= {key: f"{speedup:.2f}×" for key, speedup in main.items()}
+    cells = []
+    for own in lines:
+        accuracy, points, _, flops, _, seeds = _cells(own)
+        times = [shown.get((_layers(own[0]), *column), "") for column in COLUMNS]
+        head = own[0]["network"], own[0]["method"], flops, own[0]["epochs"]
+        cells.append([*head, accuracy, points, seeds, *times])
     headers = ("network", "method", "FLOPs", "epochs", "test accuracy", "points", "seeds")
-    return terminal.table(lines, (*headers, *(f"{name}, {size}" for name, size in columns)), style)
+    return terminal.table(cells, (*headers, *TIMES), style)
+
+
+def versus_table(rows: Sequence[Row], style: str = "simple") -> str:
+    """At equal time: by how many points the best of our networks that are at least as fast is above a pruned one.
+
+    Two networks are compared on the first processor on which both were timed.
+    """
+    times, lines = [_speedups(rows, name) for name in LATENCIES], []
+    for pruned in filter(_is_pruned, _useful(rows)):
+        key = pruned[0]["network"], pruned[0]["epochs"]
+        ours = [own for own in _useful(rows) if (own[0]["network"], own[0]["epochs"]) == key and not _is_pruned(own)]
+        cells = []
+        for column in COLUMNS:
+            lead = {_accuracy(own) - _accuracy(pruned): _faster(own, pruned, times, column) for own in ours}
+            timed = {points: faster for points, faster in lead.items() if faster is not None}
+            best = max((points for points, faster in timed.items() if faster), default=None)
+            cells.append(f"{100 * best:+.2f}" if best is not None else "slower" if timed else NOT_RUN)
+        accuracy, _, _, flops, _, _ = _cells(pruned)
+        lines.append([key[0], pruned[0]["method"], flops, accuracy, *cells])
+    return terminal.table(lines, ("network", "method", "FLOPs", "test accuracy", *TIMES), style)
+
+
+def _is_pruned(own: Sequence[Row]) -> bool:
+    return bool(own[0]["method"].startswith("torch-pruning"))
+
+
+def _faster(
+    own: Sequence[Row], other: Sequence[Row], times: Sequence[Mapping[Any, float]], column: tuple[str, int]
+) -> bool | None:
+    """Whether one is at least as fast as the other, or None. times: of each processor."""
+    a, b = ((_layers(rows[0]), *column) for rows in (own, other))
+    return next((processor[a] >= processor[b] for processor in times if a in processor and b in processor), None)
+
+
+def _accuracy(rows: Sequence[Row]) -> float:
+    """The mean over seeds."""
+    return statistics.mean(row["test"][1] for row in rows)
 
 
 def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
@@ -134,7 +198,7 @@ def _trained_on(rows: Sequence[Row]) -> str:
 def _cells(rows: Sequence[Row]) -> list[str]:
     after = [row["test"][1] for row in rows]
     spread = f" ({min(after):.2%}–{max(after):.2%})" if len(after) > 1 else ""
-    mean, flops = statistics.mean(after), rows[0]["after"]["flops"] / rows[0]["before"]["flops"]
+    mean, flops = _accuracy(rows), rows[0]["after"]["flops"] / rows[0]["before"]["flops"]
     return [
         f"{mean:.2%}{spread}",
         f"{100 * (mean - rows[0]['test'][0]):+.2f}",
@@ -147,14 +211,13 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 def latency_table(rows: Sequence[Row], style: str = "simple") -> str:
     """How many times as fast as the original with its batch norms folded, median and quartiles."""
-    columns = list(dict.fromkeys((row["runtime"], row["batch"]) for row in rows))
     lines: dict[tuple[str, str], dict[tuple[str, int], str]] = defaultdict(dict)
     for row in rows:
         low, high = row["quartiles"]
         cell = f"{row['speedup']:.2f} ({low:.2f}–{high:.2f})"
         lines[row["network"], _method(row)][row["runtime"], row["batch"]] = cell
-    cells = [[*key, *(own.get(column, "") for column in columns)] for key, own in lines.items()]
-    return terminal.table(cells, ("network", "method", *(f"{name}, {size}" for name, size in columns)), style)
+    cells = [[*key, *(own.get(column, "") for column in COLUMNS)] for key, own in lines.items()]
+    return terminal.table(cells, ("network", "method", *TIMES), style)
 
 
 def _method(row: Row) -> str:
@@ -183,9 +246,8 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
     done = [row for row in rows if row["network"] == network and "test" in row]
     epochs = statistics.mode(row["epochs"] for row in done)
     done = [row for row in done if row["epochs"] == epochs]
-    times = [row for row in _latencies() if row["network"] == network]
-    speed = _speedups(times)
-    columns = list(dict.fromkeys((t["runtime"], t["batch"]) for t in times))
+    speed = _speedups([row for row in rows if row["network"] == network])
+    columns = [column for column in COLUMNS if any(key[1:] == column for key in speed)]
     count = len(columns) + 1
     wide = min(count, 3)
     figure, axes = pyplot.subplots(
@@ -197,7 +259,7 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
             points = []
             for row in done:
                 share = row["after"]["flops"] / row["before"]["flops"]
-                x = share if column is None else speed.get((_stem(row), *column))
+                x = share if column is None else speed.get((_layers(row), *column))
                 if row["method"] == name and x is not None:
                     points.append((x, 100 * row["test"][1]))
             if points:
