@@ -28,7 +28,7 @@ from elc_fx.pooling import MAX_POOLS, max_pooling_of, put_poolings_first
 from elc_fx.regions import Chain, Join, Part, find_chains, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
 from elc_fx.shapes import run_recording_shapes
 
-Windows = Mapping[fx.Node, Ints]  # the kernel size that a convolution keeps, where that is less than all of it
+KeptWindows = Mapping[fx.Node, Ints]  # the kernel size that a convolution keeps, where that is less than all of it
 
 
 class SerialInterpreter(Interpreter):
@@ -134,7 +134,7 @@ class Region:
         return isinstance(last, Operation) and not last.convolves
 
     @property
-    def windows(self) -> Iterator[Windows]:
+    def windows(self) -> Iterator[KeptWindows]:
         """The windows that are worth a candidate, small kernels first, by their longest axis.
 
         A layer by itself keeps all of its kernel, three taps or one, along each axis, but not all along every axis if
@@ -153,7 +153,7 @@ class Region:
     def nodes(self) -> set[fx.Node]:
         return set(nodes_of(self.parts))
 
-    def geometry(self, windows: Windows) -> Geometry:
+    def geometry(self, windows: KeptWindows) -> Geometry:
         """The convolution that it becomes. Raises `NotAffineError` where it does not become one."""
         if not fit_one_layer(kinds_of(self.parts)):
             raise NotAffineError("the layers differ in data type or device")
@@ -202,7 +202,7 @@ def moved(first: Padding, stride: Ints, second: Padding) -> Padding:
     return tuple((low + s * q, high + s * r) for (low, high), s, (q, r) in zip(first, stride, second, strict=True))
 
 
-def closed_geometry(op: Operation, windows: Windows) -> Geometry:
+def closed_geometry(op: Operation, windows: KeptWindows) -> Geometry:
     """The geometry of an operation whose gates are closed: zero padding, and the window of the kernel that is kept."""
     geometry = op.geometry
     if geometry.padding_mode != "zeros":
@@ -362,14 +362,14 @@ def _strides(part: Part) -> bool:
 
 
 @dataclass(frozen=True)
-class Step:
+class RingStep:
     """The rings of the input and output of an operation or join of a region, per axis and side."""
 
     ring_in: Padding
     ring_out: Padding
 
 
-def rings(parts: Sequence[Part], windows: Windows, ring: Padding, steps: dict[fx.Node, Step]) -> Padding:
+def rings(parts: Sequence[Part], windows: KeptWindows, ring: Padding, steps: dict[fx.Node, RingStep]) -> Padding:
     """The ring that the parts need of their source to give `ring` at their end. steps: gets that of every operation.
 
     An operation with stride s and padding p reads s·r + p beyond the border to give a ring of r.
@@ -378,7 +378,7 @@ def rings(parts: Sequence[Part], windows: Windows, ring: Padding, steps: dict[fx
         if isinstance(part, Join):
             needs = [rings(branch.chain.parts, windows, ring, steps) for branch in part.branches]
             before = tuple((max(low for low, _ in n), max(high for _, high in n)) for n in zip(*needs, strict=True))
-            steps[part.node] = Step(before, ring)
+            steps[part.node] = RingStep(before, ring)
             ring = before
             continue
         geometry = closed_geometry(part, windows)
@@ -387,7 +387,7 @@ def rings(parts: Sequence[Part], windows: Windows, ring: Padding, steps: dict[fx
             padding = ((0, 0),) * geometry.dims  # a crop is done as it is
         before = moved(padding, geometry.stride, ring)
         before = tuple((max(low, 0), max(high, 0)) for low, high in before)
-        steps[part.node] = Step(before, ring)
+        steps[part.node] = RingStep(before, ring)
         ring = before
     return ring
 
@@ -399,7 +399,7 @@ def pads(op: Operation) -> bool:
     return not op.convolves and geometry.padded and alone and geometry.out_channels == geometry.in_channels
 
 
-def decouples_padding(op: Operation, step: Step, *, at_source: bool) -> bool:
+def decouples_padding(op: Operation, step: RingStep, *, at_source: bool) -> bool:
     """Whether an operation pads what has a ring. Zeros around the source of the region are there already."""
     free = at_source and op.geometry.padding_mode == "zeros"
     return (op.convolves or pads(op)) and op.geometry.padded and not free and has_size(step.ring_in)

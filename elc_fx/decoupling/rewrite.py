@@ -44,10 +44,10 @@ from elc_fx.planning.plan import Plan
 from elc_fx.pooling import max_pooling_of
 from elc_fx.regions import Join, Part, operations_of
 from elc_fx.serial import (
+    KeptWindows,
     Region,
+    RingStep,
     SerialGraph,
-    Step,
-    Windows,
     decouples_padding,
     has_size,
     moved,
@@ -171,13 +171,13 @@ class _Rewriter:
         self.calls = _calls(self.graph_module)
         self.ends: dict[fx.Node, fx.Node] = {}  # of regions that are done: the node that gives the last one's value now
         # Of the region at hand:
-        self.windows: Windows = {}
-        self.steps: dict[fx.Node, Step] = {}
+        self.windows: KeptWindows = {}
+        self.steps: dict[fx.Node, RingStep] = {}
         self.rings = Rings()
         self.begin: fx.Node | None = None
         self.like = torch.empty(0)  # a tensor of its data type and device
 
-    def rewrite(self, candidate: Candidate, region: Region, windows: Windows) -> None:
+    def rewrite(self, candidate: Candidate, region: Region, windows: KeptWindows) -> None:
         """The region, between a node that marks its input and one that marks its output."""
         parts, output = region.parts, region.output
         source = self.ends.get(region.source, region.source)
@@ -281,7 +281,7 @@ class _Rewriter:
             module_of(self.graph_module, node), nn.modules.batchnorm._BatchNorm
         )
 
-    def _rewrite_convolution(self, op: Operation, step: Step, ring: Padding) -> None:
+    def _rewrite_convolution(self, op: Operation, step: RingStep, ring: Padding) -> None:
         """Replaced where its kernel shrinks, or its input or output has a ring; others stay as they are."""
         geometry = op.geometry
         if op.node not in self.windows and not has_size(step.ring_out) and not has_size(ring):
@@ -332,7 +332,7 @@ class _Rewriter:
             before.line, line.norm = [line], [before]
         self._put(op.node, line)
 
-    def _rewrite_pooling(self, op: Operation, step: Step) -> None:
+    def _rewrite_pooling(self, op: Operation, step: RingStep) -> None:
         """Until it is fitted, the line is the mean itself."""
         pooling = max_pooling_of(self.graph_module, op.node)
         one = self.like.new_ones(op.geometry.out_channels)

@@ -18,7 +18,7 @@ from elc_fx.graph import label, module_of
 from elc_fx.inputs import ExampleInputs
 from elc_fx.interpret import Operation
 from elc_fx.regions import operations_of
-from elc_fx.serial import Region, SerialGraph, Step, Windows, decouples_padding, rings
+from elc_fx.serial import KeptWindows, Region, RingStep, SerialGraph, decouples_padding, rings
 
 LONGEST = 12  # layers or blocks in a row that one candidate may replace
 LARGEST_KERNEL = 7  # of a merged convolution, per axis
@@ -255,7 +255,7 @@ class CandidateFinder:
                 seen.add(candidate.kernel_size)
                 yield candidate
 
-    def candidate(self, region: Region, windows: Windows) -> Candidate | None:
+    def candidate(self, region: Region, windows: KeptWindows) -> Candidate | None:
         """The candidate with these windows, or None where it is not one affine map."""
         try:
             geometry = region.geometry(windows)
@@ -271,7 +271,7 @@ class CandidateFinder:
             op.geometry.flops(_spatial(shapes, op.source, geometry.dims)) * _positions(shapes, op.source, geometry.dims)
             for op in layers
         )
-        steps: dict[fx.Node, Step] = {}
+        steps: dict[fx.Node, RingStep] = {}
         rings(region.parts, windows, ((0, 0),) * geometry.dims, steps)
         padded = [
             op for op in operations if decouples_padding(op, steps[op.node], at_source=op.source is region.source)
