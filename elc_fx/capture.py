@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,10 +26,12 @@ from torch.fx.proxy import ParameterProxy
 
 from elc_fx.errors import ElcError
 from elc_fx.graph import (
-    allocates,
+    ALLOCATING,
     function_name,
+    is_torchs,
+    may_be_view,
     module_of,
-    overwrites_several,
+    overwrites_unseen,
     overwritten_argument,
     package_of,
     signature_of,
@@ -119,7 +121,7 @@ def capture(
     cannot_be_entered, calls = dict(refused), None
     while True:
         tracer = _Tracer(refused, given, bind_defaults, leaves, trainable, calls)
-        before, state = Attributes(root), generators()
+        before, state = Attributes(root), tracer.state()
         watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad(), watch, _no_question_of_grad_mode():
@@ -211,7 +213,20 @@ def runs_foreign_code(captured: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node may write into anything that it reads: code that is not torch's, and nobody knows what it is."""
     if node.op == "call_module":
         return not is_leaf(module_of(captured, node))
-    return node.op == "call_function" and (package_of(node) not in KNOWN_PACKAGES or overwrites_several(node))
+    foreign = node.op == "call_function" and package_of(node) not in KNOWN_PACKAGES
+    return foreign or overwrites_unseen(node)
+
+
+def allocates(captured: nn.Module, node: fx.Node) -> bool:
+    """Whether it is known that what a node gives, if that is one tensor, is in memory of its own.
+
+    Not asked of what works in place.
+    """
+    if node.op == "call_module":
+        module = module_of(captured, node)
+        known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
+        return known and not isinstance(module, (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES))
+    return function_name(node) in ALLOCATING and is_torchs(node)
 
 
 def calls_differently(module: nn.Module) -> bool:
@@ -291,6 +306,12 @@ class _Proxy(fx.Proxy):
         tracer.asked_for_type = True
         raise _UntruthfulError(f"`{function}` asks for the type of a traced value")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """x.data = value cannot be recorded."""
+        if name in ("data", "real", "imag"):
+            cast(_Tracer, self.tracer).refuse(f"it sets `{name}` of a traced value")
+        super().__setattr__(name, value)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         """x[index] = value, recorded; from here on this name stands for the tensor after the assignment."""
         assigned = self.tracer.create_proxy("call_function", ASSIGN, (self, index, value), {})
@@ -368,6 +389,7 @@ class _Tracer(fx.Tracer):
         self._called: set[nn.Module] = set()
         self._parameters: dict[str, fx.Proxy] = {}
         self._frozen: dict[fx.Node, str] = {}  # what shares memory with tensors for which there are no stand-ins
+        self._recorded: list[tuple[Tensor, int]] = []  # the constants, with their versions
 
     @functools.cached_property
     def _names(self) -> dict[int, str]:
@@ -403,7 +425,7 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
         last, stack = next(iter(reversed(self.graph.nodes)), None), dict(self.module_stack)
-        state = generators()
+        state = self.state()
         asked_outside, self.untruthful = self.untruthful, None
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -431,10 +453,17 @@ class _Tracer(fx.Tracer):
         elif question.kind == "exception" and nodes:
             self.untruthful = f"`{function}` handles exceptions, which tracing does not raise"
 
-    def check_truthful(self, state: tuple[Any, ...]) -> None:
+    def state(self) -> tuple[Any, int]:
+        """What must not change, of which no traced value knows: random generators; and how many constants there are."""
+        return generators(), len(self._recorded)
+
+    def check_truthful(self, state: tuple[Any, int]) -> None:
         """Raises if something was recorded since `state` that the code would not always do."""
-        if self.untruthful is None and generators() != state:
+        random, known = state
+        if self.untruthful is None and generators() != random:
             self.untruthful = "it draws random numbers that tracing would freeze"
+        if self.untruthful is None and any(tensor._version != seen for tensor, seen in self._recorded[known:]):
+            self.untruthful = "it changes a tensor after using it, which tracing would freeze as it is in the end"
         if self.untruthful is not None:
             raise _UntruthfulError(self.untruthful)
 
@@ -446,16 +475,22 @@ class _Tracer(fx.Tracer):
         return node
 
     def _check_writes(self, node: fx.Node) -> None:
-        """Raises for a write into a tensor that is read as it is now wherever no traced value is involved."""
-        if node.op not in ("call_function", "call_method", "call_module"):
+        """Refuses a write into a tensor that is read as it is now wherever no traced value is involved."""
+        frozen = [value for value in node.all_input_nodes if value in self._frozen]
+        if not frozen or node.op not in ("call_function", "call_method", "call_module"):
             return
-        written = overwritten_argument(self.root, node)
-        for value in node.all_input_nodes if overwrites_several(node) else (written,):
-            if value in self._frozen:
-                raise _UntruthfulError(f"it writes into {self._frozen[value]}, which tracing would freeze")
-        source = next(iter(node.all_input_nodes), None)
-        if source in self._frozen and not allocates(node):  # maybe a view
-            self._frozen[node] = self._frozen[source]
+        same = is_identity(self.root, node)
+        written = frozen if overwrites_unseen(node) else [overwritten_argument(self.root, node)]
+        for value in written:
+            if value in self._frozen and not same:
+                self.refuse(f"it writes into {self._frozen[value]}, which tracing would freeze")
+        if same or (may_be_view(node) if node.op != "call_module" else _is_view_module(module_of(self.root, node))):
+            self._frozen[node] = self._frozen[frozen[0]]
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raises, and remembers why, since the traced code may catch everything."""
+        self.untruthful = reason
+        raise _UntruthfulError(reason)
 
     def _forget_after(self, last: fx.Node | None) -> None:
         for node in reversed(self.graph.nodes):
@@ -485,8 +520,10 @@ class _Tracer(fx.Tracer):
                 name = next(n for i in itertools.count() if not self._has(n := f"_tensor_constant{i}"))
                 self.constants[name] = a
                 self._names[id(a)] = name
+                if not a.is_inference():
+                    self._recorded.append((a, a._version))
             node = self.create_node("get_attr", name, (), {})
-            self._frozen[node] = "a tensor that it makes" if name in self.constants else f"`{name}`"
+            self._frozen[node] = f"`{name}`" if name not in self.constants else "a tensor that is not the model's"
             return node
         if isinstance(a, dict) and type(a) is not dict:  # torch.fx would make it a plain one
             if type(a) is not OrderedDict:
@@ -641,7 +678,8 @@ class Attributes:
             attributes = dict(vars(module))
             containers = {k: _shallow(v) for k, v in attributes.items() if type(v) in (dict, list, set)}
             self.saved.append((name, module, attributes, containers))
-            for value in (*attributes.values(), *module._buffers.values()):
+            held = [value for key, values in containers.items() if key != "_parameters" for value in _items(values)]
+            for value in (*attributes.values(), *held):
                 if isinstance(value, Tensor) and not value.is_inference():
                     self.tensors.append((name, module, value, value._version, value.detach().clone()))
 
@@ -680,6 +718,10 @@ def _shallow(container: Any) -> Any:
     return type(container)(container)
 
 
+def _items(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
+
+
 def _same(container: Any, before: Any) -> bool:
     if len(container) != len(before):
         return False
@@ -704,6 +746,10 @@ def _mark_eval(captured: fx.GraphModule, root: nn.Module) -> None:
     for module in captured.modules():
         if module not in own:
             module.training = False
+
+
+def _is_view_module(module: nn.Module) -> bool:
+    return isinstance(module, nn.Flatten | nn.Unflatten)
 
 
 def is_drop_path(module: nn.Module) -> bool:
@@ -795,7 +841,7 @@ def _drop_identities(captured: fx.GraphModule, kept: tuple[type[nn.Module], ...]
             captured.graph.erase_node(node)
 
 
-def is_identity(captured: fx.GraphModule, node: fx.Node) -> bool:
+def is_identity(captured: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = module_of(captured, node)
         off = type(module) is nn.Identity or not module.training
@@ -813,10 +859,15 @@ def _read_overwritten_values_from_their_writer(captured: fx.GraphModule) -> None
     y.relu_(); z = y + 1  is recorded as  r = relu_(y); z = y + 1, and becomes  r = relu_(y); z = r + 1: the same
     tensor, but now the graph shows what z depends on.
     """
-    position = {node: index for index, node in enumerate(captured.graph.nodes)}
+    latest: dict[fx.Node, fx.Node] = {}  # by what an operation overwrote
     for node in captured.graph.nodes:
+        for value in node.all_input_nodes:
+            last = value
+            while last in latest:
+                last = latest[last]
+            if last is not value:
+                latest[value] = last  # so that no way grows long
+                node.replace_input_with(value, last)
         written = overwritten_argument(captured, node)
         if written is not None:
-            for user in list(written.users):
-                if position[user] > position[node]:
-                    user.replace_input_with(written, node)
+            latest[written] = node

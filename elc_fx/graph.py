@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -60,9 +61,16 @@ ALLOCATING = frozenset(
         *("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))),
     )
 )
-IN_PLACE_OPERATORS = frozenset(
-    name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
+VIEWS = frozenset(  # what may give memory of an argument, beside the operators whose schema says so
+    (
+        *("getitem", "getattr", "type", "type_as", "float", "double", "half", "bfloat16", "dropout"),
+        *("broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"),
+    )
 )
+IN_PLACE_OPERATORS = frozenset(  # "iadd", but not "index"
+    name for name in dir(operator) if name.startswith("i") and {name[1:], f"{name[1:]}_"} & {*dir(operator)}
+)
+IN_PLACE_METHODS = frozenset(f"__{name}__" for name in IN_PLACE_OPERATORS)
 
 
 def module_of(captured: nn.Module, node: fx.Node) -> nn.Module:
@@ -124,12 +132,18 @@ def is_torchs(node: fx.Node) -> bool:
     return node.op != "call_function" or package_of(node) == "torch"
 
 
-def allocates(node: fx.Node) -> bool:
-    """Whether what a function or method gives, if it is one tensor, is known to be in memory of its own.
+def may_be_view(node: fx.Node) -> bool:
+    """Whether a function or method may give memory of one of its arguments."""
+    return function_name(node) in VIEWS or _is_view(function_name(node))
 
-    Not asked of one that works in place.
-    """
-    return function_name(node) in ALLOCATING and is_torchs(node)
+
+@functools.cache
+def _is_view(name: str) -> bool:
+    """Whether an operator of that name gives a view, as its schema says."""
+    packet = getattr(torch.ops.aten, name, None) if name else None
+    overloads = [] if packet is None else _overloads(packet)
+    given = (value for overload in overloads for value in overload._schema.returns)
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in given)
 
 
 def signature_of(node: fx.Node) -> dict[str, Any]:
@@ -151,13 +165,13 @@ def signature_of(node: fx.Node) -> dict[str, Any]:
 
 def overwritten_argument(captured: nn.Module, node: fx.Node) -> fx.Node | None:
     """The value that an in-place operation overwrites, and returns."""
-    if overwrites_several(node):
+    if overwrites_unseen(node):
         return None
     given = node.args or tuple(node.kwargs.values())
     first = next((value for value in given if isinstance(value, fx.Node)), None)
     if node.op == "call_method":
         name = str(node.target)
-        return first if name.endswith("_") and not name.endswith("__") else None
+        return first if (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE_METHODS else None
     if node.op == "call_module":
         return first if getattr(module_of(captured, node), "inplace", False) is True else None
     if node.op == "call_function":
@@ -176,14 +190,33 @@ def overwritten_argument(captured: nn.Module, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def overwrites_several(node: fx.Node) -> bool:
-    """Whether an operation of torch's may write into several of its inputs, or into one that it does not return."""
-    name = function_name(node)
-    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        written = written_arguments(node.target, node.args, node.kwargs)
-        return len(written) > 1 or (len(written) == 1 and len(node.target._schema.returns) != 1)
-    in_lists = name.startswith("_foreach_") and name.endswith("_")
-    return in_lists or name in ("set_", "__setitem__") or isinstance(node.kwargs.get("out"), tuple | list)
+def overwrites_unseen(node: fx.Node) -> bool:
+    """Whether an operation may write into several of its inputs, or into one that it does not return."""
+    target, name = node.target, function_name(node)
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        for overload in _overloads(target):
+            written = written_arguments(overload, node.args, node.kwargs)
+            if len(written) > 1 or (len(written) == 1 and len(overload._schema.returns) != 1):
+                return True
+        return False
+    in_lists = name.startswith(("_foreach_", "_fused_")) and name.endswith("_")
+    several = isinstance(node.kwargs.get("out"), tuple | list)
+    return in_lists or several or name in ("set_", "__setitem__") or _updates_statistics(node, name)
+
+
+def _overloads(operation: Any) -> list[Any]:
+    """Of an operator, or itself if it is one."""
+    packet = isinstance(operation, torch._ops.OpOverloadPacket)
+    return [getattr(operation, name) for name in operation.overloads()] if packet else [operation]
+
+
+def _updates_statistics(node: fx.Node, name: str) -> bool:
+    """As normalisation in training mode does."""
+    if name not in ("batch_norm", "instance_norm"):
+        return False
+    arguments = signature_of(node)
+    trains = arguments.get("training", False) if name == "batch_norm" else arguments.get("use_input_stats", True)
+    return trains is not False and isinstance(arguments.get("running_mean"), fx.Node)
 
 
 def written_arguments(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

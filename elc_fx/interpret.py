@@ -21,7 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
-from elc_fx.capture import assign, has_hooks, materialisable
+from elc_fx.capture import allocates, assign, has_hooks, materialisable, runs_foreign_code
 from elc_fx.graph import constants, function_name, is_torchs, module_of, overwritten_argument, signature_of
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -131,11 +131,8 @@ class Interpreter:
 
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            if node.target in self._written:
-                return None
-            owner, _, name = str(node.target).rpartition(".")
-            found = getattr(self.captured.get_submodule(owner), name)
-            return found.detach() if isinstance(found, Tensor) else None
+            found = operator.attrgetter(str(node.target))(self.captured)
+            return found.detach() if isinstance(found, Tensor) and id(found) not in self._written else None
         name = function_name(node)
         if not node.all_input_nodes or any(word in name for word in RANDOM):
             return None
@@ -152,16 +149,22 @@ class Interpreter:
             return node.target(*args, **kwargs)  # type: ignore[operator, misc]
         return None
 
-    def _overwritten_attributes(self) -> set[Any]:
-        """Attributes that the graph changes in place, maybe through a view, and that are no constants therefore."""
-        written = set()
-        origin: dict[fx.Node, fx.Node | None] = {}  # the attribute that a value may be a view of
+    def _overwritten_attributes(self) -> set[int]:
+        """Identities of tensors that the graph may change, maybe through a view, and that are thus no constants."""
+        written: set[int] = set()
+        origins: dict[fx.Node, set[int]] = {}  # the attributes that a value may be a view of
         for node in self.captured.graph.nodes:
-            first = next(iter(node.all_input_nodes), None)
-            origin[node] = node if node.op == "get_attr" else origin.get(first) if first is not None else None
-            value = overwritten_argument(self.captured, node)
-            if value is not None and (attribute := origin[value]) is not None:
-                written.add(attribute.target)
+            if node.op == "get_attr":
+                origins[node] = {id(operator.attrgetter(str(node.target))(self.captured))}
+                continue
+            given = [origins[value] for value in node.all_input_nodes if origins[value]]
+            reached: set[int] = set().union(*given)
+            origins[node] = reached if reached and not allocates(self.captured, node) else set()
+            if reached and runs_foreign_code(self.captured, node):
+                written |= reached
+            elif reached and (value := overwritten_argument(self.captured, node)) is not None:
+                written |= origins[value]
+                origins[node] = origins[value]
         return written
 
     # Modules.
@@ -171,6 +174,8 @@ class Interpreter:
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             return None
         if has_hooks(module) and not materialisable(module):
+            return None
+        if self._written and any(id(tensor) in self._written for tensor in (*module.parameters(), *module.buffers())):
             return None
         source = node.args[0]
         readers: tuple[tuple[dict[Any, Any], Callable[..., Operation]], ...] = (

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from elc_fx.affine import AffineMap, Geometry, Ints
-from elc_fx.capture import IDENTITY_MODULES, Refusal, is_leaf, runs_foreign_code
+from elc_fx.capture import Refusal, allocates, runs_foreign_code
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import allocates, function_name, label, module_of, overwritten_argument, signature_of, tuples
+from elc_fx.graph import function_name, label, overwritten_argument, signature_of, tuples
 from elc_fx.interpret import CPU, Feature, Interpreter, Operation
 
 LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chains are merged step by step
@@ -382,16 +382,7 @@ class _Storage:
 def allocating(captured: fx.GraphModule) -> set[fx.Node]:
     """The nodes of which it is known that what they give is in memory of its own."""
     several = tuples(captured.graph)
-    return {node for node in captured.graph.nodes if node not in several and _allocates(captured, node)}
-
-
-def _allocates(captured: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether what a node gives is, if that is one tensor."""
-    if node.op == "call_module":
-        module = module_of(captured, node)
-        known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
-        return known and not isinstance(module, (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES))
-    return allocates(node)
+    return {node for node in captured.graph.nodes if node not in several and allocates(captured, node)}
 
 
 class _Aliases:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from elc_fx.affine import Ints
 from elc_fx.capture import Attributes, Capture
@@ -31,7 +32,22 @@ def run_recording(captured: Capture, what: Callable[[Tensor], T]) -> tuple[Any, 
     return output, recorder.found
 
 
-class _Recorder(fx.Interpreter):
+class PlainInterpreter(fx.Interpreter):
+    """Hands lists and dicts on as the code of the graph does: torch's own gives its nodes' immutable ones."""
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        return _plain(super().map_nodes_to_values(args, n))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, immutable_list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict) and type(value) in (dict, immutable_dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return tuple(_plain(item) for item in value) if type(value) is tuple else value
+
+
+class _Recorder(PlainInterpreter):
     def __init__(self, graph_module: fx.GraphModule, what: Callable[[Tensor], Any]) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False  # an error says what the model's own code says, and no more

@@ -41,6 +41,7 @@ from elc_fx.packages import required
 from elc_fx.planning.fitting import Substitute
 from elc_fx.randomness import randomness_of_the_caller, seed_all
 from elc_fx.serial import serial_capture
+from elc_fx.shapes import PlainInterpreter
 
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
 
@@ -571,7 +572,7 @@ class _Features:
             hook.remove()
 
 
-class _Reader(fx.Interpreter):
+class _Reader(PlainInterpreter):
     """Runs a graph and keeps some of its values."""
 
     def __init__(self, graph_module: fx.GraphModule, names: set[str]) -> None:

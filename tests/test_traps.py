@@ -718,6 +718,7 @@ OVERWRITES: dict[str, Callable[[Tensor], Any]] = {
     "list, overload": lambda y: torch.ops.aten._foreach_add_.Scalar([y], 1.5),
     "last argument, overload": lambda y: torch.ops.aten.add.out(y.neg(), 1.5, out=y),
     "custom operator": lambda y: torch.ops.elc_fx_tests.scale_and_shift(y.neg(), y),
+    "set_": lambda y: y.set_(y.neg()),
 }
 
 ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -819,6 +820,14 @@ def expanded(s: Any, y: Tensor, made: Tensor) -> Tensor:
     return y * made.exp().view(4, 1, 1)
 
 
+def written_or_doubled(s: Any, y: Tensor, made: Tensor) -> Tensor:
+    try:
+        made.copy_(y.mean())
+    except:  # noqa: E722
+        made = made * 2
+    return y * made.exp().view(4, 1, 1)
+
+
 WRITES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "read by itself": lambda s, y, made: (made.copy_(y.mean()), y * made.exp().view(4, 1, 1))[1],
     "read with a value": lambda s, y, made: (made.add_(y.mean()), y * made.view(4, 1, 1))[1],
@@ -827,6 +836,21 @@ WRITES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "through a view": through_a_view,
     "through a view by its reader": expanded,
     "by a module": lambda s, y, made: (s.relu(made.sub_(y.mean())), y * made.exp().view(4, 1, 1))[1],
+    "under a bare except": written_or_doubled,
+    "list": lambda s, y, made: (torch._foreach_add_([made], y.mean()), y * made.exp().view(4, 1, 1))[1],
+    "custom operator": lambda s, y, made: (
+        torch.ops.elc_fx_tests.scale_and_shift(y.neg(), made),
+        y * made.exp().view(4, 1, 1),
+    )[1],
+    "statistics": lambda s, y, made: (
+        F.batch_norm(y, made, torch.ones_like(made), training=True),
+        y * made.exp().view(4, 1, 1),
+    )[1],
+    "view of the second": lambda s, y, made: (
+        torch.broadcast_tensors(y.mean((0, 2, 3)), made)[1].copy_(y.mean((0, 2, 3))),
+        y * made.exp().view(4, 1, 1),
+    )[1],
+    "changed by itself": lambda s, y, made: (y.add(made.view(4, 1, 1)), made.add_(1)) and y * made.view(4, 1, 1),
 }
 
 
@@ -851,6 +875,79 @@ def test_values_written_into_a_tensor_that_is_none_of_the_graph(name: str, kept:
             expected = original(x)
             for result in compiled:
                 assert_same(result(x), expected)
+
+
+def exclusive_or(s: Any, x: Tensor) -> Tensor:
+    mask = torch.zeros(4, 1, 1, dtype=torch.bool)
+    mask ^= s.c(x).mean((0, 2, 3), keepdim=False).view(4, 1, 1) > 0
+    written: Tensor = s.a(x) * mask
+    return written
+
+
+def in_steps(s: Any, x: Tensor) -> Tensor:
+    time = torch.zeros(4, 1, 1, dtype=torch.float64)
+    for _ in range(3):
+        x = x + s.c(x + time)
+        time += 0.3
+    return x
+
+
+@pytest.mark.parametrize("forward", [exclusive_or, in_steps])
+def test_tensor_that_forward_makes_and_changes(forward: Any) -> None:
+    with torch.no_grad():
+        model = ready(Unary(forward, c=conv_bn(4, 4), a=conv_bn(4, 4)))
+        compiled = check(model, image(1, 4, 5, 5))
+        for seed in range(3):
+            x = image(1, 4, 5, 5, seed=seed)
+            assert_same(compiled(x), model(x))
+
+
+class Constrained(nn.Conv2d):
+    """Holds its filters to a length, in every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.1)
+        return super().forward(x)
+
+
+CONSTRAINTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "own layer": lambda s, x: s.bn(s.constrained(x)),
+    "data of a layer": lambda s, x: (s.c.weight.data.clamp_(-0.1, 0.1), s.bn(s.c(x)))[1],
+    "data of a layer, assigned": lambda s, x: (setattr(s.c.weight, "data", F.normalize(s.c.weight)), s.bn(s.c(x)))[1],
+    "layer": lambda s, x: (s.c.weight.clamp_(-0.1, 0.1), s.bn(s.c(x)))[1],
+    "layer, as one of several": lambda s, x: (torch._foreach_clamp_max_([s.c.weight], 0.1), s.bn(s.c(x)))[1],
+    "parameter": lambda s, x: (s.tied.weight.set_(s.tied.weight * 2), s.bn(F.conv2d(x, s.tied.weight)))[1],
+}
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_layer_whose_weights_are_written_in_forward_is_not_folded(name: str) -> None:
+    model = ready(sharing(CONSTRAINTS[name]))
+    model.constrained = Constrained(4, 4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        compiled, x = elc_fx.compile(model), image(2, 4, 5, 5)
+        assert_same(compiled(x), model(x))
+
+
+def test_what_is_computed_from_a_buffer_may_be_overwritten() -> None:
+    """A position bias of an MLP of coordinates, as in Swin: not the buffer is written, but what a layer made of it."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        bias = s.out(s.relu(s.hidden(s.coordinates))).permute(2, 0, 1)
+        mask = torch.where(s.coordinates[..., 0] > 0, x, 0.0).relu_()
+        return s.c(x) + bias + mask
+
+    layers = {"hidden": nn.Linear(2, 8), "relu": nn.ReLU(inplace=True), "out": nn.Linear(8, 4), "c": conv_bn(4, 4)}
+    model = Unary(forward, **layers, coordinates=torch.randn(5, 5, 2, dtype=torch.float64))
+    assert not opaque_reasons(check(ready(model), image(1, 4, 5, 5)))
+
+
+@pytest.mark.parametrize("form", [list, lambda ys: {"a": ys[0], "b": list(ys)}, lambda ys: (ys[0], [ys[1]])])
+def test_lists_and_dicts_of_outputs_are_compared(form: Any) -> None:
+    """torch.fx's own interpreter gives them in immutable forms."""
+    model = ready(pair(lambda s, x: form([s.a(x), s.b(x)])))
+    for compiled in (elc_fx.compile(model), elc_fx.compile(model, image(1, 4, 5, 5))):
+        assert not batch_norms(compiled) and not elc_fx.report_of(compiled).opaque
 
 
 def test_parameter_changed_by_forward_is_not_folded() -> None:

@@ -19,6 +19,7 @@ from elc_fx.planning.budget import Costs
 from elc_fx.planning.candidates import Candidate, CandidateFinder
 from elc_fx.randomness import reproducibly
 from elc_fx.serial import Region, SerialGraph
+from elc_fx.shapes import PlainInterpreter
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class CostModel:
         return replace(self, original=replace(self.original, latency=whole), latency=latency)
 
 
-class _LayerCounter(fx.Interpreter):
+class _LayerCounter(PlainInterpreter):
     """Runs a graph, and counts the layers between what each node reads and what it gives."""
 
     def count(self, inputs: Sequence[Any]) -> dict[str, dict[str, int]]:

@@ -38,6 +38,7 @@ from elc_fx.planning.substitution import substituted
 from elc_fx.pooling import max_pooling_of
 from elc_fx.randomness import generators, seed_all
 from elc_fx.serial import SerialGraph
+from elc_fx.shapes import PlainInterpreter
 
 T = TypeVar("T")
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one
@@ -158,7 +159,7 @@ def part_of(values: Sequence[Any], start: int, stop: int, dtype: torch.dtype | N
     return [pytree.tree_map_only(Tensor, cut, value) for value in values]
 
 
-class Walk(fx.Interpreter):
+class Walk(PlainInterpreter):
     """One batch on its way through the graph.
 
     env: the values that are still needed. seeds: for every node that may draw random numbers; walks share them, so that

@@ -27,6 +27,7 @@ from elc_fx.inputs import ExampleInputs, batch_values, fresh
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.origins import ORIGIN, place_of, recorded_origin
 from elc_fx.randomness import reproducibly
+from elc_fx.shapes import PlainInterpreter
 
 Size = tuple[int | str, ...]  # an axis of a saved program that takes any size has a name
 
@@ -172,7 +173,7 @@ def _layers(graph_module: fx.GraphModule, inputs: Any, origins: Mapping[str, Any
     return [reader.layer(node) for node in graph_module.graph.nodes if node.op != "get_attr"]
 
 
-class _Measuring(fx.Interpreter):
+class _Measuring(PlainInterpreter):
     """The shape of every value, and the FLOPs of every node, from one run."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
