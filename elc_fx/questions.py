@@ -220,12 +220,17 @@ def _find_questions(code: types.CodeType) -> Iterator[Question]:
             yield from _about("None", _origin(before))
         elif name in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in ("type", "hasattr", "getattr", "callable"):
             yield from _about("type", _origin(instructions[index + 1 : index + 2]))
-        elif name in EXCEPTS or (name.startswith("LOAD_") and instruction.argval == "suppress"):  # of contextlib
+        elif (
+            name in EXCEPTS
+            or [i.opname for i in instructions[index - 1 : index + 1]] == BARE_EXCEPT
+            or (name.startswith("LOAD_") and instruction.argval == "suppress")  # of contextlib
+        ):
             yield Question("exception", "*")
 
 
 OWN = os.path.dirname(__file__)
 EXCEPTS = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH")
+BARE_EXCEPT = ["PUSH_EXC_INFO", "POP_TOP"]  # from Python 3.11 on
 SKIPPED = ("CACHE", "EXTENDED_ARG", "NOP", "PUSH_NULL")
 
 

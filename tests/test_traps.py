@@ -241,6 +241,17 @@ def test_optional_argument_is_never_decided_by_tracing(name: str) -> None:
         assert not batch_norms(compiled)
 
 
+def test_bare_except_does_not_swallow_what_tracing_raises() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y: Tensor = s.c(x)
+        try:
+            return y * 2 if y.sum() > -1e9 else y
+        except:  # noqa: E722
+            return y
+
+    check(ready(Unary(forward, c=conv_bn(4, 4))), image(1, 4, 5, 5))
+
+
 def test_unet_decoder_with_optional_skip_merges_in_both_forms() -> None:
     model, x, skip = ready(UNetDecoder(4, 3)), image(1, 4, 4, 4), image(1, 3, 8, 8)
     alone, both = elc_fx.compile(model, (x,)), elc_fx.compile(model, {"x": x, "skip": skip})
