@@ -291,6 +291,9 @@ def _no_question_of_grad_mode() -> Iterator[None]:
 class _Proxy(fx.Proxy):
     """A stand-in that does not let user code ask for its type, which would not be a tensor's."""
 
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        return _Attribute(self, k)
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         frame = sys._getframe(1)
@@ -319,11 +322,15 @@ class _Proxy(fx.Proxy):
         self.node = assigned.node
 
 
-def _in_place(name: str) -> Callable[[_Proxy, Any], fx.Proxy]:
+class _Attribute(fx.proxy.Attribute):
+    """An attribute of a stand-in, such as `x.data`."""
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     """x += y changes the tensor x, which torch.fx records as x = x + y. A number it cannot change becomes a new one."""
 
-    def method(self: _Proxy, other: Any) -> fx.Proxy:
-        target = getattr(operator, name if _is_number(self.node) else f"i{name}")
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        target = getattr(operator, name if _is_number(self.node) else f"i{name.rstrip('_')}")
         return self.tracer.create_proxy("call_function", target, (self, other), {})
 
     return method
@@ -342,9 +349,9 @@ for _name in (
     "xor",
     "lshift",
     "rshift",
-    "matmul",
 ):
-    setattr(_Proxy, f"__i{_name.rstrip('_')}__", _in_place(_name.rstrip("_") if _name.endswith("_") else _name))
+    for _class in (_Proxy, _Attribute):
+        setattr(_class, f"__i{_name.rstrip('_')}__", _in_place(_name))
 
 
 class _ParameterProxy(ParameterProxy, _Proxy):
@@ -439,6 +446,9 @@ class _Tracer(fx.Tracer):
             self.module_stack.clear()
             self.module_stack.update(stack)
             self._forget_after(last)
+            for constant, _ in self._recorded[state[1] :]:
+                del self._names[id(constant)]
+            del self._recorded[state[1] :]
             self.refused[m] = Refusal(self.path_of_module(m), _reason(error))
             return super().call_module(m, forward, args, kwargs)
 
@@ -676,7 +686,7 @@ class Attributes:
         self.saved, self.tensors = [], []
         for name, module in self.root.named_modules():
             attributes = dict(vars(module))
-            containers = {k: _shallow(v) for k, v in attributes.items() if type(v) in (dict, list, set)}
+            containers = {k: _shallow(v) for k, v in attributes.items() if type(v) in (dict, OrderedDict, list, set)}
             self.saved.append((name, module, attributes, containers))
             held = [value for key, values in containers.items() if key != "_parameters" for value in _items(values)]
             for value in (*attributes.values(), *held):
@@ -710,7 +720,9 @@ class Attributes:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Equal, where NaN equals NaN."""
+    """Equal, where NaN equals NaN. Of sparse tensors nobody asks."""
+    if a.layout is not torch.strided:
+        return True
     return torch.equal(a, b) or bool(((a == b) | (a != a)).all())
 
 

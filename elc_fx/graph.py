@@ -67,8 +67,10 @@ VIEWS = frozenset(  # what may give memory of an argument, beside the operators 
         *("broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"),
     )
 )
-IN_PLACE_OPERATORS = frozenset(  # "iadd", but not "index"
-    name for name in dir(operator) if name.startswith("i") and {name[1:], f"{name[1:]}_"} & {*dir(operator)}
+IN_PLACE_OPERATORS = frozenset(  # "iadd", but not "index"; nor "imatmul", of which tensors have none
+    name
+    for name in dir(operator)
+    if name.startswith("i") and {name[1:], f"{name[1:]}_"} & {*dir(operator)} and hasattr(torch.Tensor, f"__{name}__")
 )
 IN_PLACE_METHODS = frozenset(f"__{name}__" for name in IN_PLACE_OPERATORS)
 
@@ -141,7 +143,7 @@ def may_be_view(node: fx.Node) -> bool:
 def _is_view(name: str) -> bool:
     """Whether an operator of that name gives a view, as its schema says."""
     packet = getattr(torch.ops.aten, name, None) if name else None
-    overloads = [] if packet is None else _overloads(packet)
+    overloads = _overloads(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else []
     given = (value for overload in overloads for value in overload._schema.returns)
     return any(value.alias_info is not None and not value.alias_info.is_write for value in given)
 
@@ -195,8 +197,10 @@ def overwrites_unseen(node: fx.Node) -> bool:
     target, name = node.target, function_name(node)
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         for overload in _overloads(target):
-            written = written_arguments(overload, node.args, node.kwargs)
-            if len(written) > 1 or (len(written) == 1 and len(overload._schema.returns) != 1):
+            written = len(written_arguments(overload, node.args, node.kwargs))
+            given = [value.alias_info for value in overload._schema.returns]
+            gives_it = len(given) == 1 and given[0] is not None and given[0].is_write
+            if written > 1 or (written and not gives_it):
                 return True
         return False
     in_lists = name.startswith(("_foreach_", "_fused_")) and name.endswith("_")

@@ -40,11 +40,15 @@ class PlainInterpreter(fx.Interpreter):
 
 
 def _plain(value: Any) -> Any:
+    """With what a node's arguments are written in made plain; what nodes have computed stays the same object."""
     if isinstance(value, immutable_list):
         return [_plain(item) for item in value]
-    if isinstance(value, dict) and type(value) in (dict, immutable_dict):
+    if isinstance(value, immutable_dict):
         return {key: _plain(item) for key, item in value.items()}
-    return tuple(_plain(item) for item in value) if type(value) is tuple else value
+    if type(value) is tuple:
+        items = tuple(_plain(item) for item in value)
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    return value
 
 
 class _Recorder(PlainInterpreter):

@@ -14,6 +14,7 @@ import sys
 import threading
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -713,6 +714,17 @@ def scale_and_shift(scaled: Tensor, shifted: Tensor) -> None:
     shifted.add_(1.5)
 
 
+@torch.library.custom_op("elc_fx_tests::doubled_and_counted", mutates_args=["doubled"])
+def doubled_and_counted(given: Tensor, doubled: Tensor) -> Tensor:
+    doubled.mul_(2.0)
+    return given + 1
+
+
+def increase_data(y: Tensor) -> None:
+    data = y.data
+    data += 1.5
+
+
 OVERWRITES: dict[str, Callable[[Tensor], Any]] = {
     "relu_": lambda y: y.relu_(),
     "F.relu": lambda y: F.relu(y, inplace=True),
@@ -729,6 +741,9 @@ OVERWRITES: dict[str, Callable[[Tensor], Any]] = {
     "list, overload": lambda y: torch.ops.aten._foreach_add_.Scalar([y], 1.5),
     "last argument, overload": lambda y: torch.ops.aten.add.out(y.neg(), 1.5, out=y),
     "custom operator": lambda y: torch.ops.elc_fx_tests.scale_and_shift(y.neg(), y),
+    "noise that is not returned": lambda y: torch.ops.aten.rrelu_with_noise.default(y.neg(), y, 0.1, 0.3, False),
+    "operator that returns something else": lambda y: torch.ops.elc_fx_tests.doubled_and_counted.default(y.neg(), y),
+    "+= of an attribute": increase_data,
     "set_": lambda y: y.set_(y.neg()),
 }
 
@@ -911,6 +926,77 @@ def test_tensor_that_forward_makes_and_changes(forward: Any) -> None:
         for seed in range(3):
             x = image(1, 4, 5, 5, seed=seed)
             assert_same(compiled(x), model(x))
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = conv_bn(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_steps(self, x)
+
+
+def test_what_is_around_a_module_that_changes_its_own_tensor_is_traced() -> None:
+    compiled = check(ready(nn.Sequential(conv_bn(4, 4), Steps(), conv_bn(4, 4))), image(1, 4, 5, 5))
+    assert opaque_reasons(compiled).startswith("1: it changes a tensor") and opaque_reasons(compiled).count("\n") == 0
+
+
+def test_matmul_has_no_form_in_place() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = z = s.c(x)
+        y @= s.weight
+        result: Tensor = s.a(y + z) + y
+        return result
+
+    weight = nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
+    check(ready(Unary(forward, c=conv_bn(4, 4), a=conv_bn(4, 4), weight=weight)), image(1, 4, 5, 5))
+
+
+def test_sparse_tensors_and_old_containers_among_the_attributes() -> None:
+    """Buffers were kept in an OrderedDict by torch before 2.0, and models that it pickled have them so."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.c(x)
+        s.steps.add_(1.0)
+        product: Tensor = y * s.steps + torch.sparse.mm(s.sparse[0], y[0, 0])
+        return product
+
+    model = ready(Unary(forward, c=conv_bn(4, 4)))
+    model.register_buffer("steps", torch.zeros((), dtype=torch.float64))
+    model.sparse = [torch.eye(5, dtype=torch.float64).to_sparse()]
+    model.__dict__["_buffers"] = OrderedDict(model._buffers)
+    for examples in (None, image(1, 4, 5, 5)):
+        compiled, original = elc_fx.compile(model, examples), copy.deepcopy(model)
+        for _ in range(3):
+            assert_same(compiled(image(1, 4, 5, 5)), original(image(1, 4, 5, 5)))
+
+
+class MakesDict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = conv_bn(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"a": self.c(x)} if x.sum() < 1e9 else {}
+
+
+class WritesDict(nn.Module):
+    def forward(self, values: dict[str, Tensor]) -> Tensor:
+        if values["a"].sum() < 1e9:
+            values["b"] = values["a"] * 2
+        return values["a"]
+
+
+def test_dict_that_an_opaque_module_writes_into() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        values = s.makes(x)
+        result: Tensor = s.a(s.writes(values)) + values["b"]
+        return result
+
+    model = ready(Unary(forward, a=conv_bn(4, 4), makes=MakesDict(), writes=WritesDict()))
+    assert not batch_norms(check(model, image(1, 4, 5, 5)))
+    assert elc_fx.report_of(elc_fx.compile(model, image(1, 4, 5, 5))).merged
 
 
 class Constrained(nn.Conv2d):
