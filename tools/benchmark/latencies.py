@@ -48,13 +48,10 @@ def measure(
         x = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         calls = [runner(network, [x], cast(Backend, backend)) for network in networks.values()]
         times = dict(zip(networks, rounds(calls, BLOCKS), strict=True))
-        new = [
-            {"network": weights.stem, "row": row, "runtime": backend, "batch": size, **_summary(times, name)}
-            for row, name in names.items()
-        ]
-        kept = json.loads(result.read_text(encoding="utf-8"))["rows"] if result.exists() else []
+        measured = {"network": weights.stem, "runtime": backend, "batch": size, "date": run.date}
+        new = [{**measured, "row": row, **_summary(times, name)} for row, name in names.items()]
         key = weights.stem, backend, size
-        rows = [*(row for row in kept if (row["network"], row["runtime"], row["batch"]) != key), *new]
+        rows = [*(row for row in stored(result) if (row["network"], row["runtime"], row["batch"]) != key), *new]
         provenance.store(result, run, {"rows": rows})
 
 
@@ -63,6 +60,14 @@ def _summary(times: dict[str, list[float]], name: str) -> dict[str, Any]:
     speedups = [folded / own for folded, own in zip(times[FOLDED], times[name], strict=True)]
     low, median, high = statistics.quantiles(speedups, n=4)
     return {"seconds": statistics.median(times[name]), "speedup": median, "quartiles": [low, high]}
+
+
+def stored(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file, each with the date of its measurement; none where there is no such file."""
+    if not file.exists():
+        return []
+    run = json.loads(file.read_text(encoding="utf-8"))
+    return [{"date": run["provenance"]["date"], **row} for row in run["rows"]]
 
 
 def _networks(

@@ -11,6 +11,7 @@ from typing import Any
 
 import provenance
 import terminal
+from benchmark import latencies
 from benchmark.methods import BATCHES, FOR_TIME, METHODS, RUNTIMES
 from elc_fx.report.charts import INK, STYLE, picture
 
@@ -66,12 +67,9 @@ def stored() -> list[Row]:
 
 def timed(rows: Sequence[Row], name: str = MAIN) -> list[Row]:
     """What was timed on one processor, without networks that their rows have not had since."""
-    file = provenance.RESULTS / f"{name}.json"
-    if not file.exists():
-        return []
-    run = json.loads(file.read_text(encoding="utf-8"))
     made = {_stem(row): row["provenance"]["date"] for row in rows}
-    return [row for row in run["rows"] if made.get(row["row"], "") <= run["provenance"]["date"]]
+    times = latencies.stored(provenance.RESULTS / f"{name}.json")
+    return [row for row in times if made.get(row["row"], "") <= row["date"]]
 
 
 def _speedups(rows: Sequence[Row], name: str = MAIN) -> dict[tuple[str, str, int], float]:
