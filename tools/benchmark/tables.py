@@ -81,7 +81,8 @@ def _speedups(rows: Sequence[Row], name: str = MAIN) -> dict[tuple[str, str, int
 
 def _layers(row: Row) -> str:
     """Equal for networks of the same layers, which take the same time."""
-    return f"{row['network']} {json.dumps(row['plan'])}" if row.get("plan") else _stem(row)
+    plan = row.get("plan")
+    return f"{row['network']} {json.dumps(plan['candidates'], sort_keys=True)}" if plan else _stem(row)
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
@@ -140,10 +141,10 @@ def versus_table(rows: Sequence[Row], style: str = "simple") -> str:
         ours = [own for own in _useful(rows) if (own[0]["network"], own[0]["epochs"]) == key and not _is_pruned(own)]
         cells = []
         for column in COLUMNS:
-            lead = {_accuracy(own) - _accuracy(pruned): _faster(own, pruned, times, column) for own in ours}
-            timed = {points: faster for points, faster in lead.items() if faster is not None}
-            best = max((points for points, faster in timed.items() if faster), default=None)
-            cells.append(f"{100 * best:+.2f}" if best is not None else "slower" if timed else NOT_RUN)
+            found = [(_faster(own, pruned, times, column), _accuracy(own) - _accuracy(pruned)) for own in ours]
+            best = max((points for faster, points in found if faster), default=None)
+            slower = any(faster is not None for faster, _ in found)
+            cells.append(f"{100 * best:+.2f}" if best is not None else "slower" if slower else NOT_RUN)
         accuracy, _, _, flops, _, _ = _cells(pruned)
         lines.append([key[0], pruned[0]["method"], flops, accuracy, *cells])
     return terminal.table(lines, ("network", "method", "FLOPs", "test accuracy", *TIMES), style)
