@@ -51,6 +51,7 @@ DROPOUT_CLASSES: dict[str, type[nn.Module]] = {
 DROPOUT_MODULES: tuple[type[nn.Module], ...] = tuple(DROPOUT_CLASSES.values())
 DROPOUT_FUNCTIONS = {*DROPOUT_CLASSES, "feature_dropout", "stochastic_depth", "drop_path"}
 IDENTITY_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, *DROPOUT_MODULES)
+VIEW_MODULES = (nn.Flatten, nn.Unflatten)
 DROP_PATHS = ("DropPath", "StochasticDepth")  # as torchvision, timm and many others call them
 # Of functions of which it is known what they overwrite.
 KNOWN_PACKAGES = ("torch", "torchvision", "builtins", "collections", "math")
@@ -225,7 +226,7 @@ def allocates(captured: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = module_of(captured, node)
         known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
-        return known and not isinstance(module, (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES))
+        return known and not isinstance(module, (*VIEW_MODULES, *IDENTITY_MODULES))
     return function_name(node) in ALLOCATING and is_torchs(node)
 
 
@@ -494,7 +495,8 @@ class _Tracer(fx.Tracer):
         for value in written:
             if value in self._frozen and not same:
                 self.refuse(f"it writes into {self._frozen[value]}, which tracing would freeze")
-        if same or (may_be_view(node) if node.op != "call_module" else _is_view_module(module_of(self.root, node))):
+        module = module_of(self.root, node) if node.op == "call_module" else None
+        if same or (may_be_view(node) if module is None else isinstance(module, VIEW_MODULES)):
             self._frozen[node] = self._frozen[frozen[0]]
 
     def refuse(self, reason: str) -> NoReturn:
@@ -758,10 +760,6 @@ def _mark_eval(captured: fx.GraphModule, root: nn.Module) -> None:
     for module in captured.modules():
         if module not in own:
             module.training = False
-
-
-def _is_view_module(module: nn.Module) -> bool:
-    return isinstance(module, nn.Flatten | nn.Unflatten)
 
 
 def is_drop_path(module: nn.Module) -> bool:

@@ -77,8 +77,13 @@ IN_PLACE_METHODS = frozenset(f"__{name}__" for name in IN_PLACE_OPERATORS)
 
 def module_of(captured: nn.Module, node: fx.Node) -> nn.Module:
     """The module that a node calls."""
-    module: nn.Module = operator.attrgetter(str(node.target))(captured)
+    module: nn.Module = attribute_of(captured, node)
     return module
+
+
+def attribute_of(captured: nn.Module, node: fx.Node) -> Any:
+    """What the path of a node that calls a module or reads an attribute leads to."""
+    return operator.attrgetter(str(node.target))(captured)
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:

@@ -22,7 +22,15 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
 from elc_fx.capture import allocates, assign, has_hooks, materialisable, runs_foreign_code
-from elc_fx.graph import constants, function_name, is_torchs, module_of, overwritten_argument, signature_of
+from elc_fx.graph import (
+    attribute_of,
+    constants,
+    function_name,
+    is_torchs,
+    module_of,
+    overwritten_argument,
+    signature_of,
+)
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -131,7 +139,7 @@ class Interpreter:
 
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            found = operator.attrgetter(str(node.target))(self.captured)
+            found = attribute_of(self.captured, node)
             return found.detach() if isinstance(found, Tensor) and id(found) not in self._written else None
         name = function_name(node)
         if not node.all_input_nodes or any(word in name for word in RANDOM):
@@ -155,7 +163,7 @@ class Interpreter:
         origins: dict[fx.Node, set[int]] = {}  # the attributes that a value may be a view of
         for node in self.captured.graph.nodes:
             if node.op == "get_attr":
-                origins[node] = {id(operator.attrgetter(str(node.target))(self.captured))}
+                origins[node] = {id(attribute_of(self.captured, node))}
                 continue
             given = [origins[value] for value in node.all_input_nodes if origins[value]]
             reached: set[int] = set().union(*given)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry, row_blocks, wide
 from elc_fx.errors import VerificationError
-from elc_fx.graph import module_of
+from elc_fx.graph import attribute_of, module_of
 from elc_fx.interpret import weight_of
 from elc_fx.regions import Join, Merge
 from elc_fx.widening import Widening
@@ -120,8 +120,7 @@ def _run_node(captured: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any
         return values[source] if source in values else _run_node(captured, source, {})
 
     if node.op == "get_attr":
-        owner, _, name = str(node.target).rpartition(".")
-        return getattr(captured.get_submodule(owner), name)
+        return attribute_of(captured, node)
     args, kwargs = fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
     if node.op == "call_module":
         return _without_hooks(module_of(captured, node))(*args, **kwargs)

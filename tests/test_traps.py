@@ -247,7 +247,7 @@ def test_bare_except_does_not_swallow_what_tracing_raises() -> None:
         y: Tensor = s.c(x)
         try:
             return y * 2 if y.sum() > -1e9 else y
-        except:  # noqa: E722
+        except:  # noqa: E722 (the bare form is what is tested: other bytecode than that of a class)
             return y
 
     check(ready(Unary(forward, c=conv_bn(4, 4))), image(1, 4, 5, 5))
@@ -835,46 +835,50 @@ def test_example_inputs_are_not_overwritten_by_compile() -> None:
     assert torch.equal(x, kept)
 
 
+def scaled(y: Tensor, made: Tensor) -> Tensor:
+    return y * made.exp().view(4, 1, 1)
+
+
 def through_a_view(s: Any, y: Tensor, made: Tensor) -> Tensor:
     part = made[0]
     part.copy_(y.mean())
-    return y * made.exp().view(4, 1, 1)
+    return scaled(y, made)
 
 
 def expanded(s: Any, y: Tensor, made: Tensor) -> Tensor:
     made.view_as(y.mean((0, 2, 3))).copy_(y.mean((0, 2, 3)))
-    return y * made.exp().view(4, 1, 1)
+    return scaled(y, made)
 
 
 def written_or_doubled(s: Any, y: Tensor, made: Tensor) -> Tensor:
     try:
         made.copy_(y.mean())
-    except:  # noqa: E722
+    except:  # noqa: E722 (as above)
         made = made * 2
-    return y * made.exp().view(4, 1, 1)
+    return scaled(y, made)
 
 
 WRITES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
-    "read by itself": lambda s, y, made: (made.copy_(y.mean()), y * made.exp().view(4, 1, 1))[1],
+    "read by itself": lambda s, y, made: (made.copy_(y.mean()), scaled(y, made))[1],
     "read with a value": lambda s, y, made: (made.add_(y.mean()), y * made.view(4, 1, 1))[1],
-    "out=": lambda s, y, made: (torch.sum(y, (0, 2, 3), out=made), y * made.exp().view(4, 1, 1))[1],
-    "part": lambda s, y, made: (made.__setitem__(0, y.mean()), y * made.exp().view(4, 1, 1))[1],
+    "out=": lambda s, y, made: (torch.sum(y, (0, 2, 3), out=made), scaled(y, made))[1],
+    "part": lambda s, y, made: (made.__setitem__(0, y.mean()), scaled(y, made))[1],
     "through a view": through_a_view,
     "through a view by its reader": expanded,
-    "by a module": lambda s, y, made: (s.relu(made.sub_(y.mean())), y * made.exp().view(4, 1, 1))[1],
+    "by a module": lambda s, y, made: (s.relu(made.sub_(y.mean())), scaled(y, made))[1],
     "under a bare except": written_or_doubled,
-    "list": lambda s, y, made: (torch._foreach_add_([made], y.mean()), y * made.exp().view(4, 1, 1))[1],
+    "list": lambda s, y, made: (torch._foreach_add_([made], y.mean()), scaled(y, made))[1],
     "custom operator": lambda s, y, made: (
         torch.ops.elc_fx_tests.scale_and_shift(y.neg(), made),
-        y * made.exp().view(4, 1, 1),
+        scaled(y, made),
     )[1],
     "statistics": lambda s, y, made: (
         F.batch_norm(y, made, torch.ones_like(made), training=True),
-        y * made.exp().view(4, 1, 1),
+        scaled(y, made),
     )[1],
     "view of the second": lambda s, y, made: (
         torch.broadcast_tensors(y.mean((0, 2, 3)), made)[1].copy_(y.mean((0, 2, 3))),
-        y * made.exp().view(4, 1, 1),
+        scaled(y, made),
     )[1],
     "changed by itself": lambda s, y, made: (y.add(made.view(4, 1, 1)), made.add_(1)) and y * made.view(4, 1, 1),
 }
@@ -905,7 +909,7 @@ def test_values_written_into_a_tensor_that_is_none_of_the_graph(name: str, kept:
 
 def exclusive_or(s: Any, x: Tensor) -> Tensor:
     mask = torch.zeros(4, 1, 1, dtype=torch.bool)
-    mask ^= s.c(x).mean((0, 2, 3), keepdim=False).view(4, 1, 1) > 0
+    mask ^= s.c(x).mean((0, 2, 3)).view(4, 1, 1) > 0
     written: Tensor = s.a(x) * mask
     return written
 

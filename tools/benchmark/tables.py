@@ -18,13 +18,8 @@ from elc_fx.report.charts import INK, STYLE, picture
 Row = Mapping[str, Any]
 NOT_RUN = "not run"
 USED = ("elc", "balanced", "shrinks", *FOR_TIME, "torch-pruning", "torch-pruning-8")  # others show what an idea buys
-LATENCIES = {  # the file of each processor; where a network was timed on several, the first counts, then the last
-    "benchmark_latency": "AMD with bfloat16",
-    "benchmark_latency_amd": "AMD without",
-    "benchmark_latency_intel": "Intel with bfloat16",
-    "benchmark_latency_xeon": "Intel without",
-}
-MAIN = next(iter(LATENCIES))
+# A file for each processor; where a network was timed on several, the first counts, then the last.
+LATENCIES = ("benchmark_latency", "benchmark_latency_amd", "benchmark_latency_intel", "benchmark_latency_xeon")
 COLUMNS = [(runtime, batch) for runtime in RUNTIMES for batch in BATCHES]
 TIMES = tuple(f"{runtime}, {batch}" for runtime, batch in COLUMNS)
 PAPER = (0.5, 0.454, 0.259)  # shares of the FLOPs that are left in "Efficient Layer Compression Without Pruning"
@@ -65,14 +60,14 @@ def stored() -> list[Row]:
     return sorted(rows, key=lambda r: (r["network"], -r["budget"], r["epochs"], order.index(r["method"]), r["seed"]))
 
 
-def timed(rows: Sequence[Row], name: str = MAIN) -> list[Row]:
+def timed(rows: Sequence[Row], name: str = LATENCIES[0]) -> list[Row]:
     """What was timed on one processor, without networks that their rows have not had since."""
     made = {_stem(row): row["provenance"]["date"] for row in rows}
     times = latencies.stored(provenance.RESULTS / f"{name}.json")
     return [row for row in times if made.get(row["row"], "") <= row["date"]]
 
 
-def _speedups(rows: Sequence[Row], name: str = MAIN) -> dict[tuple[str, str, int], float]:
+def _speedups(rows: Sequence[Row], name: str = LATENCIES[0]) -> dict[tuple[str, str, int], float]:
     """By layers, runtime and batch size, on one processor."""
     layers = {_stem(row): _layers(row) for row in rows}
     times = [row for row in timed(rows, name) if row["row"] in layers]
@@ -135,10 +130,10 @@ def versus_table(rows: Sequence[Row], style: str = "simple") -> str:
 
     Two networks are compared on the first processor on which both were timed.
     """
-    times, lines = [_speedups(rows, name) for name in LATENCIES], []
-    for pruned in filter(_is_pruned, _useful(rows)):
+    times, useful, lines = [_speedups(rows, name) for name in LATENCIES], _useful(rows), []
+    for pruned in filter(_is_pruned, useful):
         key = pruned[0]["network"], pruned[0]["epochs"]
-        ours = [own for own in _useful(rows) if (own[0]["network"], own[0]["epochs"]) == key and not _is_pruned(own)]
+        ours = [own for own in useful if (own[0]["network"], own[0]["epochs"]) == key and not _is_pruned(own)]
         cells = []
         for column in COLUMNS:
             found = [(_faster(own, pruned, times, column), _accuracy(own) - _accuracy(pruned)) for own in ours]
