@@ -7,6 +7,7 @@ accuracy on a held-out part of the training set, which the original has seen in 
 higher than on test images. The result is stored after each variant; what is there is not run again.
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "learning rate 0.05": {"learning_rate": 0.05},
     "learning rate 0.01": {"learning_rate": 0.01},
+    "learning rate 0.005": {"learning_rate": 0.005},
     "factors, gates closed at once": {"start": "factors"},
     "batches of 64": {"batch": 64},
     "features too, weight 1": {"features": 1.0},
@@ -49,11 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def network(start: str, model: nn.Module, planner: elc_fx.Planner, plan: elc_fx.Plan, batches: Any) -> nn.Module:
-    """What a variant trains."""
+def network(start: str, model: nn.Module, plan: elc_fx.Plan, fitted: nn.Module, batches: Any) -> nn.Module:
+    """What a variant trains. fitted: the plan's convolutions, of which it gets its own."""
     if start == "factors":
         return elc_fx.decouple(model, plan, batches)
-    collapsed = planner.collapse(plan)
+    collapsed = copy.deepcopy(fitted)
     for module in collapsed.modules():
         if isinstance(module, Substitute) and start == "bare":
             module.norm = nn.Identity()
@@ -80,6 +82,8 @@ def main(
     weights: Annotated[Path, typer.Option(help="A weight file of a CIFAR network.")],
     data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an archive.")],
     budget: Annotated[float, typer.Option(help="Share of the FLOPs.")] = 0.5,
+    plan: Annotated[Path | None, typer.Option(help="A row of the benchmark, whose plan is taken.")] = None,
+    calibration: Annotated[int, typer.Option(help="Images that convolutions are fitted to.")] = 512,
     epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 2,
     images: Annotated[int, typer.Option(help="That are trained on.")] = 22500,
     held_out: Annotated[int, typer.Option(help="Other training images, for the accuracy.")] = 5000,
@@ -90,19 +94,21 @@ def main(
         raise typer.BadParameter(f"no setting {min(unknown)!r}; there are {', '.join(VARIANTS)}")
     run = provenance.collect()
     setting = {"network": weights.stem, "budget": budget, "epochs": epochs, "images": images, "held_out": held_out}
+    setting |= {"plan": plan and plan.name, "calibration": calibration}
     rows = _stored(result, setting, run.commit)
     model, known = load(weights), pictures.load(data)
     assert known is not None
     drawn = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     test, train = known.taken(drawn[:held_out]), known.taken(drawn[held_out : held_out + images])
-    batches = list(train.taken(slice(512)).inputs().split(128))
+    batches = list(train.taken(slice(calibration)).inputs().split(128))
     planner = elc_fx.Planner(model, batches[0][:1], batches)
-    plan = planner.plan(elc_fx.Budget(flops=budget))
+    chosen = _stored_plan(plan) if plan else planner.plan(elc_fx.Budget(flops=budget))
+    fitted = planner.collapse(chosen)
     left = [name for name in dict.fromkeys(variant or VARIANTS) if name not in {row["variant"] for row in rows}]
     for name in terminal.tracked(left):
         options = dict(VARIANTS[name])
         torch.manual_seed(0)
-        trained = network(options.pop("start", "fitted"), model, planner, plan, batches)
+        trained = network(options.pop("start", "fitted"), model, chosen, fitted, batches)
         untrained = pictures.accuracy(trained.eval(), test)
         loader = train.loader(options.pop("batch", 128))
         history = elc_fx.finetune(trained, loader, teacher=model, epochs=epochs, progress=False, **options)
@@ -111,6 +117,10 @@ def main(
         print(rows[-1], flush=True)
         provenance.store(result, run, {**setting, "rows": rows})
     print(table(rows))
+
+
+def _stored_plan(row: Path) -> elc_fx.Plan:
+    return elc_fx.Plan.from_json(json.dumps(json.loads(row.read_text(encoding="utf-8"))["plan"]))
 
 
 def _stored(result: Path, setting: Mapping[str, Any], commit: str | None) -> list[dict[str, Any]]:
