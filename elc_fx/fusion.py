@@ -125,15 +125,15 @@ class Fusion:
 
     def _forget(self, node: fx.Node) -> None:
         """Erases a node without readers, and the constants that only it read."""
-        if node.users or node._erased:
-            return
-        inputs = node.all_input_nodes
-        if node.op in ("call_module", "get_attr"):
-            self.calls[str(node.target)] -= 1
-        self.graph.erase_node(node)
-        for source in inputs:
-            if source in self.constant:
-                self._forget(source)
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            if node.users or node._erased:
+                continue
+            pending += [source for source in node.all_input_nodes if source in self.constant]
+            if node.op in ("call_module", "get_attr"):
+                self.calls[str(node.target)] -= 1
+            self.graph.erase_node(node)
 
     def _insert(self, merge: Merge) -> fx.Node | None:
         """The merged layer, where the region first reads its source; None if its numbers do not allow the merge."""

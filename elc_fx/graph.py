@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,19 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "get_attr" or (inputs and found.issuperset(inputs)):
             found.add(node)
     return found
+
+
+def unknown(node: fx.Node, known: Container[fx.Node]) -> Iterator[fx.Node]:
+    """The node and what it is computed from, inputs first; the caller makes each known before it asks for the next."""
+    pending = [node]
+    while pending:
+        node = pending[-1]
+        if missing := [value for value in node.all_input_nodes if value not in known]:
+            pending.extend(missing)
+            continue
+        pending.pop()
+        if node not in known:
+            yield node
 
 
 def tuples(graph: fx.Graph) -> set[fx.Node]:

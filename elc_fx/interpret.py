@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from elc_fx.activations import activation_of
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
 from elc_fx.capture import allocates, assign, has_hooks, materialisable, runs_foreign_code
 from elc_fx.graph import (
@@ -30,7 +31,9 @@ from elc_fx.graph import (
     module_of,
     overwritten_argument,
     signature_of,
+    unknown,
 )
+from elc_fx.randomness import generators, randomness_of_the_caller
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -53,7 +56,6 @@ SCALES = frozenset(("mul", "imul", "mul_", "multiply", "multiply_"))
 QUOTIENTS = frozenset(("div", "truediv", "itruediv", "div_", "divide", "true_divide"))
 CONCATENATIONS = frozenset(("cat", "concat", "concatenate"))
 CPU = torch.device("cpu")  # where numbers are made that have no device of their own, whatever torch's default is
-RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "poisson", "empty")
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ class Interpreter:
             return value if isinstance(value, int | float | complex) and not isinstance(value, bool) else None
         if value not in self._may_be_constant:
             return None
-        if value not in self._constants:
-            self._constants[value] = self._evaluate(value)
+        for node in unknown(value, self._constants):
+            self._constants[node] = self._evaluate(node)
         return self._constants[value]
 
     def _evaluate(self, node: fx.Node) -> Any:
@@ -142,20 +144,21 @@ class Interpreter:
             found = attribute_of(self.captured, node)
             return found.detach() if isinstance(found, Tensor) and id(found) not in self._written else None
         name = function_name(node)
-        if not node.all_input_nodes or any(word in name for word in RANDOM):
+        if "empty" in name or overwritten_argument(self.captured, node) is not None:  # what nobody filled is nothing
             return None
-        if overwritten_argument(self.captured, node) is not None:
+        if any(self._constants[source] is None for source in node.all_input_nodes):
             return None
-        inputs = {source: self.constant(source) for source in node.all_input_nodes}
-        if any(value is None for value in inputs.values()):
+        if node.op != "call_method" and not (node.op == "call_function" and is_torchs(node)):
             return None
-        args = fx.map_arg(node.args, lambda n: inputs[n])
-        kwargs = fx.map_arg(node.kwargs, lambda n: inputs[n])
+        args: Any = fx.map_arg(node.args, self._constants.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self._constants.__getitem__)
+        call: Any = node.target
         if node.op == "call_method":
-            return getattr(args[0], name)(*args[1:], **kwargs)  # type: ignore[index]
-        if node.op == "call_function" and is_torchs(node):
-            return node.target(*args, **kwargs)  # type: ignore[operator, misc]
-        return None
+            call, args = getattr(args[0], name), args[1:]
+        with randomness_of_the_caller():
+            before = generators()
+            value = call(*args, **kwargs)
+            return value if generators() == before else None
 
     def _overwritten_attributes(self) -> set[int]:
         """Identities of tensors that the graph may change, maybe through a view, and that are thus no constants."""
@@ -741,6 +744,8 @@ class Interpreter:
     def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The inputs that have the channels and axes of the output."""
         name, inputs = function_name(node), node.all_input_nodes
+        if activation_of(self.captured, node) is not None:
+            return tuple(inputs)
         if node.op == "call_module":
             module = module_of(self.captured, node)
             return tuple(inputs[:1]) if isinstance(module, KEEP_CHANNELS) else ()
@@ -753,23 +758,10 @@ class Interpreter:
         return tuple(inputs[:1]) if name in KEEP_CHANNELS_FUNCTIONS else ()
 
 
-KEEP_CHANNELS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.modules.pooling._MaxPoolNd),
-    *(nn.modules.pooling._AvgPoolNd, _BatchNorm),
-)
+KEEP_CHANNELS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, _BatchNorm)  # besides activations
 KEEP_CHANNELS_FUNCTIONS = frozenset(
     (
-        "relu",
-        "relu_",
-        "gelu",
-        "silu",
-        "sigmoid",
-        "tanh",
-        "neg",
-        "clone",
-        "contiguous",
-        "batch_norm",
+        *("neg", "clone", "contiguous", "batch_norm"),
         *tuple(f"{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)),
     )
 )

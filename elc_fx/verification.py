@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry, row_blocks, wide
 from elc_fx.errors import VerificationError
-from elc_fx.graph import attribute_of, module_of
+from elc_fx.graph import attribute_of, module_of, unknown
 from elc_fx.interpret import weight_of
 from elc_fx.regions import Join, Merge
 from elc_fx.widening import Widening
@@ -97,8 +97,9 @@ def _largest_outputs(affine: AffineMap) -> Tensor:
 def _run_region(captured: fx.GraphModule, merge: Merge, source: fx.Node, nodes: Sequence[fx.Node], x: Tensor) -> Tensor:
     """The region's own nodes on x."""
     values: dict[fx.Node, Any] = {source: x, merge.source: x}
-    for node in nodes:
-        values[node] = _run_node(captured, node, values)
+    for last in nodes:
+        for node in unknown(last, values):  # constants on the way, as the model computes them
+            values[node] = _run_node(captured, node, values)
     if (output := merge.output) is not None:
         return values[output]  # type: ignore[no-any-return]
     return _join_branches(merge, values)
@@ -114,14 +115,10 @@ def _join_branches(merge: Merge, values: dict[fx.Node, Any]) -> Tensor:
 
 
 def _run_node(captured: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The node's value from those of its inputs; constants are computed as the model computes them."""
-
-    def load(source: fx.Node) -> Any:
-        return values[source] if source in values else _run_node(captured, source, {})
-
+    """The node's value from those of its inputs."""
     if node.op == "get_attr":
         return attribute_of(captured, node)
-    args, kwargs = fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
+    args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
     if node.op == "call_module":
         return _without_hooks(module_of(captured, node))(*args, **kwargs)
     if node.op == "call_method":

@@ -242,6 +242,21 @@ def test_a_damaged_plan_is_an_error(resnet: nn.Module) -> None:
             elc_fx.Plan.from_json(text)  # type: ignore[arg-type]
 
 
+def test_a_plan_whose_candidates_overlap_cannot_be_made(resnet: nn.Module) -> None:
+    found = named(resnet)
+    for names in (("layer1.0:3x3", "layer1:3x3"), ("layer1.0:3x3", "layer1.0:1x1")):
+        with pytest.raises(elc_fx.PlanError, match="overlap"):
+            elc_fx.Plan(tuple(found[name] for name in names))
+
+
+def test_a_plan_predicts_a_loss_for_each_candidate(resnet: nn.Module) -> None:
+    x = torch.randn(8, 3, 8, 8)
+    good = json.loads(elc_fx.plan(resnet, x[:1], elc_fx.Budget(flops=0.9), [x], loss="uniform").to_json())
+    good["prediction"]["losses"].pop()
+    with pytest.raises(elc_fx.InvalidInputError, match="losses"):
+        elc_fx.Plan.from_json(json.dumps(good))
+
+
 @pytest.mark.parametrize("kept", [[1], [], [0, 0], [5, 5]])
 def test_kernels_of_a_plan_that_its_layers_cannot_keep(resnet: nn.Module, kept: list[int]) -> None:
     data = json.loads(elc_fx.Plan.of(resnet, IMAGE, collapse=["layer1.0"]).to_json())

@@ -1885,6 +1885,62 @@ def test_random_numbers_in_forward_stay_random() -> None:
             assert not torch.equal(compiled(x), compiled(x))
 
 
+def weight_made_by(formula: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A convolution whose weight is made of a parameter, and its batch norm."""
+    p, norm = nn.Parameter(torch.randn(4, 4) / 4), nn.BatchNorm2d(4)
+    return ready(Unary(lambda s, x: s.norm(F.conv2d(x, formula(s.p).view(4, 4, 1, 1))), p=p, norm=norm))
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [lambda p: F.gumbel_softmax(p), lambda p: F.rrelu(p, training=True), lambda p: F.dropout(p), torch.rand_like],
+    ids=["gumbel_softmax", "rrelu", "dropout", "rand_like"],
+)
+def test_random_numbers_of_a_parameter_stay_random(formula: Callable[[Tensor], Tensor]) -> None:
+    p = nn.Parameter(torch.randn(4, 4))
+    model = ready(Unary(lambda s, x: s.a(x) * formula(s.p)[0].view(1, 4, 1, 1), a=conv_bn(4, 4), p=p))
+    x = image(2, 4, 5, 5)
+    torch.manual_seed(5)
+    following = torch.rand(3)
+    torch.manual_seed(5)
+    compiled = elc_fx.compile(model)
+    assert torch.equal(torch.rand(3), following)
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        expected = model(x)
+        torch.manual_seed(seed)
+        assert_same(compiled(x), expected)
+
+
+def test_a_weight_that_is_normalised_merges() -> None:
+    compiled = check(weight_made_by(lambda p: F.normalize(p, dim=1)), image(2, 4, 5, 5))
+    assert not batch_norms(compiled)
+
+
+def test_a_weight_that_takes_many_steps_to_make_merges_in_linear_time() -> None:
+    def orthogonal(p: Tensor) -> Tensor:  # each value is read four times: 4²⁰ ways from the first to the last
+        p = p / p.norm()
+        for _ in range(20):
+            p = 1.5 * p - 0.5 * (p @ p.t()) @ p
+        return p
+
+    def deep(p: Tensor) -> Tensor:
+        for _ in range(sys.getrecursionlimit()):
+            p = torch.tanh(p)
+        return p
+
+    for formula in (orthogonal, deep):
+        assert not batch_norms(check(weight_made_by(formula), image(2, 4, 5, 5)))
+
+
+@pytest.mark.parametrize("activation", [F.leaky_relu, F.hardswish, F.relu6, nn.Softsign(), nn.Hardshrink()])
+def test_activations_pass_on_how_many_channels_there_are(activation: Any) -> None:
+    scale = nn.Parameter(torch.rand(4, 1, 1))
+    a, b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+    model = ready(Unary(lambda s, x: s.b(s.act(s.a(x)) * s.scale), a=a, b=b, act=activation, scale=scale))
+    assert len(elc_fx.report_of(check(model, image(2, 3, 9, 9))).merged) == 1
+
+
 def test_random_numbers_in_a_submodule_stay_random() -> None:
     noise = Unary(lambda s, x: x + torch.randn(4, 1, 1))
     model, x = ready(nn.Sequential(conv_bn(4, 4), noise, conv_bn(4, 4))), image(2, 4, 5, 5)

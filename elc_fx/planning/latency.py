@@ -215,7 +215,7 @@ class LatencyMeter:
         """Measures every layer of the graph, and every convolution that a choice becomes; in the first process only."""
         check_computes(self.graph.graph_module)
         self.values = run_recording(self.graph.captured, lambda value: (tuple(value.shape), value.dtype))[1]
-        known = StoredTable(self.cache, f"latencies-{self._key()}")
+        known = StoredTable(self.cache, f"times-{self._key()}")
         nodes = {node.name: self._unit(node) if node is leader else None for node, leader in self._leaders().items()}
         merged = {
             choice.key: self._layer(choice.geometry, choice.region.source, choice.region.output) for choice in choices
@@ -393,13 +393,12 @@ class _Layer(nn.Module):
 
     def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
         super().__init__()
-        self.geometry = geometry
-        g = replace(geometry, ones=False)
+        self.geometry = g = replace(geometry, ones=False)
         kernel = torch.randn(g.out_channels, g.in_channels // g.groups, *g.kernel_size) / 100
         self.layer = layer_of(AffineMap(g, kernel, torch.zeros(g.out_channels)), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(padded(replace(self.geometry, ones=False), x))
+        y: Tensor = self.layer(padded(self.geometry, x))
         return y
 
 

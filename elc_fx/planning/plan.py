@@ -94,11 +94,27 @@ class Plan:
     """The chosen candidates, which do not overlap. inputs: the model's, by parameter name of `forward`.
 
     prediction: what it costs and loses, where a planner made it.
+    Raises `PlanError` if two candidates have a node in common, `InvalidInputError` if not each has its loss predicted.
     """
 
     candidates: tuple[Candidate, ...]
     inputs: tuple[str, ...] = ()
     prediction: Prediction | None = None
+
+    def __post_init__(self) -> None:
+        owner: dict[str, str] = {}
+        for candidate in self.candidates:
+            for node in candidate.nodes:
+                if node in owner:
+                    raise PlanError(
+                        f"candidates `{owner[node]}` and `{candidate.full_name}` overlap: both contain `{node}`; "
+                        "take one of them out of the plan"
+                    )
+                owner[node] = candidate.full_name
+        if self.prediction is not None and len(self.prediction.losses) != len(self.candidates):
+            raise InvalidInputError(
+                f"the plan has {len(self.candidates)} candidates and predicts {len(self.prediction.losses)} losses"
+            )
 
     @classmethod
     def of(
@@ -140,21 +156,7 @@ class Plan:
         inputs = named_inputs(model, example_inputs)
         order = {node.name: i for i, node in enumerate(graph.graph_module.graph.nodes)}
         chosen.sort(key=lambda pair: order[pair[0].output.name])
-        plan = cls(tuple(candidate for _, candidate in chosen), inputs)
-        plan.check_disjoint()
-        return plan
-
-    def check_disjoint(self) -> None:
-        """Raises `PlanError` if two candidates have a node in common."""
-        owner: dict[str, str] = {}
-        for candidate in self.candidates:
-            for node in candidate.nodes:
-                if node in owner:
-                    raise PlanError(
-                        f"candidates `{owner[node]}` and `{candidate.full_name}` overlap: both contain `{node}`; "
-                        "take one of them out of the plan"
-                    )
-                owner[node] = candidate.full_name
+        return cls(tuple(candidate for _, candidate in chosen), inputs)
 
     def to_json(self) -> str:
         data: dict[str, Any] = {
@@ -189,9 +191,7 @@ class Plan:
                 raise InvalidInputError(f"`{name}` of a plan cannot be {value!r:.200}")
         predicted = data.get("prediction")
         prediction = None if predicted is None else Prediction.from_dict(predicted)
-        plan = cls(tuple(Candidate.from_dict(c) for c in found), _texts("inputs", inputs), prediction)
-        plan.check_disjoint()
-        return plan
+        return cls(tuple(Candidate.from_dict(c) for c in found), _texts("inputs", inputs), prediction)
 
     def __str__(self) -> str:
         if not self.candidates:

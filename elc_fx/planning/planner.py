@@ -284,7 +284,6 @@ class Planner:
         """
         if not isinstance(plan, Plan):
             raise InvalidInputError(f"plan is a {type(plan).__name__}, expected an elc_fx.Plan")
-        plan.check_disjoint()
         choices = [Choice(candidate, region) for candidate, region, _ in plan.locate(self.graph)]
         _, fitted_to = self.calibrations
         fits = Sensitivity(self.graph, fitted_to, None, progress=self.progress)
@@ -355,9 +354,7 @@ class Planner:
         measured = None if self.model.latency is None else self._timed(solution)
         after = self.model.after(chosen)
         prediction = Prediction(self.model.original, after, losses, together, solution.gap, measured, rehearsed)
-        plan = Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)
-        plan.check_disjoint()
-        return plan
+        return Plan(tuple(choice.candidate for choice in chosen), self.inputs, prediction)
 
 
 def _pools_last(choice: Choice) -> bool:
