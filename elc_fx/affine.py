@@ -433,15 +433,15 @@ class AffineMap:
         """The same map with its bias carried by the channel of ones; where `second` uses ones, a row of ones below."""
         tap = self.geometry.interior_tap(second.geometry)
         assert tap is not None  # Geometry.confines_before refuses otherwise
-        at = _flat_index(tap, self.geometry.kernel_size)
         rows = self.geometry.out_channels + (second.ones is not None)
         ones = wide(self.kernel[:0]).new_zeros(rows, *self.geometry.kernel_size)
         if self.ones is not None:
             ones[: self.geometry.out_channels] += self.ones
         if self.bias is not None:
-            ones[: self.geometry.out_channels].flatten(1)[:, at] += self.bias
+            at: tuple[int | slice, ...] = (slice(self.geometry.out_channels), *tap)
+            ones[at] += self.bias
         if second.ones is not None:
-            ones[-1].flatten()[at] = 1
+            ones[(-1, *tap)] = 1
         return AffineMap(replace(self.geometry, bias=False, ones=True), self.kernel, None, ones)
 
     def __add__(self, other: AffineMap) -> AffineMap:
@@ -656,13 +656,6 @@ def _on_grid(kernel: Tensor, geometry: Geometry, grid: Geometry) -> Tensor:
         index.append(slice(start, start + step * (k - 1) + 1, step))
     placed[tuple(index)] = kernel
     return placed
-
-
-def _flat_index(tap: Ints, kernel_size: Ints) -> int:
-    index = 0
-    for u, k in zip(tap, kernel_size, strict=True):
-        index = index * k + u
-    return index
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

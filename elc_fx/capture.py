@@ -721,6 +721,16 @@ class Attributes:
         return changed
 
 
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Undoes what forwards store on the module and its submodules."""
+    before = Attributes(module)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Equal, where NaN equals NaN. Of sparse tensors nobody asks."""
     if a.layout is not torch.strided:

@@ -47,25 +47,13 @@ def compress(
         raise InvalidInputError("calibration is missing: give batches of the training set")
     with randomness_of_the_caller():
         seed_all(0)  # a loader that shuffles gives the same batches when a killed run begins again
-        return _compressed(model, example_inputs, budget, calibration, finetune, verify=verify, backend=backend)
-
-
-def _compressed(
-    model: nn.Module,
-    example_inputs: Any,
-    budget: Budget,
-    calibration: Iterable[Any] | None,
-    finetune: FinetuneConfig | None,
-    *,
-    verify: bool,
-    backend: Backend,
-) -> nn.Module:
-    plan, network = _planned(model, example_inputs, budget, calibration, finetune, backend)
-    history = None if finetune is None else Finetuning(network, finetune, model).run()
-    if isinstance(network, DecoupledModule):
-        set_gate(network, 0)
-        network = merge(network, verify=verify)
-    small = LosslessCompilation(ExampleInputs.of(network, example_inputs), verify=verify).run(network, original=model)
+        plan, network = _planned(model, example_inputs, budget, calibration, finetune, backend)
+        history = None if finetune is None else Finetuning(network, finetune, model).run()
+        if isinstance(network, DecoupledModule):
+            set_gate(network, 0)
+            network = merge(network, verify=verify)
+        examples = ExampleInputs.of(network, example_inputs)
+        small = LosslessCompilation(examples, verify=verify).run(network, original=model)
     report: Report = getattr(small, REPORT)
     setattr(small, REPORT, replace(report, plan=plan, epochs=() if history is None else history.epochs))
     return small

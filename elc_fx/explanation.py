@@ -14,7 +14,7 @@ from elc_fx.capture import CaptureError, Refusal
 from elc_fx.compiled import REPORT
 from elc_fx.graph import label
 from elc_fx.inputs import ExampleInputs
-from elc_fx.lossless import LosslessCompilation
+from elc_fx.lossless import LAYERS, LosslessCompilation
 from elc_fx.planning.candidates import (
     LARGEST_KERNEL,
     LONGEST,
@@ -189,8 +189,7 @@ def explain(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[s
 
 def _layers_of(model: nn.Module) -> tuple[str, ...]:
     """The convolutions and linear layers of a model that may not be traceable, in the order of its modules."""
-    kinds = (nn.modules.conv._ConvNd, nn.Linear)
-    return tuple(name for name, module in model.named_modules() if isinstance(module, kinds))
+    return tuple(name for name, module in model.named_modules() if isinstance(module, LAYERS))
 
 
 def _alone(graph: SerialGraph, free: set[str]) -> Iterable[Refusal]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,17 @@ class ExampleInputs:
     def by_position(self) -> tuple[Any, ...] | None:
         """The arguments, where all are given by position."""
         return None if self.kwargs else self.args
+
+
+@contextmanager
+def running_on_examples(name: str) -> Iterator[None]:
+    """Whatever a network's own code raises is an `InvalidInputError`: the inputs and it do not go together."""
+    try:
+        yield
+    except Exception as error:
+        raise InvalidInputError(
+            f"{name} does not run on the example_inputs: {type(error).__name__}: {error}"
+        ) from error
 
 
 def batches_of(calibration: Any) -> Iterable[Any]:

@@ -65,6 +65,10 @@ class Feature:
     channels: int | None = None
     dims: int | None = None
 
+    @property
+    def is_known(self) -> bool:
+        return self.channels is not None and self.dims is not None
+
     def known(self, other: Feature) -> Feature:
         """This, completed by what the other knows."""
         return Feature(
@@ -148,7 +152,8 @@ class Interpreter:
             return None
         if any(self._constants[source] is None for source in node.all_input_nodes):
             return None
-        if node.op != "call_method" and not (node.op == "call_function" and is_torchs(node)):
+        known = is_torchs(node) or node.target is getattr  # such as w.T
+        if node.op != "call_method" and not (node.op == "call_function" and known):
             return None
         args: Any = fx.map_arg(node.args, self._constants.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self._constants.__getitem__)
@@ -219,7 +224,6 @@ class Interpreter:
             source,
             weight_of(module),
             module.bias,
-            dims,
             stride=module.stride,
             padding=module.padding,
             dilation=module.dilation,
@@ -290,7 +294,9 @@ class Interpreter:
             return None
         value = self.constant(argument)
         if not isinstance(value, Tensor):
-            raise _Refused("its weight is computed from its input")
+            constant = isinstance(argument, fx.Node) and argument in self._may_be_constant
+            why = "random, overwritten, or made by what is not torch's" if constant else "computed from its input"
+            raise _Refused(f"its weight is {why}")
         return value
 
     def _convolution_function(
@@ -309,7 +315,6 @@ class Interpreter:
             source,
             weight,
             self._weight(arguments.get("bias")),
-            dims,
             stride=stride,
             padding=padding if isinstance(padding, str) else _per_axis(padding, dims),
             dilation=dilation,
@@ -398,7 +403,6 @@ class Interpreter:
         source: fx.Node,
         weight: Tensor | None,
         bias: Tensor | None,
-        dims: int,
         *,
         stride: Ints,
         padding: Ints | Padding | str,
@@ -550,13 +554,7 @@ class Interpreter:
         if before or after:
             kept = range(before, before + feature.channels)
             return self._selection(node, source, feature.channels + before + after, kept, None, None, padding)
-        geometry = replace(Geometry.identity(feature.channels, dims), padding=padding, padding_mode=mode)
-
-        def load() -> AffineMap:
-            ones = torch.ones(geometry.out_channels, dtype=torch.float64, device=CPU)
-            return replace(AffineMap.scale(ones, None, geometry.dims), geometry=geometry)
-
-        return Operation(node, source, geometry, load)
+        return self._identity(node, source, padding=padding, padding_mode=mode)
 
     def _filled_padding(self, node: fx.Node) -> Operation | None:
         """pad(x) whose border is then assigned a constant per channel, side after side, until no zeros are left."""
@@ -617,15 +615,22 @@ class Interpreter:
         kept = range(channels)[index[1]]
         rank = dims + 2 if source not in self.shapes else None
         if kept == range(channels):
-            geometry = replace(Geometry.identity(channels, dims), stride=tuple(stride), padding=tuple(padding))
-
-            def load() -> AffineMap:
-                ones = torch.ones(channels, dtype=torch.float64, device=CPU)
-                return replace(AffineMap.scale(ones, None, dims), geometry=geometry)
-
-            return Operation(node, source, geometry, load, rank=rank)
+            strided = self._identity(node, source, stride=tuple(stride), padding=tuple(padding))
+            return replace(strided, rank=rank)
         selection = self._selection(node, source, len(kept), None, kept, tuple(stride), tuple(padding))
         return replace(selection, rank=rank)
+
+    def _identity(self, node: fx.Node, source: fx.Node, **settings: Any) -> Operation:
+        """Each channel as it is. settings: of the geometry; the number of channels of `source` has to be known."""
+        channels, dims = self.features[source].channels, self.features[source].dims
+        assert channels is not None and dims is not None
+        geometry = replace(Geometry.identity(channels, dims), **settings)
+
+        def load() -> AffineMap:
+            like = torch.empty(0, dtype=torch.float64, device=CPU)
+            return replace(AffineMap.identity(channels, dims, like), geometry=geometry)
+
+        return Operation(node, source, geometry, load)
 
     def _selection(
         self,

@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from elc_fx.affine import Ints
-from elc_fx.capture import Attributes, Capture, CaptureError, Refusal, capture, is_leaf
+from elc_fx.capture import Capture, CaptureError, Refusal, capture, is_leaf, unchanged
 from elc_fx.comparison import Measurement, run
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
 from elc_fx.graph import module_of
-from elc_fx.inputs import ExampleInputs
+from elc_fx.inputs import ExampleInputs, running_on_examples
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import clone, replaceable_children
 from elc_fx.regions import MergePlanner, find_chains
@@ -168,16 +168,8 @@ def _join(path: str, name: str) -> str:
 
 def _measured(module: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
     """Output and costs on the example inputs. Raises `InvalidInputError` if the module does not run on them."""
-    before = Attributes(module)
-    try:
+    with unchanged(module), running_on_examples(type(module).__name__):
         return run(module, examples)
-    except Exception as error:
-        # Whatever the caller's own forward raises: the inputs and the model do not go together.
-        raise InvalidInputError(
-            f"{type(module).__name__} does not run on the example_inputs: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        before.restore()
 
 
 def _parameters(module: nn.Module) -> int:

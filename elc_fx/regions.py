@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
+from networkx.utils import UnionFind
 from torch import Tensor, fx
 
 from elc_fx.affine import AffineMap, Geometry, Ints
@@ -261,9 +262,9 @@ class _Finder:
     def visit(self, node: fx.Node) -> None:
         if (written := overwritten_argument(self.graph_module, node)) is not None:
             affine = node in self.interpreter.operations or self.interpreter.summands(node)
-            if affine and not self.aliases.is_private(written):
+            if affine and written not in self.aliases.private:
                 self.refusals.append(Refusal(label(node), f"it overwrites `{label(written)}`, which others may read"))
-            if not self.aliases.is_private(written):
+            if written not in self.aliases.private:
                 return
         if (operation := self.interpreter.operations.get(node)) is not None:
             self._append(node, operation)
@@ -360,7 +361,7 @@ class _Finder:
         """Whether somebody may change the source between the first and the last of the join's reads."""
         nodes = {join.node, *nodes_of([join])}
         positions = [self.position[node] for node in nodes]
-        for member in {m for source in join.sources for m in self.aliases.of(source)}:
+        for member in {m for source in join.sources for m in self.aliases.of[source]}:
             for user in member.users:
                 between = min(positions) < self.position[user] < max(positions)
                 if between and user not in nodes and self.aliases.may_overwrite(user):
@@ -369,14 +370,6 @@ class _Finder:
                     )
                     return True
         return False
-
-
-@dataclass(eq=False)
-class _Storage:
-    """Values that may share memory. shared: with a view, an input, an attribute or an opaque value among them."""
-
-    members: list[fx.Node]
-    shared: bool = False
 
 
 def allocating(captured: fx.GraphModule) -> set[fx.Node]:
@@ -392,40 +385,24 @@ class _Aliases:
         self.interpreter = interpreter
         self.captured = interpreter.captured
         self.allocating = allocating(self.captured)
-        self.storage: dict[fx.Node, _Storage] = {}
+        storages = UnionFind(self.captured.graph.nodes)
+        shared = set()  # views, inputs, attributes and opaque values
         for node in self.captured.graph.nodes:
-            self._add(node)
-
-    def _add(self, node: fx.Node) -> None:
-        self.storage[node] = _Storage([node])
-        written = overwritten_argument(self.captured, node)
-        if written is not None:
-            self._unite(node, written)
-        elif node.op != "output" and not self._allocates(node):
-            self.storage[node].shared = True
-            for source in node.all_input_nodes:
-                if source.op != "get_attr":
-                    self._unite(node, source)
-
-    def _unite(self, a: fx.Node, b: fx.Node) -> None:
-        small, large = sorted((self.storage[a], self.storage[b]), key=lambda s: len(s.members))
-        if small is large:
-            return
-        large.shared |= small.shared
-        large.members.extend(small.members)
-        for node in small.members:
-            self.storage[node] = large
+            if (written := overwritten_argument(self.captured, node)) is not None:
+                storages.union(node, written)
+            elif node.op != "output" and not self._allocates(node):
+                shared.add(node)
+                storages.union(node, *(source for source in node.all_input_nodes if source.op != "get_attr"))
+        self.of: dict[fx.Node, set[fx.Node]] = {}  # the values that may be in the same memory, itself among them
+        self.private: set[fx.Node] = set()  # whose memory is seen only through them and in-place operations on them
+        for storage in storages.to_sets():
+            self.of |= dict.fromkeys(storage, storage)
+            if shared.isdisjoint(storage):
+                self.private |= storage
 
     def _allocates(self, node: fx.Node) -> bool:
         read = node.op != "call_module" and function_name(node) != "getitem" and node in self.interpreter.operations
         return read or node in self.allocating
-
-    def of(self, node: fx.Node) -> list[fx.Node]:
-        return self.storage[node].members
-
-    def is_private(self, node: fx.Node) -> bool:
-        """Whether the value's memory is seen only through the value and in-place operations on it."""
-        return not self.storage[node].shared
 
     def may_overwrite(self, node: fx.Node) -> bool:
         if overwritten_argument(self.captured, node) is not None:
@@ -532,14 +509,14 @@ class MergePlanner:
         if key not in self._splits:
             at, blocks = size, []
             for part in chain.parts:
-                blocks.append(self._single(part, at, chain.source))
+                blocks.append(self._single(part, at))
                 at = blocks[-1].output_size(at)
             while len(merged := self._partition(blocks, size)) < len(blocks):
                 blocks = merged
             self._splits[key] = blocks
         return self._splits[key]
 
-    def _single(self, part: Part, size: Ints, source: fx.Node) -> _Block:
+    def _single(self, part: Part, size: Ints) -> _Block:
         kinds = kinds_of([part])
         if isinstance(part, Operation):
             return _Block((part,), part.geometry, operation_cost(part, size), kinds)

@@ -14,16 +14,15 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from elc_fx.activations import MODULES, activation_of
-from elc_fx.affine import AffineMap, Geometry, Ints, Padding
+from elc_fx.affine import Geometry, Ints, Padding
 from elc_fx.capture import Capture, capture, is_drop_path, is_identity
-from elc_fx.errors import InvalidInputError, NotAffineError
+from elc_fx.errors import NotAffineError
 from elc_fx.graph import module_of
-from elc_fx.inputs import ExampleInputs
-from elc_fx.interpret import CPU, Interpreter, Operation
+from elc_fx.inputs import ExampleInputs, running_on_examples
+from elc_fx.interpret import Interpreter, Operation
 from elc_fx.pooling import MAX_POOLS, max_pooling_of, put_poolings_first
 from elc_fx.regions import Chain, Join, Part, find_chains, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
 from elc_fx.shapes import run_recording_shapes
@@ -43,11 +42,11 @@ class SerialInterpreter(Interpreter):
         if node.op == "call_module" and (
             is_identity(self.captured, node) or is_drop_path(module_of(self.captured, node))
         ):
-            return self._identity(node, bias=False)
+            return self._stand_in(node)
         if (activation := activation_of(self.captured, node)) is not None:
             if not self._acts_per_channel(node, activation):
                 return None
-            operation = self._identity(node, bias=True)
+            operation = self._stand_in(node, bias=True)
             if operation is not None:
                 self.activations.add(node)
             return operation
@@ -73,18 +72,10 @@ class SerialInterpreter(Interpreter):
         several = any(parameter.numel() > 1 for parameter in activation.parameters())
         return not several or dims is None or shape is None or len(shape) == dims + 2
 
-    def _identity(self, node: fx.Node, *, bias: bool) -> Operation | None:
-        """A stand-in for what the node becomes: only its geometry matters here."""
-        source = node.all_input_nodes[0]
-        channels, dims = self.features[source].channels, self.features[source].dims
-        if channels is None or dims is None:
-            return None
-        geometry = replace(Geometry.identity(channels, dims), bias=bias)
-
-        def load() -> AffineMap:
-            return AffineMap.identity(channels, dims, torch.empty(0, dtype=torch.float64, device=CPU))
-
-        return Operation(node, source, geometry, load)
+    def _stand_in(self, node: fx.Node, **settings: bool) -> Operation | None:
+        """For what the node becomes: only its geometry matters here."""
+        (source,) = node.all_input_nodes
+        return self._identity(node, source, **settings) if self.features[source].is_known else None
 
 
 @dataclass(frozen=True)
@@ -239,7 +230,7 @@ class SerialGraph:
         self.shapes = shapes or {}
         self.interpreter = SerialInterpreter(self.graph_module, shapes)
         self.interpreter.erase_settled_assertions()
-        chains, joins, self.refusals = find_chains(self.interpreter)
+        chains, joins, _ = find_chains(self.interpreter)
         self.chains = list(_all_chains(chains, joins))
         self.activations, self.poolings = self.interpreter.activations, self.interpreter.poolings
         self.barriers = self.activations | self.poolings
@@ -251,12 +242,8 @@ class SerialGraph:
         Raises `CaptureError`, and `InvalidInputError` where the model does not run on the examples.
         """
         captured = serial_capture(model, examples.bound(model))
-        try:
+        with running_on_examples(type(model).__name__):
             shapes = run_recording_shapes(captured)[1]
-        except Exception as error:  # whatever the model's own layers raise
-            raise InvalidInputError(
-                f"{type(model).__name__} does not run on the example_inputs: {type(error).__name__}: {error}"
-            ) from error
         return cls(captured, shapes)
 
     def regions(self, longest: int) -> Iterator[Region]:

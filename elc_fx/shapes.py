@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from elc_fx.affine import Ints
-from elc_fx.capture import Attributes, Capture
+from elc_fx.capture import Capture, unchanged
 from elc_fx.inputs import fresh
 from elc_fx.randomness import reproducibly
 
@@ -23,12 +23,9 @@ def run_recording_shapes(captured: Capture) -> tuple[Any, dict[fx.Node, Ints]]:
 
 def run_recording(captured: Capture, what: Callable[[Tensor], T]) -> tuple[Any, dict[fx.Node, T]]:
     """As `run_recording_shapes`, with anything else of the tensors."""
-    recorder, before = _Recorder(captured.graph_module, what), Attributes(captured.graph_module)
-    try:
-        with reproducibly():
-            output = recorder.run(*fresh(captured.inputs or ()))
-    finally:
-        before.restore()
+    recorder = _Recorder(captured.graph_module, what)
+    with unchanged(captured.graph_module), reproducibly():
+        output = recorder.run(*fresh(captured.inputs or ()))
     return output, recorder.found
 
 

@@ -1888,7 +1888,7 @@ def test_random_numbers_in_forward_stay_random() -> None:
 def weight_made_by(formula: Callable[[Tensor], Tensor]) -> nn.Module:
     """A convolution whose weight is made of a parameter, and its batch norm."""
     p, norm = nn.Parameter(torch.randn(4, 4) / 4), nn.BatchNorm2d(4)
-    return ready(Unary(lambda s, x: s.norm(F.conv2d(x, formula(s.p).view(4, 4, 1, 1))), p=p, norm=norm))
+    return ready(Unary(lambda s, x: s.norm(F.conv2d(x, formula(s.p).reshape(4, 4, 1, 1))), p=p, norm=norm))
 
 
 @pytest.mark.parametrize(
@@ -1912,16 +1912,16 @@ def test_random_numbers_of_a_parameter_stay_random(formula: Callable[[Tensor], T
         assert_same(compiled(x), expected)
 
 
-def test_a_weight_that_is_normalised_merges() -> None:
-    compiled = check(weight_made_by(lambda p: F.normalize(p, dim=1)), image(2, 4, 5, 5))
-    assert not batch_norms(compiled)
+@pytest.mark.parametrize("formula", [lambda p: F.normalize(p, dim=1), lambda p: p.T], ids=["normalize", "T"])
+def test_a_weight_that_is_computed_of_a_parameter_merges(formula: Callable[[Tensor], Tensor]) -> None:
+    assert not batch_norms(check(weight_made_by(formula), image(2, 4, 5, 5)))
 
 
 def test_a_weight_that_takes_many_steps_to_make_merges_in_linear_time() -> None:
     def orthogonal(p: Tensor) -> Tensor:  # each value is read four times: 4²⁰ ways from the first to the last
         p = p / p.norm()
         for _ in range(20):
-            p = 1.5 * p - 0.5 * (p @ p.t()) @ p
+            p = 1.5 * p - 0.5 * (p @ p.T) @ p
         return p
 
     def deep(p: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from elc_fx.affine import AffineMap, Geometry, Padding
+from elc_fx.affine import AffineMap, Geometry
 from elc_fx.capture import Refusal, is_drop_path, is_identity
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.decoupling.decoupled import DecoupledModule
@@ -144,7 +144,10 @@ class ClosedInterpreter(Interpreter):
             return self._closed_activation(node, source, module)
         identity = isinstance(module, DecoupledPadding) or is_identity(self.captured, node) or is_drop_path(module)
         if identity or isinstance(module, RingPad):
-            return self._ring(node, source, module.change if isinstance(module, RingPad) else None)
+            if not self.features[source].is_known:
+                return None
+            settings = {"padding": module.change} if isinstance(module, RingPad) else {}
+            return self._identity(node, source, **settings)
         return super()._module(node)
 
     def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
@@ -159,7 +162,6 @@ class ClosedInterpreter(Interpreter):
             source,
             module.closed_weight,
             bias,
-            len(module.window),
             stride=module.stride,
             padding=module.closed_padding if on else module.around_window(module.padding),
             dilation=module.dilation,
@@ -179,18 +181,3 @@ class ClosedInterpreter(Interpreter):
             return AffineMap(geometry, kernel.expand(-1, 1, *geometry.kernel_size).contiguous(), offset.double())
 
         return Operation(node, source, geometry, load, slope.dtype, slope.device)
-
-    def _ring(self, node: fx.Node, source: fx.Node, change: Padding | None) -> Operation | None:
-        feature = self.features[source]
-        if feature.channels is None or feature.dims is None:
-            return None
-        channels, dims = feature.channels, feature.dims
-        geometry = Geometry.identity(channels, dims)
-        if change is not None:
-            geometry = replace(geometry, padding=change)
-
-        def load() -> AffineMap:
-            like = next(self.captured.parameters()).detach().new_empty(0).double()
-            return replace(AffineMap.identity(channels, dims, like), geometry=geometry)
-
-        return Operation(node, source, geometry, load)

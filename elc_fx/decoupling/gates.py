@@ -86,11 +86,9 @@ class GateSchedule:
     ) -> None:
         check_whole(1, total_steps=total_steps)
         check_whole(0, start=start)
-        self.module = module
         self.total_steps = total_steps
         self.start = start
         self.shape = shape
-        self.overlap = overlap
         self.steps = 0
         if shape not in SHAPES:
             raise InvalidInputError(f"shape is {shape!r}, expected 'linear' or 'cosine'")
@@ -98,8 +96,8 @@ class GateSchedule:
             raise InvalidInputError(f"order is {order!r}, expected 'together', 'depth', 'reverse depth' or 'cost'")
         if start >= total_steps or not _is_share(overlap):
             raise InvalidInputError("expected 0 <= start < total_steps and 0 <= overlap <= 1")
-        nodes = _decoupled(module)
-        self.ranks, regions = _ranks(module, list(nodes), order)
+        self.nodes = _decoupled(module)
+        self.ranks, regions = _ranks(module, list(self.nodes), order)
         # The share of the time in which a node closes; without overlap, one region begins where the last one ends.
         self.share = max(float(overlap), 1 / regions)
         self._apply()
@@ -131,7 +129,7 @@ class GateSchedule:
         return 1 - done if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     def _apply(self) -> None:
-        for name, node in decoupling_nodes(self.module).items():
+        for name, node in self.nodes.items():
             value = self.gate(self.ranks[name])
             node.set_gate(0.0 if value < 1e-9 else value)
 

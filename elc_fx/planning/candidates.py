@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -238,6 +240,9 @@ class CandidateFinder:
         self.regions = list(graph.regions(longest))
         layers = [label(op.node) for op in graph.interpreter.operations.values() if op.convolves]
         self.names = _names(self.regions, layers, graph.poolings)
+        # What the kernels do not change is asked once for each region.
+        self._operations = functools.cache(functools.partial(operation_texts, graph))
+        self._parameters = functools.cache(self._count_parameters)
 
     def all(self, largest_kernel: int) -> Iterator[tuple[Region, Candidate]]:
         for region in self.regions:
@@ -279,7 +284,7 @@ class CandidateFinder:
         return Candidate(
             name=self.names[region],
             layers=tuple(dict.fromkeys(label(op.node) for op in layers)),
-            operations=operation_texts(self.graph, region),
+            operations=self._operations(region),
             removed=len(layers) - 1,
             kernels=tuple((node.name, kept) for node, kept in windows.items()),
             kernel_size=geometry.kernel_size,
@@ -294,7 +299,7 @@ class CandidateFinder:
             nodes=tuple(sorted(node.name for node in region.nodes())),
         )
 
-    def _parameters(self, region: Region) -> int:
+    def _count_parameters(self, region: Region) -> int:
         found = {
             id(p): p.numel()
             for op in operations_of(region.parts)
@@ -317,10 +322,7 @@ def _spatial(shapes: Mapping[fx.Node, Ints], node: fx.Node, dims: int) -> Ints:
 
 def _positions(shapes: Mapping[fx.Node, Ints], node: fx.Node, dims: int) -> int:
     """How often a map is applied for one example: the batch, and for linear layers all axes but the last."""
-    shape, count = shapes[node], 1
-    for n in shape[: -dims - 1]:
-        count *= n
-    return count
+    return math.prod(shapes[node][: -dims - 1])
 
 
 def _names(regions: Sequence[Region], everywhere: Sequence[str], poolings: Set[fx.Node]) -> dict[Region, str]:

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from elc_fx.arguments import check_whole
-from elc_fx.capture import Attributes
+from elc_fx.capture import unchanged
 from elc_fx.errors import InvalidInputError, PlanError
 from elc_fx.kernels import without_autocast_cache
 from elc_fx.planning.agreement import of_the_first
@@ -124,12 +124,8 @@ class Planner:
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:
         """What modules draw is the same each time; what they keep, and the generators, are then as they were."""
-        before = Attributes(self.graph.graph_module)
-        try:
-            with reproducibly(), without_autocast_cache():
-                yield
-        finally:
-            before.restore()
+        with unchanged(self.graph.graph_module), reproducibly(), without_autocast_cache():
+            yield
 
     def plan(self, budget: Budget) -> Plan:
         """The plan that loses least. Where losses add up wrongly, choices are measured together, and chosen again."""

@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elc_fx.activations import MODULES
 from elc_fx.affine import Ints
-from elc_fx.capture import Attributes, CaptureError, capture
+from elc_fx.capture import CaptureError, capture, unchanged
 from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.exporting import Exported
 from elc_fx.graph import IN_PLACE_OPERATORS, function_name, module_of
-from elc_fx.inputs import ExampleInputs, batch_values, fresh
+from elc_fx.inputs import ExampleInputs, batch_values, fresh, running_on_examples
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.origins import ORIGIN, place_of, recorded_origin
 from elc_fx.randomness import reproducibly
@@ -188,16 +188,8 @@ class _Measuring(PlainInterpreter):
 
     def on(self, inputs: Any) -> None:
         """Raises `InvalidInputError` where the network does not run on the inputs."""
-        before = Attributes(self.module)
-        try:
-            with reproducibly(), self.counter:
-                self.run(*fresh(inputs))
-        except Exception as error:  # whatever the network's own code raises
-            raise InvalidInputError(
-                f"the network does not run on the example_inputs: {type(error).__name__}: {error}"
-            ) from error
-        finally:
-            before.restore()
+        with unchanged(self.module), running_on_examples("the network"), reproducibly(), self.counter:
+            self.run(*fresh(inputs))
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
