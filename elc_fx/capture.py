@@ -17,44 +17,36 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
+from elc_fx.attributes import Attributes
 from elc_fx.errors import ElcError
 from elc_fx.graph import (
-    ALLOCATING,
+    DROPOUT_MODULES,
+    KNOWN_PACKAGES,
+    VIEW_MODULES,
+    calls_differently,
     function_name,
-    is_torchs,
+    has_hooks,
+    is_drop_path,
+    is_identity,
+    is_leaf,
+    materialisable,
     may_be_view,
     module_of,
     overwrites_unseen,
     overwritten_argument,
     package_of,
-    signature_of,
 )
 from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask
 from elc_fx.randomness import generators
+from elc_fx.tidying import give_input_by_position, make_batch_norms_modules, make_dropouts_modules, tidy
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-DROPOUT_CLASSES: dict[str, type[nn.Module]] = {
-    "dropout": nn.Dropout,
-    "dropout1d": nn.Dropout1d,
-    "dropout2d": nn.Dropout2d,
-    "dropout3d": nn.Dropout3d,
-    "alpha_dropout": nn.AlphaDropout,
-    "feature_alpha_dropout": nn.FeatureAlphaDropout,
-}
-DROPOUT_MODULES: tuple[type[nn.Module], ...] = tuple(DROPOUT_CLASSES.values())
-DROPOUT_FUNCTIONS = {*DROPOUT_CLASSES, "feature_dropout", "stochastic_depth", "drop_path"}
-IDENTITY_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, *DROPOUT_MODULES)
-VIEW_MODULES = (nn.Flatten, nn.Unflatten)
-DROP_PATHS = ("DropPath", "StochasticDepth")  # as torchvision, timm and many others call them
-# Of functions of which it is known what they overwrite.
-KNOWN_PACKAGES = ("torch", "torchvision", "builtins", "collections", "math")
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
 PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc", "torch.utils._pytree"}  # for others
 ASKS_FOR_USER = {"is_tensor", "typename"}  # functions of torch
@@ -149,11 +141,11 @@ def capture(
     graph._tracer_cls = None  # the result is unpickled by torch's own tracer
     captured = fx.GraphModule(_with_constants(root, tracer.constants), graph, type(model).__name__)
     _mark_eval(captured, root)
-    _give_input_by_position(captured)
+    give_input_by_position(captured)
     follow: set[nn.Module] = set()  # that do in training what they do in training, whatever was recorded
     if trainable:
-        _make_dropouts_modules(captured)
-        follow = _make_batch_norms_modules(captured, root)
+        make_dropouts_modules(captured)
+        follow = make_batch_norms_modules(captured, root)
     tidy(captured, kept=DROPOUT_MODULES if trainable else ())
     opaque = tuple(refusal for module, refusal in refused.items() if tracer.used(module))
     entered = [(name, m) for name, m in root.named_modules() if m is root or tracer.entered(m)] if trainable else []
@@ -163,13 +155,6 @@ def capture(
         if module not in follow and (method := branches_on_training(module))
     )
     return Capture(captured, opaque, None if given is None else tuple(tracer.examples), eval_only)
-
-
-def tidy(captured: fx.GraphModule, kept: tuple[type[nn.Module], ...] = ()) -> None:
-    """Makes a graph that runs in eval mode readable: without identities, and every value read from its last writer."""
-    _drop_identities(captured, kept)
-    _read_overwritten_values_from_their_writer(captured)
-    captured.graph.lint()
 
 
 def _paths(graph: fx.Graph) -> Iterator[Any]:
@@ -187,54 +172,6 @@ def _is_writable(name: str) -> bool:
         return ast.literal_eval(f'"{name}"') == name
     except (SyntaxError, ValueError):  # of Unicode, too
         return False
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks, None) for hooks in HOOKS)
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module computes what torch.nn's `forward` of its class says, and is kept whole."""
-    if (
-        isinstance(module, torch.jit.ScriptModule)
-        or calls_differently(module)
-        or "forward" in vars(module)
-        or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    ):
-        return False
-    convolves = getattr(type(module), "_conv_forward", None)
-    return all(
-        (getattr(f, "__module__", None) or "").startswith(("torch.nn.", "torch.ao.nn."))
-        for f in (type(module).forward, convolves)
-        if f
-    ) and not type(module).__module__.startswith("torch.fx.")
-
-
-def runs_foreign_code(captured: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node may write into anything that it reads: code that is not torch's, and nobody knows what it is."""
-    if node.op == "call_module":
-        return not is_leaf(module_of(captured, node))
-    foreign = node.op == "call_function" and package_of(node) not in KNOWN_PACKAGES
-    return foreign or overwrites_unseen(node)
-
-
-def allocates(captured: nn.Module, node: fx.Node) -> bool:
-    """Whether it is known that what a node gives, if that is one tensor, is in memory of its own.
-
-    Not asked of what works in place.
-    """
-    if node.op == "call_module":
-        module = module_of(captured, node)
-        known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
-        return known and not isinstance(module, (*VIEW_MODULES, *IDENTITY_MODULES))
-    return function_name(node) in ALLOCATING and is_torchs(node)
-
-
-def calls_differently(module: nn.Module) -> bool:
-    """Whether calling the module does more than its `forward` and hooks: a class of it has a `__call__` of its own."""
-    own = (vars(cls)["__call__"] for cls in type(module).__mro__ if cls is not nn.Module and "__call__" in vars(cls))
-    # fx gives every GraphModule one that only makes tracebacks readable.
-    return any(not getattr(call, "__qualname__", "").startswith(fx.GraphModule.__qualname__) for call in own)
 
 
 def _for_sequential(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -256,15 +193,6 @@ def _cannot_be_entered(module: nn.Module) -> str | None:
     if module.training and isinstance(module, DROPOUT_MODULES):
         return "it is in training mode"
     return None
-
-
-def materialisable(module: nn.Module) -> bool:
-    """Whether the module's only hooks are those of torch.nn.utils.weight_norm or spectral_norm (before 2.x style)."""
-    from torch.nn.utils.spectral_norm import SpectralNorm
-    from torch.nn.utils.weight_norm import WeightNorm
-
-    others = any(getattr(module, hooks, None) for hooks in HOOKS if hooks != "_forward_pre_hooks")
-    return not others and all(type(h) in (WeightNorm, SpectralNorm) for h in module._forward_pre_hooks.values())
 
 
 def _autocast_state() -> tuple[bool, ...]:
@@ -673,89 +601,6 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
 
 
-@dataclass
-class Attributes:
-    """The attributes of every submodule before its forward runs, so that what that stores on them can be undone.
-
-    Of tensors, the values of all but parameters are kept too.
-    """
-
-    root: nn.Module
-    saved: list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]] = field(init=False)
-    tensors: list[tuple[str, nn.Module, Tensor, int, Tensor]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.saved, self.tensors = [], []
-        for name, module in self.root.named_modules():
-            attributes = dict(vars(module))
-            containers = {k: _shallow(v) for k, v in attributes.items() if type(v) in (dict, OrderedDict, list, set)}
-            self.saved.append((name, module, attributes, containers))
-            held = [value for key, values in containers.items() if key != "_parameters" for value in _items(values)]
-            for value in (*attributes.values(), *held):
-                if isinstance(value, Tensor) and not value.is_inference():
-                    self.tensors.append((name, module, value, value._version, value.detach().clone()))
-
-    def restore(self) -> list[tuple[str, nn.Module]]:
-        """Undoes all changes, and returns the modules that had any."""
-        changed = []
-        for name, module, attributes, containers in self.saved:
-            now = vars(module)
-            same = len(now) == len(attributes) and all(now.get(k, self) is v for k, v in attributes.items())
-            if not same:
-                now.clear()
-                now.update(attributes)
-            for key, before in containers.items():
-                container = attributes[key]
-                if not _same(container, before):
-                    container.clear()
-                    (container.extend if isinstance(container, list) else container.update)(before)
-                    same = False
-            if not same:
-                changed.append((name, module))
-        for name, module, tensor, version, values in self.tensors:
-            # Batch norm updates its statistics without a new version.
-            if not tensor.is_meta and (tensor._version != version or not _equal(tensor, values)):
-                with torch.no_grad():
-                    tensor.copy_(values)
-                changed.append((name, module))
-        return changed
-
-
-@contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Undoes what forwards store on the module and its submodules."""
-    before = Attributes(module)
-    try:
-        yield
-    finally:
-        before.restore()
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Equal, where NaN equals NaN. Of sparse tensors nobody asks."""
-    if a.layout is not torch.strided:
-        return True
-    return torch.equal(a, b) or bool(((a == b) | (a != a)).all())
-
-
-def _shallow(container: Any) -> Any:
-    return type(container)(container)
-
-
-def _items(container: Any) -> Any:
-    return container.values() if isinstance(container, dict) else container
-
-
-def _same(container: Any, before: Any) -> bool:
-    if len(container) != len(before):
-        return False
-    if isinstance(container, dict):
-        return all(container.get(k, before) is v for k, v in before.items())
-    if isinstance(container, set):
-        return {id(item) for item in container} == {id(item) for item in before}
-    return all(a is b for a, b in zip(container, before, strict=True))
-
-
 def _with_constants(root: nn.Module, constants: dict[str, Tensor]) -> nn.Module:
     """A module with root's attributes and the constants that tracing met, for GraphModule to take them from."""
     holder = nn.Module()
@@ -770,124 +615,3 @@ def _mark_eval(captured: fx.GraphModule, root: nn.Module) -> None:
     for module in captured.modules():
         if module not in own:
             module.training = False
-
-
-def is_drop_path(module: nn.Module) -> bool:
-    """Whether a module drops whole samples of a branch in training (stochastic depth), and is an identity in eval."""
-    return type(module).__name__ in DROP_PATHS and next(module.parameters(), None) is None
-
-
-def _make_dropouts_modules(captured: fx.GraphModule) -> None:
-    """F.dropout(x, p, self.training), which tracing in eval froze, becomes a module that follows `train()`."""
-    for node in captured.graph.nodes:
-        module_class = DROPOUT_CLASSES.get(function_name(node)) if node.op == "call_function" else None
-        if module_class is None or not is_identity(captured, node):
-            continue
-        module = module_class(signature_of(node).get("p", 0.5)).eval()
-        captured.add_submodule(node.name, module)
-        with captured.graph.inserting_before(node):
-            called = captured.graph.call_module(node.name, (node.all_input_nodes[0],))
-        node.replace_all_uses_with(called)
-        captured.graph.erase_node(node)
-
-
-def _give_input_by_position(captured: fx.GraphModule) -> None:
-    """`layer(input=x)` becomes `layer(x)`, for layers of torch.nn with one argument."""
-    for node in captured.graph.nodes:
-        if node.op == "call_module" and not node.args and tuple(node.kwargs) == ("input",):
-            module = module_of(captured, node)
-            if is_leaf(module) and next(iter(inspect.signature(module.forward).parameters)) == "input":
-                node.args, node.kwargs = (node.kwargs["input"],), {}
-
-
-def _make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> set[nn.Module]:
-    """A subclass of torch's batch norm whose forward was traced, with its statistics fixed, becomes torch's again.
-
-    Returns those that did.
-    """
-    made: set[nn.Module] = set()
-    for node in list(captured.graph.nodes):
-        if node.op != "call_function" or function_name(node) != "batch_norm":
-            continue
-        arguments = signature_of(node)
-        read = {name: arguments.get(name) for name in ("weight", "bias", "running_mean", "running_var")}
-        paths = {
-            n: str(a.target).rpartition(".") for n, a in read.items() if isinstance(a, fx.Node) and a.op == "get_attr"
-        }
-        owners = {owner for owner, _, _ in paths.values()}
-        if len(owners) != 1 or any(attribute != name for name, (_, _, attribute) in paths.items()):
-            continue
-        path = owners.pop()
-        owner: Any = root.get_submodule(path)
-        plain_class = next(
-            (cls for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(owner, cls)), None
-        )
-        if plain_class is None or not path or arguments.get("training", False) is not False:
-            continue
-        parent, _, name = path.rpartition(".")
-        holder = captured.get_submodule(parent)
-        if holder is root.get_submodule(parent):  # the caller's own, of which the graph calls other parts
-            continue
-        momentum = owner.momentum if owner.momentum is None else arguments.get("momentum", 0.1)
-        plain = plain_class(owner.num_features, arguments.get("eps", 1e-5), momentum, device="meta")
-        plain._parameters, plain._buffers = dict(owner._parameters), dict(owner._buffers)
-        plain.affine, plain.track_running_stats = owner.affine, owner.track_running_stats
-        for child_name, child in captured.get_submodule(path).named_children():
-            plain.add_module(child_name, child)
-        setattr(holder, name, plain.eval())
-        made.add(owner)
-        with captured.graph.inserting_before(node):
-            called = captured.graph.call_module(path, (arguments["input"],))
-        node.replace_all_uses_with(called)
-        sources = [source for source in node.all_input_nodes if source.op == "get_attr"]
-        captured.graph.erase_node(node)
-        for source in sources:
-            if not source.users:
-                captured.graph.erase_node(source)
-    return made
-
-
-def _drop_identities(captured: fx.GraphModule, kept: tuple[type[nn.Module], ...]) -> None:
-    """Dropout, drop path and identities compute nothing in eval: their readers read their input. kept: but these.
-
-    Nor do attributes that nobody reads, such as those that tracing put into the text of an error.
-    """
-    for node in reversed(captured.graph.nodes):
-        if node.target is getattr and not node.users:
-            captured.graph.erase_node(node)
-    for node in list(captured.graph.nodes):
-        if is_identity(captured, node) and not (node.op == "call_module" and type(module_of(captured, node)) in kept):
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            captured.graph.erase_node(node)
-
-
-def is_identity(captured: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        module = module_of(captured, node)
-        off = type(module) is nn.Identity or not module.training
-        return type(module) in IDENTITY_MODULES and off and not has_hooks(module)
-    if node.op == "call_function" and function_name(node) in DROPOUT_FUNCTIONS:
-        arguments = signature_of(node)
-        training = arguments.get("training", arguments.get("train"))
-        return training is False and len(node.all_input_nodes) == 1
-    return False
-
-
-def _read_overwritten_values_from_their_writer(captured: fx.GraphModule) -> None:
-    """An in-place operation returns the tensor that it changed. Whoever reads that tensor later reads the result.
-
-    y.relu_(); z = y + 1  is recorded as  r = relu_(y); z = y + 1, and becomes  r = relu_(y); z = r + 1: the same
-    tensor, but now the graph shows what z depends on.
-    """
-    latest: dict[fx.Node, fx.Node] = {}  # by what an operation overwrote
-    for node in captured.graph.nodes:
-        for value in node.all_input_nodes:
-            last = value
-            while last in latest:
-                last = latest[last]
-            if last is not value:
-                latest[value] = last  # so that no way grows long
-                node.replace_input_with(value, last)
-        written = overwritten_argument(captured, node)
-        if written is not None:
-            latest[written] = node

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import Ints
-from elc_fx.capture import tidy
 from elc_fx.errors import ElcError, InvalidInputError, NotAffineError
 from elc_fx.graph import function_name, module_of, signature_of
 from elc_fx.interpret import Interpreter
 from elc_fx.lossless import merge_all
+from elc_fx.tidying import tidy
 
 LOG = logging.getLogger("elc_fx")
 Compiled: TypeAlias = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""Questions about one node of a captured graph: its name for people, its arguments by name, what it overwrites."""
+"""Questions about one node of a graph or one module: names, arguments by name, what is overwritten, what is torch's."""
 
 from __future__ import annotations
 
@@ -73,6 +73,21 @@ IN_PLACE_OPERATORS = frozenset(  # "iadd", but not "index"; nor "imatmul", of wh
     if name.startswith("i") and {name[1:], f"{name[1:]}_"} & {*dir(operator)} and hasattr(torch.Tensor, f"__{name}__")
 )
 IN_PLACE_METHODS = frozenset(f"__{name}__" for name in IN_PLACE_OPERATORS)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+DROPOUT_CLASSES: dict[str, type[nn.Module]] = {
+    "dropout": nn.Dropout,
+    "dropout1d": nn.Dropout1d,
+    "dropout2d": nn.Dropout2d,
+    "dropout3d": nn.Dropout3d,
+    "alpha_dropout": nn.AlphaDropout,
+    "feature_alpha_dropout": nn.FeatureAlphaDropout,
+}
+DROPOUT_MODULES: tuple[type[nn.Module], ...] = tuple(DROPOUT_CLASSES.values())
+DROPOUT_FUNCTIONS = {*DROPOUT_CLASSES, "feature_dropout", "stochastic_depth", "drop_path"}
+IDENTITY_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, *DROPOUT_MODULES)
+VIEW_MODULES = (nn.Flatten, nn.Unflatten)
+DROP_PATHS = ("DropPath", "StochasticDepth")  # as torchvision, timm and many others call them
+KNOWN_PACKAGES = ("torch", "torchvision", "builtins", "collections", "math")  # of which it is known what they overwrite
 
 
 def module_of(captured: nn.Module, node: fx.Node) -> nn.Module:
@@ -248,3 +263,77 @@ def written_arguments(overload: torch._ops.OpOverload, args: Sequence[Any], kwar
         return []
     given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
     return tree_leaves([given.get(argument.name) for argument in schema.arguments if argument.is_write])
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks, None) for hooks in HOOKS)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module computes what torch.nn's `forward` of its class says, and is kept whole."""
+    if (
+        isinstance(module, torch.jit.ScriptModule)
+        or calls_differently(module)
+        or "forward" in vars(module)
+        or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    ):
+        return False
+    convolves = getattr(type(module), "_conv_forward", None)
+    return all(
+        (getattr(f, "__module__", None) or "").startswith(("torch.nn.", "torch.ao.nn."))
+        for f in (type(module).forward, convolves)
+        if f
+    ) and not type(module).__module__.startswith("torch.fx.")
+
+
+def calls_differently(module: nn.Module) -> bool:
+    """Whether calling the module does more than its `forward` and hooks: a class of it has a `__call__` of its own."""
+    own = (vars(cls)["__call__"] for cls in type(module).__mro__ if cls is not nn.Module and "__call__" in vars(cls))
+    # fx gives every GraphModule one that only makes tracebacks readable.
+    return any(not getattr(call, "__qualname__", "").startswith(fx.GraphModule.__qualname__) for call in own)
+
+
+def materialisable(module: nn.Module) -> bool:
+    """Whether the module's only hooks are those of torch.nn.utils.weight_norm or spectral_norm (before 2.x style)."""
+    from torch.nn.utils.spectral_norm import SpectralNorm
+    from torch.nn.utils.weight_norm import WeightNorm
+
+    others = any(getattr(module, hooks, None) for hooks in HOOKS if hooks != "_forward_pre_hooks")
+    return not others and all(type(h) in (WeightNorm, SpectralNorm) for h in module._forward_pre_hooks.values())
+
+
+def runs_foreign_code(captured: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may write into anything that it reads: code that is not torch's, and nobody knows what it is."""
+    if node.op == "call_module":
+        return not is_leaf(module_of(captured, node))
+    foreign = node.op == "call_function" and package_of(node) not in KNOWN_PACKAGES
+    return foreign or overwrites_unseen(node)
+
+
+def allocates(captured: nn.Module, node: fx.Node) -> bool:
+    """Whether it is known that what a node gives, if that is one tensor, is in memory of its own.
+
+    Not asked of what works in place.
+    """
+    if node.op == "call_module":
+        module = module_of(captured, node)
+        known = type(module).__module__.startswith("torch.nn.") and is_leaf(module)
+        return known and not isinstance(module, (*VIEW_MODULES, *IDENTITY_MODULES))
+    return function_name(node) in ALLOCATING and is_torchs(node)
+
+
+def is_identity(captured: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = module_of(captured, node)
+        off = type(module) is nn.Identity or not module.training
+        return type(module) in IDENTITY_MODULES and off and not has_hooks(module)
+    if node.op == "call_function" and function_name(node) in DROPOUT_FUNCTIONS:
+        arguments = signature_of(node)
+        training = arguments.get("training", arguments.get("train"))
+        return training is False and len(node.all_input_nodes) == 1
+    return False
+
+
+def is_drop_path(module: nn.Module) -> bool:
+    """Whether a module drops whole samples of a branch in training (stochastic depth), and is an identity in eval."""
+    return type(module).__name__ in DROP_PATHS and next(module.parameters(), None) is None

@@ -22,14 +22,18 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from elc_fx.activations import activation_of
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
-from elc_fx.capture import allocates, assign, has_hooks, materialisable, runs_foreign_code
+from elc_fx.capture import assign
 from elc_fx.graph import (
+    allocates,
     attribute_of,
     constants,
     function_name,
+    has_hooks,
     is_torchs,
+    materialisable,
     module_of,
     overwritten_argument,
+    runs_foreign_code,
     signature_of,
     unknown,
 )

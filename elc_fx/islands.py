@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elc_fx.capture import has_hooks
+from elc_fx.graph import has_hooks
 
 UNCOPYABLE = (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError)
 # What hands out children by other ways than their name.

@@ -11,12 +11,13 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from elc_fx.affine import Ints
-from elc_fx.capture import Capture, CaptureError, Refusal, capture, is_leaf, unchanged
+from elc_fx.attributes import unchanged
+from elc_fx.capture import Capture, CaptureError, Refusal, capture
 from elc_fx.comparison import Measurement, run
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
-from elc_fx.graph import module_of
+from elc_fx.graph import is_leaf, module_of
 from elc_fx.inputs import ExampleInputs, running_on_examples
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import clone, replaceable_children

@@ -17,9 +17,9 @@ from networkx.utils import UnionFind
 from torch import Tensor, fx
 
 from elc_fx.affine import AffineMap, Geometry, Ints
-from elc_fx.capture import Refusal, allocates, runs_foreign_code
+from elc_fx.capture import Refusal
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import function_name, label, overwritten_argument, signature_of, tuples
+from elc_fx.graph import allocates, function_name, label, overwritten_argument, runs_foreign_code, signature_of, tuples
 from elc_fx.interpret import CPU, Feature, Interpreter, Operation
 
 LONGEST_SPAN = 32  # parts that one step of planning merges at most; longer chains are merged step by step

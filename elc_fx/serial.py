@@ -18,9 +18,9 @@ from torch import fx, nn
 
 from elc_fx.activations import MODULES, activation_of
 from elc_fx.affine import Geometry, Ints, Padding
-from elc_fx.capture import Capture, capture, is_drop_path, is_identity
+from elc_fx.capture import Capture, capture
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import module_of
+from elc_fx.graph import is_drop_path, is_identity, module_of
 from elc_fx.inputs import ExampleInputs, running_on_examples
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.pooling import MAX_POOLS, max_pooling_of, put_poolings_first

@@ -30,11 +30,10 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
 from elc_fx import capture
-from elc_fx.capture import has_hooks
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.files import write_whole
-from elc_fx.graph import module_of
+from elc_fx.graph import has_hooks, module_of
 from elc_fx.report import Report
 
 FORMAT = 2

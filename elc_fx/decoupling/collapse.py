@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import fx
 
 from elc_fx.affine import AffineMap, Geometry
-from elc_fx.capture import Refusal, is_drop_path, is_identity
+from elc_fx.capture import Refusal
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import decoupling_nodes
@@ -29,7 +29,7 @@ from elc_fx.decoupling.nodes import (
 )
 from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError, TrainingModeError
 from elc_fx.fusion import Fusion
-from elc_fx.graph import module_of
+from elc_fx.graph import is_drop_path, is_identity, module_of
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.lossless import LAYERS, depth_of
 from elc_fx.regions import Chain, Merge, find_chains, interpret, operations_of

@@ -34,11 +34,10 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry
-from elc_fx.capture import is_drop_path, is_identity, runs_foreign_code
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.exporting import onnx_model
 from elc_fx.fusion import layer_of, padded
-from elc_fx.graph import function_name, module_of
+from elc_fx.graph import function_name, is_drop_path, is_identity, module_of, runs_foreign_code
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.candidates import check_computes

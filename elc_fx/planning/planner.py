@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from elc_fx.arguments import check_whole
-from elc_fx.capture import unchanged
+from elc_fx.attributes import unchanged
 from elc_fx.errors import InvalidInputError, PlanError
 from elc_fx.kernels import without_autocast_cache
 from elc_fx.planning.agreement import of_the_first

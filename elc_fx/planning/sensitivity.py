@@ -25,9 +25,8 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from elc_fx.activations import activation_of, flat_beyond
-from elc_fx.capture import runs_foreign_code
 from elc_fx.errors import InvalidInputError
-from elc_fx.graph import overwritten_argument
+from elc_fx.graph import overwritten_argument, runs_foreign_code
 from elc_fx.inputs import batch_values, batches_of, fresh
 from elc_fx.losses import distance, of_classes
 from elc_fx.planning.candidates import check_computes

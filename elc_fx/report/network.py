@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elc_fx.activations import MODULES
 from elc_fx.affine import Ints
-from elc_fx.capture import CaptureError, capture, unchanged
+from elc_fx.attributes import unchanged
+from elc_fx.capture import CaptureError, capture
 from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.exporting import Exported
 from elc_fx.graph import IN_PLACE_OPERATORS, function_name, module_of
