@@ -23,7 +23,7 @@ from elc_fx.planning.plan import Plan
 from elc_fx.planning.planner import Planner
 from elc_fx.randomness import randomness_of_the_caller, seed_all
 from elc_fx.report import Report
-from elc_fx.training import FinetuneConfig, Finetuning
+from elc_fx.training import FinetuneConfig, Finetuning, check_trainable
 
 
 def compress(
@@ -45,9 +45,13 @@ def compress(
         raise InvalidInputError("example_inputs are missing: the costs that a budget limits are those of their shapes")
     if calibration is None and finetune is None:
         raise InvalidInputError("calibration is missing: give batches of the training set")
+    if finetune is not None and finetune.gates:
+        check_trainable(model)
     with randomness_of_the_caller():
         seed_all(0)  # a loader that shuffles gives the same batches when a killed run begins again
         plan, network = _planned(model, example_inputs, budget, calibration, finetune, backend)
+        if finetune is not None and not plan.candidates:  # then there is nothing whose features could be compared
+            finetune = replace(finetune, features=0.0)
         history = None if finetune is None else Finetuning(network, finetune, model).run()
         if isinstance(network, DecoupledModule):
             set_gate(network, 0)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from elc_fx.errors import InvalidInputError
 
@@ -28,6 +29,13 @@ class ExampleInputs:
 
         Raises `InvalidInputError` where `model.forward` does not take them.
         """
+        if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
+            raise InvalidInputError(
+                f"{type(model).__name__} has lazy layers that have not run yet, and running them changes it; call it "
+                "once before"
+            )
+        if isinstance(model, nn.DataParallel):
+            raise InvalidInputError("the model is an nn.DataParallel; pass the model inside of it, `model.module`")
         if isinstance(given, Tensor):
             examples = cls((given,), {})
         elif isinstance(given, Mapping):
@@ -106,3 +114,10 @@ def batch_values(graph_module: fx.GraphModule, batch: Any) -> list[Any]:
 def fresh(inputs: Any) -> Any:
     """The same inputs with tensors of their own, since a model may overwrite what it is given."""
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(memory_format=torch.preserve_format), inputs)
+
+
+def of_type(values: Any, dtype: torch.dtype | None) -> Any:
+    """The same with tensors of floating point numbers of a type, if there is one."""
+    if dtype is None:
+        return values
+    return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)

@@ -170,11 +170,11 @@ def run(
         raise pictures.DataError(f"{data}: training and test images differ in their classes: {', '.join(only[:5])}")
     what = {"budget": str(budget), "batch": batch, "held_out": held_out, "backend": backend}
     what |= {"options": repr(sorted(options.items()))}
-    _claim(folder, what | {"model": fingerprint(model), "data": _fingerprint(train, kept)})
-    say("measuring losses, planning, training")
     config = FinetuneConfig(
         train.loader(batch), validation=list(kept.batches(pictures.SCORED_BATCH)), folder=folder / WORK, **options
     )
+    _claim(folder, what | {"model": fingerprint(model), "data": _fingerprint(train, kept)})
+    say("measuring losses, planning, training")
     drawn = train.taken(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
     calibration = drawn.batches(CALIBRATION_BATCH)
     with within_memory(model):
@@ -225,13 +225,14 @@ def _check_apart(folder: Path, data: Path) -> None:
 
 
 def _claim(folder: Path, what: dict[str, Any]) -> None:
-    """Notes what the folder is of. Raises TrainingError where it is of something else."""
+    """Notes what the folder is of. Raises TrainingError where something else was trained for it."""
     file = folder / WORK / JOB
+    trained = any(file.parent.glob("checkpoint-*")) or any((folder / name).exists() for name in RESULTS)
     try:
         if file.exists():
             noted = json.loads(file.read_text(encoding="utf-8"))
             other = [name for name in what if noted.get(name) != what[name]]
-            if other:
+            if other and trained:
                 raise TrainingError(
                     f"{folder} holds a run with other {', '.join(other)}; give another folder, or delete {file.parent}"
                 )

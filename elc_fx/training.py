@@ -6,7 +6,6 @@ its own, so that a run that was killed and started again ends as one that was no
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import math
@@ -30,15 +29,18 @@ from torch.utils.data import DataLoader
 
 from elc_fx.arguments import check_from_zero, check_positive, check_share, check_whole
 from elc_fx.decoupling.gates import ORDERS, SHAPES, GateSchedule, decoupling_nodes
-from elc_fx.decoupling.nodes import RegionOutput
+from elc_fx.decoupling.nodes import DecoupledActivation, RegionOutput
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.files import write_whole
 from elc_fx.history import Epoch, History, metrics
-from elc_fx.inputs import batch_values
+from elc_fx.inputs import batch_values, fresh, of_type
+from elc_fx.islands import clone
 from elc_fx.kernels import SoundConvolutions, without_autocast_cache
 from elc_fx.losses import distance, of_classes, relative_square
+from elc_fx.memory import REFUSED
 from elc_fx.packages import required
 from elc_fx.planning.fitting import Substitute
+from elc_fx.planning.stored import described
 from elc_fx.randomness import randomness_of_the_caller, seed_all
 from elc_fx.serial import serial_capture
 from elc_fx.shapes import PlainInterpreter
@@ -142,6 +144,8 @@ class FinetuneConfig:
         """What has to be the same where a run goes on."""
         left_out = ("train_data", "validation", "loss", "folder", "tensorboard", "progress")
         loss = getattr(self.loss, "__qualname__", type(self.loss).__name__)
+        if isinstance(self.loss, nn.Module):
+            loss = described(self.loss) + fingerprint(self.loss)
         return {name: value for name, value in vars(self).items() if name not in left_out} | {"loss": loss}
 
 
@@ -196,8 +200,9 @@ class Finetuning:
         self.device = self.accelerator.device
         self.bf16 = computes_in_bf16(self.device) if config.bf16 is None else config.bf16
         self.channels_last = self.device.type == "cpu" or self.bf16
-        self.taught_by = fingerprint(teacher)
-        self.teacher = None if teacher is None else copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
+        self.structure = [_structure(network), _structure(teacher), fingerprint(teacher)]
+        self.dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+        self.teacher = None if teacher is None else clone(teacher, {}).to(self.device).eval().requires_grad_(False)
         self.batches = self._shared(config.train_data)
         # Evenly shared batches would be filled up with samples that then count twice.
         self.accelerator.dataloader_config.even_batches = False
@@ -213,21 +218,23 @@ class Finetuning:
                 raise TrainingError(f"checkpoints cannot be kept in {self.folder}: {error}") from error
         self.best: dict[str, Tensor] | None = None
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def run(self) -> History:
         """All epochs that are left."""
         home = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         network = self.network.to(self.device)
         parameters = [p for p in network.parameters() if p.requires_grad]
-        if not parameters:
-            raise InvalidInputError("no parameter of the network requires a gradient")
+        check_trainable(network)
         self.optimizer = optimizer_of(parameters, self.config.learning_rate, self.config.weight_decay)
         self.gates = self._gate_schedule()
         self.gate_names = {f"{name}.gate" for name in decoupling_nodes(network)}
         self.average = None
         if self.config.ema is not None:
-            self.average = {k: v.detach().clone() for k, v in network.state_dict().items()}
+            self.average = {k: v.detach().clone() for k, v in tensors_of(network).items()}
         self._resume()
         self.features = self._features()
+        self.optimizer.zero_grad()  # of what the caller did before
         # With one process there is nothing to prepare, and Accelerate would cast to what the caller's own one casts to.
         self.trained = self.accelerator.prepare(network) if self.accelerator.num_processes > 1 else network
         try:
@@ -244,9 +251,9 @@ class Finetuning:
             if self.features is not None:
                 self.features.remove()
         if self.average is not None and self.best is None:
-            network.load_state_dict(self.average)
+            _load(network, self.average)
         if self.best is not None:
-            network.load_state_dict(self.best)
+            _load(network, self.best)
         network.to(home).eval()
         return History(tuple(self.state.history))
 
@@ -272,9 +279,11 @@ class Finetuning:
         mean = float(self.accelerator.reduce(total / max(steps, 1), "mean"))
         if not math.isfinite(mean):
             raise TrainingError(
-                f"the loss is {mean} in epoch {number + 1}; give a learning_rate below {self.config.learning_rate}"
+                f"the loss is {mean} in epoch {number + 1}; give a learning_rate below {self.config.learning_rate}, "
+                "unless there are numbers in the training data that are not finite"
             )
         speed = images * self.accelerator.num_processes / (time.perf_counter() - start)
+        self._catch_up((number + 1) * self.steps_per_epoch)
         self._agree()
         score = self._score() if self.validation is not None and self._closed() else None
         rate = self.optimizer.param_groups[0]["lr"]
@@ -286,12 +295,13 @@ class Finetuning:
     def _step(self, inputs: Any, target: Any) -> Tensor:
         self._set_rates()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            output = _call(self.trained, inputs)
+            output = self._output(self.trained, inputs)
             wanted = None
             if self.features is not None or (self.teacher is not None and self.config.distillation):
                 assert self.teacher is not None
+                given = fresh(inputs)
                 with torch.no_grad():
-                    wanted = _call(self.teacher, inputs) if self.features is None else self.features.teach(inputs)
+                    wanted = _call(self.teacher, given) if self.features is None else self.features.teach(given)
         loss = self._loss(output, target, wanted)
         if self.features is not None:
             loss = loss + self.config.features * self.features.distance()
@@ -305,6 +315,20 @@ class Finetuning:
         if self.average is not None:
             self._update_average()
         return loss.detach()
+
+    @staticmethod
+    def _output(network: nn.Module, inputs: Any) -> Any:
+        """What a network gives for inputs of its own, which it may overwrite."""
+        try:
+            return _call(network, fresh(inputs))
+        except (ElcError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever its own layers raise
+            if REFUSED in str(error):
+                raise
+            raise InvalidInputError(
+                f"the network does not run on a batch of the data: {type(error).__name__}: {error}"
+            ) from error
 
     def _loss(self, output: Any, target: Any, wanted: Any) -> Tensor:
         share = 0.0 if wanted is None else self.config.distillation
@@ -359,7 +383,7 @@ class Finetuning:
         assert self.average is not None and self.config.ema is not None
         # As long as there are few steps, the average is over all of them.
         decay = min(self.config.ema, self.state.steps / (self.state.steps + 10))
-        for name, value in self.network.state_dict().items():
+        for name, value in tensors_of(self.network).items():
             mean = self.average[name]
             if value.is_floating_point() and name not in self.gate_names:
                 mean.lerp_(value, 1 - decay)
@@ -369,7 +393,7 @@ class Finetuning:
     def _agree(self) -> None:
         """Statistics of batch norms are those of each process's own batches; all go on with those of the first."""
         if self.accelerator.num_processes > 1:
-            for value in (*self.network.state_dict().values(), *(self.average or {}).values()):
+            for value in (*tensors_of(self.network).values(), *(self.average or {}).values()):
                 torch.distributed.broadcast(value, 0)
 
     # Gates
@@ -383,6 +407,12 @@ class Finetuning:
             schedule.load_state_dict({"steps": schedule.total_steps})
         return schedule
 
+    def _catch_up(self, steps: int) -> None:
+        """A loader may give other than the number of batches that it says; at the end all gates are closed."""
+        self.state.steps = steps
+        if self.gates is not None and self.config.gates:
+            self.gates.load_state_dict({"steps": steps})
+
     def _closed(self) -> bool:
         return self.gates is None or self.gates.closed
 
@@ -393,21 +423,21 @@ class Finetuning:
     # Validation
 
     def _remaining(self) -> dict[str, Tensor]:
-        return self.network.state_dict() if self.average is None else self.average
+        return tensors_of(self.network) if self.average is None else self.average
 
     @torch.no_grad()
     def _score(self) -> float:
         assert self.validation is not None
         current = None
         if self.average is not None:
-            current = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-            self.network.load_state_dict(self.average)
+            current = {k: v.detach().clone() for k, v in tensors_of(self.network).items()}
+            _load(self.network, self.average)
         self.network.eval()
         total = torch.zeros((2,), device=self.device)
         for batch in self.validation:
             inputs, target = self._parts(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                output = _call(self.network, inputs)
+                output = self._output(self.network, inputs)
             if self.config.loss is None and _classes(output, target) and output.dim() == 2:
                 wanted = target.argmax(1) if target.is_floating_point() else target
                 right = (output.argmax(1) == wanted).float().sum()
@@ -417,7 +447,7 @@ class Finetuning:
             total += torch.stack([right.float(), torch.tensor(float(count), device=self.device)])
         self.network.train()
         if current is not None:
-            self.network.load_state_dict(current)
+            _load(self.network, current)
         total = self.accelerator.reduce(total, "sum")
         score = float(total[0] / total[1]) if total[1] else math.nan
         if not math.isfinite(score):
@@ -447,6 +477,9 @@ class Finetuning:
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
         inputs, target = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), (batch[0], batch[1]))
+        if not _size(inputs):
+            raise InvalidInputError("a batch of the data has no samples")
+        inputs = of_type(inputs, self.dtype)
         if self.channels_last:
             inputs = pytree.tree_map_only(Tensor, _channels_last, inputs)
         return inputs, target
@@ -454,9 +487,9 @@ class Finetuning:
     # Checkpoints
 
     def _identity(self) -> str:
-        network = [(name, tuple(value.shape)) for name, value in self.network.state_dict().items()]
+        network = [(name, tuple(value.shape)) for name, value in tensors_of(self.network).items()]
         sizes = [_samples(batches) for batches in (self.config.train_data, self.config.validation)]
-        what = (self.config.identity(), self.steps_per_epoch, sizes, network, self.taught_by)
+        what = (self.config.identity(), self.steps_per_epoch, sizes, network, self.structure)
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
     def _save(self) -> None:
@@ -499,7 +532,7 @@ class Finetuning:
         write_whole({folder / METRICS: metrics(self.state.history)})
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
-        found = {"network": self.network.state_dict(), "average": self.average, "best": self.best}
+        found = {"network": tensors_of(self.network), "average": self.average, "best": self.best}
         return {
             name: {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
             for name, weights in found.items()
@@ -524,12 +557,11 @@ class Finetuning:
                 f"the checkpoint {folder} is of another run: the network, the data or the options differ; "
                 "give another folder, or delete it"
             )
-        self.network.load_state_dict(weights["network"])
+        _load(self.network, weights["network"])
         self.average, self.best = weights.get("average"), weights.get("best")
         self.optimizer.load_state_dict(state["optimizer"])
-        self.state = _State(history, state["steps"])
-        if self.gates is not None and self.config.gates:
-            self.gates.load_state_dict({"steps": state["steps"]})
+        self.state = _State(history)
+        self._catch_up(state["steps"])
         if self.accelerator.is_main_process and history:  # which a kill may have kept from being written
             write_whole({folder.parent / METRICS: metrics(history)})
 
@@ -553,7 +585,7 @@ class _Features:
 
     def _note(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self.given[name] = output
+            self.given[name] = output.clone()  # which others may overwrite
 
         return note
 
@@ -583,7 +615,7 @@ class _Reader(PlainInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.names:
-            self.found[n.name] = value
+            self.found[n.name] = value.clone()
         return value
 
 
@@ -617,6 +649,25 @@ class _Bar:
         self.progress.update(self.task, completed=run.state.steps, description=text)
 
 
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """Its `state_dict`, without what modules keep there that is no tensor, which training does not change."""
+    return {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    network.load_state_dict({**network.state_dict(), **tensors})
+
+
+def check_trainable(network: nn.Module) -> None:
+    """Raises `InvalidInputError` where nothing that a network computes would be trained."""
+    lines = {id(p) for m in network.modules() if isinstance(m, DecoupledActivation) for p in (m.slope, m.offset)}
+    parameters = [p for p in network.parameters() if p.requires_grad and id(p) not in lines]
+    if not parameters:
+        raise InvalidInputError("no parameter of the network requires a gradient; call requires_grad_(True) first")
+    if any(p.is_inference() for p in parameters):
+        raise InvalidInputError("the network was made under torch.inference_mode, and cannot be trained")
+
+
 def optimizer_of(parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.SGD:
     """weight_decay: of weights with more than one axis."""
     groups = [
@@ -642,13 +693,18 @@ def computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, unit, bool)() for unit in units)
 
 
+def _structure(network: nn.Module | None) -> str:
+    """All that it is but for the values of its tensors."""
+    graph = network.graph if isinstance(network, fx.GraphModule) else ""
+    return "" if network is None else f"{described(network)} {graph}"
+
+
 def fingerprint(network: nn.Module | None) -> str:
     """Of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, value in () if network is None else network.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, value in ({} if network is None else tensors_of(network)).items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_same, image, ready
+from networks import Unary, assert_same, image, ready
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
@@ -384,3 +384,15 @@ def test_a_kernel_that_closes_before_its_padding_pads_what_the_original_pads(mod
             torch.testing.assert_close(*outputs, rtol=0, atol=1e-10)
             elc_fx.set_gate(decoupled, 0)
             torch.testing.assert_close(elc_fx.merge(decoupled)(x), decoupled(x), rtol=0, atol=1e-12)
+
+
+def test_fitting_lines_leaves_generators_and_batches_as_they_are() -> None:
+    model = ready(Unary(lambda s, x: s.c(F.relu(s.a(x.mul_(2)))), a=nn.Conv2d(3, 4, 3), c=nn.Conv2d(4, 4, 3)))
+    x = image(2, 3, 8, 8)
+    loader, kept = torch.utils.data.DataLoader([*x.clone()], 2, shuffle=True), x.clone()
+    before = torch.get_rng_state()
+    elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["a..c"]), loader)
+    assert torch.equal(torch.get_rng_state(), before)
+    batches = [x, x.float()]
+    elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["a..c"]), batches)
+    assert torch.equal(x, kept)

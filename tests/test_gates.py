@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -87,3 +88,20 @@ def test_numbers_that_are_gates() -> None:
     for function in (lambda m: elc_fx.set_gate(m, 0), lambda m: elc_fx.GateSchedule(m, 10)):
         with pytest.raises(elc_fx.InvalidInputError, match="module is a str"):
             function("net")
+
+
+@torch.no_grad()
+def test_gates_move_however_an_average_is_kept() -> None:
+    model = network()
+    with_loop, averaged = copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    schedule = elc_fx.GateSchedule(model, 3)
+    for _ in range(3):
+        schedule.step()
+        averaged.update_parameters(model)
+        for mine, others in zip(with_loop.buffers(), model.buffers(), strict=True):
+            mine.data.copy_(others.data)
+    x = image(2, 3, 6, 6)
+    assert set(elc_fx.gates(with_loop).values()) == {0.0}
+    assert_same(with_loop(x), model(x))
+    assert_same(elc_fx.merge(with_loop)(x), model(x))
+    assert list(elc_fx.gates(averaged).values()) == pytest.approx([1 / 3] * 6)

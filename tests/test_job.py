@@ -165,6 +165,14 @@ def test_an_impossible_budget_says_what_can_be_reached(files: Path, tmp_path: Pa
     assert "is the least" in complaint(given)
 
 
+def test_a_run_that_trained_nothing_does_not_keep_its_folder(files: Path, tmp_path: Path) -> None:
+    given = arguments(files, tmp_path / "out")
+    complaint([*given, "--learning-rate", "0"])
+    complaint([*given, "--budget", "flops=0.001"])
+    assert CliRunner().invoke(app, given).exit_code == 0
+    assert "other batch" in complaint([*given, "--batch", "8"])
+
+
 def test_a_budget_that_is_none_is_wrong_usage(files: Path, tmp_path: Path) -> None:
     given = arguments(files, tmp_path / "out")
     given[given.index("flops=0.5")] = "speed=2"

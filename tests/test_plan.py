@@ -278,3 +278,29 @@ def test_a_plan_needs_a_name_for_each_input() -> None:
 
     with pytest.raises(elc_fx.InvalidInputError, match=r"takes \*images.*wrap the model"):
         elc_fx.Plan.of(AnyNumber().eval(), (IMAGE,))
+
+
+def test_a_name_with_a_colon_is_a_name() -> None:
+    layers = nn.ModuleDict({"in:a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 8, 1)})
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.d = layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.d["b"](torch.relu(self.d["in:a"](x)))
+            return y
+
+    plan = elc_fx.Plan.of(Net().eval(), IMAGE, collapse=["d.in:a:1x1"])
+    assert [candidate.kernel_size for candidate in plan.candidates] == [(1, 1)]
+
+
+@pytest.mark.parametrize("wrong", ["lazy", "parallel"])
+def test_models_that_would_change_or_only_pass_on_are_told(wrong: str) -> None:
+    layers = nn.Sequential(nn.LazyConv2d(8, 3) if wrong == "lazy" else nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)).eval()
+    model = layers if wrong == "lazy" else nn.DataParallel(layers).eval()
+    for ask in (elc_fx.candidates, elc_fx.compile, elc_fx.explain):
+        with pytest.raises(elc_fx.InvalidInputError, match=r"lazy layers|model\.module"):
+            ask(model, IMAGE)
+    assert model(IMAGE).shape[1] == 8

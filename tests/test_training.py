@@ -9,13 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from training_run import Pictures, decoupled, loader, network
 
@@ -24,6 +25,7 @@ from elc_fx.kernels import SoundConvolutions
 from elc_fx.training import _Features as Features
 
 SCRIPT = Path(__file__).parent / "training_run.py"
+PICTURE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def trained_teacher() -> nn.Module:
@@ -463,3 +465,170 @@ assert own.gradient_accumulation_steps == 4
 assert not hasattr(model, "_is_accelerate_prepared")
 """
     subprocess.run([sys.executable, "-c", script, str(SCRIPT.parent)], check=True)
+
+
+@pytest.mark.parametrize("change", ["window", "activation", "smoothing"])
+def test_a_checkpoint_of_a_network_or_loss_with_the_same_tensors_is_refused(change: str, tmp_path: Path) -> None:
+    def made(*, other: bool) -> elc_fx.DecoupledModule:
+        model = network()
+        if other and change == "activation":
+            model[1] = nn.Tanh()
+        kept = (1, 3) if other and change == "window" else (3, 1)
+        return elc_fx.decouple(model, elc_fx.Plan.of(model, PICTURE, collapse=["2.a"], kernels={"2.a": kept}))
+
+    def run(*, other: bool) -> elc_fx.History:
+        loss = nn.CrossEntropyLoss(label_smoothing=0.1 if other and change == "smoothing" else 0.0)
+        options: dict[str, Any] = {"loss": loss, "epochs": 1, "folder": tmp_path, "progress": False}
+        return elc_fx.finetune(made(other=other), loader(), **options)
+
+    first = run(other=False)
+    assert run(other=False) == first
+    with pytest.raises(elc_fx.TrainingError, match="another run"):
+        run(other=True)
+
+
+class Normalises(nn.Module):
+    """Writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x.sub_(0.5).div_(0.25))
+        return y
+
+
+def test_what_the_network_overwrites_is_its_own_input() -> None:
+    teacher, batches = Normalises().eval(), list(loader(64))
+    given = copy.deepcopy(batches)
+    seen: list[Tensor] = []
+    plan = elc_fx.Plan.of(teacher, PICTURE, collapse=["inner.2"])
+    student = elc_fx.decouple(teacher, plan, [x for x, _ in batches])
+    teacher.inner.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    elc_fx.finetune(student, batches, teacher=teacher, validation=batches, epochs=2, progress=False)
+    assert all(torch.equal(x, kept) for (x, _), (kept, _) in zip(batches, given, strict=True))
+    assert len(seen) == 8 and all(
+        torch.equal(x, (kept - 0.5) / 0.25) for x, (kept, _) in zip(seen, [*given, *given], strict=True)
+    )
+
+
+class Stateful(nn.Module):
+    """Keeps what cannot be copied: a lock, a value with a history; and what is no tensor in its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.lock = network(), threading.Lock()
+        self.kept = torch.ones(1, requires_grad=True) * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"version": "1"}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        assert state == {"version": "1"}
+
+
+def test_what_deepcopy_cannot_copy_is_planned_and_trained(tmp_path: Path) -> None:
+    model, batches = Stateful().eval(), list(loader(64))
+    options: dict[str, Any] = {"teacher": model, "epochs": 1, "progress": False}
+    tuning = elc_fx.FinetuneConfig(batches, epochs=1, folder=tmp_path / "all", progress=False)
+    elc_fx.compile(model, PICTURE, mode="decouple", budget=elc_fx.Budget(flops=0.6), finetune=tuning)
+    elc_fx.finetune(Stateful(), batches, validation=batches, folder=tmp_path / "own", **options)
+    again = elc_fx.finetune(Stateful(), batches, validation=batches, folder=tmp_path / "own", **options)
+    assert len(again.epochs) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_trains_whatever_the_callers_grad_mode_is(mode: Any) -> None:
+    model, batches = network(), list(loader(64))
+    with mode():
+        planner = elc_fx.Planner(model, PICTURE, [x for x, _ in batches], loss="uniform")
+        collapsed = planner.collapse(elc_fx.Plan.of(model, PICTURE, collapse=["2"]))
+        elc_fx.finetune(collapsed, batches, teacher=model, epochs=1, progress=False)
+    elc_fx.finetune(collapsed, batches, teacher=model, epochs=1, progress=False)
+
+
+def test_frozen_networks_are_told_before_anything_is_planned() -> None:
+    model = network().requires_grad_(False)
+    tuning = elc_fx.FinetuneConfig(loader(), epochs=1, gates=0.5, progress=False)
+    with pytest.raises(elc_fx.InvalidInputError, match="requires_grad_"):
+        elc_fx.compile(model, PICTURE, mode="decouple", budget=elc_fx.Budget(flops=0.6), finetune=tuning)
+    with pytest.raises(elc_fx.InvalidInputError, match="requires_grad_"):
+        elc_fx.finetune(decoupled(model), loader(), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.zeros(4, 2, 8, 8), torch.zeros(4, dtype=torch.long)),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)),
+        (torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.long)),
+        ({"y": torch.zeros(4, 3, 8, 8)}, torch.zeros(4, dtype=torch.long)),
+    ],
+    ids=["channels", "bytes", "empty", "another name"],
+)
+@pytest.mark.parametrize("where", ["train_data", "validation"])
+def test_data_that_does_not_fit_the_network_is_told(batch: Any, where: str) -> None:
+    given = {"train_data": list(loader(32)), "validation": list(loader(32))} | {where: [batch]}
+    with pytest.raises(elc_fx.InvalidInputError, match="batch of the data"):
+        elc_fx.finetune(network(), epochs=1, progress=False, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_numbers_of_another_precision_are_converted(dtype: torch.dtype) -> None:
+    plan = elc_fx.Plan.of(network(), PICTURE, collapse=["2"])
+    student = elc_fx.decouple(network().to(dtype), plan, [PICTURE])
+    elc_fx.finetune(student, list(loader(32)), epochs=1, progress=False)
+    assert {p.dtype for p in student.parameters()} == {dtype}
+
+
+def test_gradients_of_before_are_left_behind() -> None:
+    trained = [network(), network()]
+    trained[1](PICTURE).sum().backward()
+    batches = list(loader(32))
+    for one in trained:
+        elc_fx.finetune(one, batches, epochs=1, bf16=False, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(*(one.parameters() for one in trained), strict=True))
+
+
+class Shorter(list[Any]):
+    """Says that it is twice as long as it is."""
+
+    def __len__(self) -> int:
+        return 2 * super().__len__()
+
+
+def test_all_gates_are_closed_after_fewer_batches_than_were_promised() -> None:
+    student = decoupled(network())
+    elc_fx.finetune(student, Shorter(loader(32)), epochs=2, gates=0.9, progress=False)
+    assert set(elc_fx.gates(student).values()) == {0.0}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_features_are_what_regions_give_before_others_overwrite_it(inplace: bool) -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.act(self.a(x)))
+            y += x
+            return self.act(y)
+
+    model = Adds().eval()
+    plan = elc_fx.Plan.of(model, PICTURE, collapse=["a..b"])
+    student = elc_fx.decouple(model, plan)
+    features = Features(student, model)
+    assert torch.equal(student(PICTURE), model(PICTURE))
+    features.teach(PICTURE)
+    assert float(features.distance().detach()) == 0
+    collapsed = elc_fx.Planner(model, PICTURE, [PICTURE], loss="uniform").collapse(plan)
+    features = Features(collapsed, model)
+    collapsed(PICTURE)
+    features.teach(PICTURE)
+    assert float(features.distance().detach()) > 0.01

@@ -6,7 +6,6 @@ lossless mode merges them. Inner padding is no obstacle any more, since it stand
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 
@@ -31,6 +30,7 @@ from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError,
 from elc_fx.fusion import Fusion
 from elc_fx.graph import is_drop_path, is_identity, module_of
 from elc_fx.interpret import Interpreter, Operation
+from elc_fx.islands import clone
 from elc_fx.lossless import LAYERS, depth_of
 from elc_fx.regions import Chain, Merge, find_chains, interpret, operations_of
 from elc_fx.report import Report, Totals
@@ -66,7 +66,7 @@ def merge(decoupled: DecoupledModule, *, verify: bool = True) -> fx.GraphModule:
         raise GateNotClosedError(f"gates are open: {listed}{more}; close them with elc_fx.set_gate(module, 0)")
     if decoupled.training:
         raise TrainingModeError("the network is in training mode; call .eval() before it is merged")
-    own = copy.deepcopy(decoupled)
+    own = clone(decoupled, {})
     graph_module = fx.GraphModule(own, own.graph, type(decoupled).__name__)
     before = _counts(graph_module)
     fusion = _merge_regions(graph_module, verify)

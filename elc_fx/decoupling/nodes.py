@@ -41,8 +41,7 @@ class DecouplingNode(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("gate", torch.ones(()))
-        # The gate when it was last read, and what it said.
-        self._read: tuple[Tensor | None, int, str] = None, -1, ORIGINAL
+        self._read: list[Any] = [None, -1, ORIGINAL]  # the gate and its version when it was last read, what it said
 
     @property
     def has_gate(self) -> bool:
@@ -51,14 +50,18 @@ class DecouplingNode(nn.Module):
 
     @property
     def state(self) -> str:
-        """What the gate says to compute. It is read again only after a change, since reading waits for the device."""
+        """What the gate says to compute.
+
+        On a device that one waits for, it is read again only after a change, as torch counts them.
+        """
         gate, (seen, version, state) = self.gate, self._read
         if torch.compiler.is_compiling() or gate.is_meta:
             return state
-        if gate is not seen or gate.is_inference() or gate._version != version:
+        waits = gate.device.type != "cpu"
+        if not waits or gate is not seen or gate.is_inference() or gate._version != version:
             value = float(gate)
             state = ORIGINAL if value == 1 else MERGEABLE if value == 0 else BLENDED
-            self._read = gate, -1 if gate.is_inference() else gate._version, state
+            self._read = [gate, -1 if gate.is_inference() else gate._version, state]
         return state
 
     def set_gate(self, value: float) -> None:
@@ -73,8 +76,12 @@ class DecouplingNode(nn.Module):
         gate = self.gate.to(original.dtype)
         return gate * original + (1 - gate) * mergeable
 
+    def settings(self) -> str:
+        """What it is besides its gate and what it learns, for people and to tell it from others."""
+        return ""
+
     def extra_repr(self) -> str:
-        return f"gate={self.gate.item():g}"
+        return ", ".join(filter(None, (self.settings(), f"gate={self.gate.item():g}")))
 
 
 class DecoupledActivation(DecouplingNode):
@@ -214,8 +221,8 @@ class DecoupledPadding(DecouplingNode):
         padded = F.pad(interior, flat_padding(self.padding), self.mode)
         return pad_zeros(padded, difference(ring, self.padding))
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ring={self.ring}, padding={self.padding}, mode={self.mode}"
+    def settings(self) -> str:
+        return f"ring={self.ring}, padding={self.padding}, mode={self.mode}"
 
 
 class RingPad(nn.Module):
@@ -267,8 +274,8 @@ class DecoupledConvolution(DecouplingNode):
         self.starts = tuple(map(window_start, weight.shape[2:], window))
         if not self.shrinks:
             self.set_gate(0)  # nothing to decouple: the kernel is what it was
-        mask = torch.zeros(weight.shape[2:], dtype=torch.bool)
-        mask[self._slices()] = True
+        mask = torch.zeros(weight.shape[2:])  # of floats, of which there are averages
+        mask[self._slices()] = 1
         self.register_buffer("mask", mask, persistent=False)
 
     @property
@@ -309,7 +316,7 @@ class DecoupledConvolution(DecouplingNode):
             return self._convolve(x, self.closed_weight, padding, "zeros")
         weight: Tensor = self.weight
         if self.state == BLENDED:
-            weight = weight * torch.where(self.mask, 1, self.gate).to(weight.dtype)
+            weight = weight * torch.where(self.mask > 0, 1, self.gate).to(weight.dtype)
         return self._convolve(x, weight, padding, mode)
 
     def _convolve(self, x: Tensor, weight: Tensor, padding: Padding, mode: str) -> Tensor:
@@ -320,10 +327,10 @@ class DecoupledConvolution(DecouplingNode):
         output: Tensor = CONV[len(padding)](x, weight, self.bias, self.stride, own, self.dilation, self.groups)
         return output
 
-    def extra_repr(self) -> str:
+    def settings(self) -> str:
         out_channels, width, *size = self.weight.shape
         text = f"{width * self.groups}, {out_channels}, kernel_size={tuple(size)}, stride={self.stride}"
-        return f"{text}, window={self.window}, {super().extra_repr()}"
+        return f"{text}, window={self.window}"
 
 
 class InteriorBatchNorm(nn.modules.batchnorm._BatchNorm):

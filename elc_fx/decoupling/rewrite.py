@@ -35,13 +35,14 @@ from elc_fx.decoupling.nodes import (
 )
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import function_name, label, module_of
-from elc_fx.inputs import batch_values, batches_of
+from elc_fx.inputs import batch_values, batches_of, fresh, of_type
 from elc_fx.interpret import Operation
 from elc_fx.islands import clone
 from elc_fx.origins import origins_of, remember
 from elc_fx.planning.candidates import Candidate, check_model
 from elc_fx.planning.plan import Plan
 from elc_fx.pooling import max_pooling_of
+from elc_fx.randomness import randomness_of_the_caller
 from elc_fx.regions import Join, Part, operations_of
 from elc_fx.serial import (
     KeptWindows,
@@ -414,7 +415,7 @@ def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> N
     for node in nodes:
         node.fit = LineFit(len(node.slope), node.dims)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), randomness_of_the_caller():
             for batch in batches_of(calibration):
                 _run(decoupled, batch)
                 count += 1
@@ -435,9 +436,10 @@ def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> N
 
 
 def _run(decoupled: DecoupledModule, batch: Any) -> None:
-    values = batch_values(decoupled, batch)
+    dtype = next((p.dtype for p in decoupled.parameters() if p.is_floating_point()), None)
+    values = of_type(batch_values(decoupled, batch), dtype)
     try:
-        decoupled(*values)
+        decoupled(*fresh(values))
     except Exception as error:
         # Whatever the model's own layers raise: the batch and the model do not go together.
         raise InvalidInputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -287,7 +288,8 @@ class _Chooser:
 
     def matching(self, pattern: str) -> list[tuple[Region, Candidate]]:
         """The candidate of this name, or the largest ones whose layers all match, between max poolings."""
-        name, _, kernel = pattern.partition(":")
+        named_so = re.fullmatch(r"(.*):(\d+(?:x\d+)*|linear)", pattern)
+        name, kernel = named_so.groups() if named_so else (pattern, "")
         named = [region for region in self.regions if self.finder.names[region] == name]
         between = (region for region in self.regions if not region.nodes() & self.finder.graph.poolings)
         fitting = named or [r for r in between if all(_matches(label(n), name) for n in r.layers)]

@@ -271,6 +271,7 @@ class Planner:
                 best, weighted = solution, others
         return best
 
+    @torch.inference_mode(False)
     def collapse(self, plan: Plan) -> fx.GraphModule:
         """The network with the plan's regions as the convolutions that were fitted to them, without any training.
 

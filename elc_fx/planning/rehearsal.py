@@ -7,7 +7,6 @@ does by default, on some hundred calibration samples, to give what the original 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from elc_fx.errors import InvalidInputError
 from elc_fx.inputs import fresh
+from elc_fx.islands import clone
 from elc_fx.kernels import SoundConvolutions
 from elc_fx.losses import distance, of_classes
 from elc_fx.planning.cost import Choice
@@ -65,7 +65,7 @@ class Rehearsal:
         fitted = self.sensitivity.fitted(choices)
         losses, finite = [], _finite(fitted)
         for order in range(ORDERS):
-            network = copy.deepcopy(fitted)
+            network = clone(fitted, {})
             self.train(network, torch.Generator().manual_seed(order))
             if finite - _finite(network):
                 return math.inf

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from elc_fx.activations import activation_of, flat_beyond
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import overwritten_argument, runs_foreign_code
-from elc_fx.inputs import batch_values, batches_of, fresh
+from elc_fx.inputs import batch_values, batches_of, fresh, of_type
 from elc_fx.losses import distance, of_classes
 from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice
@@ -152,10 +152,9 @@ def part_of(values: Sequence[Any], start: int, stop: int, dtype: torch.dtype | N
     size = samples_of(values)
 
     def cut(value: Tensor) -> Tensor:
-        value = value[start:stop] if value.dim() and len(value) == size else value
-        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        return value[start:stop] if value.dim() and len(value) == size else value
 
-    return [pytree.tree_map_only(Tensor, cut, value) for value in values]
+    return [of_type(pytree.tree_map_only(Tensor, cut, value), dtype) for value in values]
 
 
 class Walk(PlainInterpreter):

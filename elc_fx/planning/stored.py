@@ -57,7 +57,8 @@ def described(module: nn.Module) -> str:
     parts = []
     for name, part in module.named_modules():
         kind = "" if isinstance(part, fx.GraphModule) else f"{type(part).__module__}.{type(part).__qualname__}"
-        own = sorted((key, value) for key, value in vars(part).items() if kind and isinstance(value, _PLAIN))
+        attributes = {key: value for key, value in vars(part).items() if kind and key != "training"}
+        own = sorted((key, value) for key, value in attributes.items() if isinstance(value, _PLAIN))
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         parts.append((name, kind, own, [(key, tuple(value.shape), value.dtype) for key, value in tensors]))
     return repr(parts)

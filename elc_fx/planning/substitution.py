@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
+from elc_fx.islands import clone
 from elc_fx.origins import origins_of, remember
 from elc_fx.planning.cost import Choice
 from elc_fx.pooling import put_poolings_back
@@ -17,7 +17,7 @@ def substituted(graph_module: fx.GraphModule, choices: Sequence[Choice], by: Map
 
     by: the modules, by names of region outputs.
     """
-    result = copy.deepcopy(graph_module)
+    result = clone(graph_module, {})
     nodes, now = {node.name: node for node in result.graph.nodes}, dict[str, fx.Node]()
     order = {name: position for position, name in enumerate(nodes)}
     for choice in sorted(choices, key=lambda choice: order[choice.output]):  # each reads what those before it give

@@ -137,6 +137,12 @@ METHODS = {
     **FOR_TIME,
     "unrehearsed": Method("the same, planned without short trainings", _unrehearsed, fitted),
     "shrinks": Method("planned with single layers alone, whose kernels shrink: all layers stay", _shrinks, fitted),
+    "features": Method(
+        "as elc, and trained to give at the end of each region what the original gives there, too",
+        _planned,
+        fitted,
+        {"features": 10.0},
+    ),
     "balanced": Method("as elc; the layers are limited too, to the square root of the budget", _balanced, fitted),
     "torch-pruning": Method("channels pruned by Torch-Pruning", _unplanned, partial(_pruned, None)),
     "torch-pruning-8": Method("the same, all widths multiples of 8", _unplanned, partial(_pruned, 8)),
