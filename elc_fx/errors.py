@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ElcError(Exception):
     """Base class of every error that elc_fx raises on purpose."""
@@ -33,3 +35,10 @@ class PlanError(ElcError, ValueError):
 
 class GateNotClosedError(ElcError, RuntimeError):
     """A merge was asked for while gates are open; the message lists them."""
+
+
+def listed(items: Iterable[str], most: int = 3) -> str:
+    """The first ones, and how many more there are, for a message."""
+    items = list(items)
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more or "none"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from elc_fx.capture import CaptureError, Refusal
 from elc_fx.compiled import REPORT
+from elc_fx.errors import listed
 from elc_fx.graph import label
 from elc_fx.inputs import ExampleInputs
 from elc_fx.lossless import LAYERS, LosslessCompilation
@@ -149,7 +150,7 @@ class Explanation:
         if not self.reasons:
             return ""
         ranked = sorted(self.reasons.items(), key=lambda pair: -len(pair[1]))
-        lines = [f"  {_some(where)}: {reason}" for reason, where in ranked[:MOST_SHOWN]]
+        lines = [f"  {listed(map('`{}`'.format, where))}: {reason}" for reason, where in ranked[:MOST_SHOWN]]
         rest = len(ranked) - len(lines)
         return "\n".join(
             ["Does not merge exactly, because", *lines, *([f"  … and {rest} more; `.reasons` has all"] if rest else [])]
@@ -204,8 +205,3 @@ def _alone(graph: SerialGraph, free: set[str]) -> Iterable[Refusal]:
 
 def _number(items: Any, what: str) -> str:
     return f"{len(items)} {what}{'s' if len(items) != 1 else ''}"
-
-
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(f"`{name}`" for name in names[:shown]) + more

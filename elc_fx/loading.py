@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.errors import ElcError, InvalidInputError, listed
 from elc_fx.packages import required
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -69,8 +69,8 @@ def load_weights(model: nn.Module, file: Path) -> None:
     missing = [key for key in missing if key not in differing]
     problems = {"wrong shapes": list(differing.values()), "missing": missing, "unexpected": unexpected}
     if any(problems.values()):
-        listed = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
-        raise LoadingError(f"the weights in {file} do not fit the model: {listed}")
+        told = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys)
+        raise LoadingError(f"the weights in {file} do not fit the model: {told}")
 
 
 def _from_torchvision(name: str) -> nn.Module:
@@ -149,12 +149,6 @@ def _state_dict(file: Path) -> Mapping[str, Any]:
 
 def _is_tensor(own: Mapping[str, Any], key: str) -> bool:
     return isinstance(own.get(key), Tensor)
-
-
-def _some(keys: Iterable[str], shown: int = 3) -> str:
-    keys = list(keys)
-    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
-    return ", ".join(keys[:shown]) + more
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

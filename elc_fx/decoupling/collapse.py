@@ -26,7 +26,7 @@ from elc_fx.decoupling.nodes import (
     RegionOutput,
     RingPad,
 )
-from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError, TrainingModeError
+from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError, TrainingModeError, listed
 from elc_fx.fusion import Fusion
 from elc_fx.graph import is_drop_path, is_identity, module_of
 from elc_fx.interpret import Interpreter, Operation
@@ -38,7 +38,6 @@ from elc_fx.serial import channels_of
 from elc_fx.verification import verify_merge
 
 KEEPS_CHANNELS = (RegionInput, RingPad, DecoupledPadding)
-MOST_NAMED = 8  # open gates that an error lists by name
 
 
 def merge(decoupled: DecoupledModule, *, verify: bool = True) -> fx.GraphModule:
@@ -61,9 +60,8 @@ def merge(decoupled: DecoupledModule, *, verify: bool = True) -> fx.GraphModule:
         raise InvalidInputError(f"this {type(decoupled).__name__} was not returned by elc_fx.decouple")
     open_gates = {name: float(n.gate) for name, n in decoupling_nodes(decoupled).items() if float(n.gate) != 0}
     if open_gates:
-        listed = ", ".join(f"`{name}` at {gate:g}" for name, gate in list(open_gates.items())[:MOST_NAMED])
-        more = f" and {len(open_gates) - MOST_NAMED} more" if len(open_gates) > MOST_NAMED else ""
-        raise GateNotClosedError(f"gates are open: {listed}{more}; close them with elc_fx.set_gate(module, 0)")
+        named = listed((f"`{name}` at {gate:g}" for name, gate in open_gates.items()), 8)
+        raise GateNotClosedError(f"gates are open: {named}; close them with elc_fx.set_gate(module, 0)")
     if decoupled.training:
         raise TrainingModeError("the network is in training mode; call .eval() before it is merged")
     own = clone(decoupled, {})

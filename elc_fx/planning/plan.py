@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import Ints
-from elc_fx.errors import InvalidInputError, PlanError
+from elc_fx.errors import InvalidInputError, PlanError, listed
 from elc_fx.graph import label
 from elc_fx.inputs import ExampleInputs
 from elc_fx.planning.budget import Costs, cost_text
@@ -281,7 +281,7 @@ class _Chooser:
         layers = {label(op.node) for op in finder.graph.interpreter.operations.values() if op.convolves}
         for pattern in (*keep, *kernels):
             if not any(_matches(name, pattern) for name in layers):
-                raise PlanError(f"no layer is called `{pattern}`; there are {_some(sorted(layers))}")
+                raise PlanError(f"no layer is called `{pattern}`; there are {_names(sorted(layers))}")
         self.regions = [
             region for region in finder.regions if not any(_matches(label(n), p) for n in region.layers for p in keep)
         ]
@@ -310,7 +310,7 @@ class _Chooser:
                 raise PlanError(f"`{pattern}` cannot be collapsed so: {reasons[0]}")
             names = dict.fromkeys(self.finder.names[region] for region in self.regions)
             raise PlanError(
-                f"no candidate is called `{pattern}`, or has only layers of that name; there are {_some(names)}"
+                f"no candidate is called `{pattern}`, or has only layers of that name; there are {_names(names)}"
             )
         return chosen
 
@@ -362,6 +362,5 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
 
-def _some(names: Any, most: int = 8) -> str:
-    listed = [f"`{name}`" for name in names]
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "") or "none"
+def _names(names: Iterable[str]) -> str:
+    return listed((f"`{name}`" for name in names), 8)
