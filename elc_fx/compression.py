@@ -75,7 +75,7 @@ def _planned(
     batches = calibration if calibration is not None else _Inputs(() if finetune is None else finetune.train_data)
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
     trained = finetune is not None  # else what counts is what is lost before any training
-    planner = Planner(model, example_inputs, batches, cache=folder, backend=backend, rehearse=trained)
+    planner = Planner(model, example_inputs, batches, cache=folder, backend=backend, rehearse=trained, budget=budget)
     plan = planner.plan(budget)
     gradual = finetune is not None and finetune.gates > 0
     return plan, decouple(model, plan, planner.calibrations[1].named()) if gradual else planner.collapse(plan)

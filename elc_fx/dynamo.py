@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from elc_fx.affine import Ints
 from elc_fx.errors import ElcError, InvalidInputError, NotAffineError
@@ -207,7 +209,7 @@ def _with_inputs(bound: fx.GraphModule, made: set[nn.Module]) -> list[Tensor]:
             node.replace_all_uses_with(node.meta["elc_fx_input"])
             graph.erase_node(node)
         elif node.op == "call_module" and (layer := module_of(bound, node)) in made:
-            own = fx.symbolic_trace(layer).graph
+            own = _graph_of(layer)
             values: dict[fx.Node, Any] = {next(iter(own.nodes)): node.args[0]}
             for read in own.find_nodes(op="get_attr"):
                 with graph.inserting_after(last):
@@ -218,6 +220,19 @@ def _with_inputs(bound: fx.GraphModule, made: set[nn.Module]) -> list[Tensor]:
             graph.erase_node(node)
     graph.lint()
     return weights
+
+
+def _graph_of(layer: nn.Module) -> fx.Graph:
+    """What a merged layer computes, by functions."""
+    if not isinstance(layer, _ConvTransposeNd):
+        return fx.symbolic_trace(layer).graph
+    graph = fx.Graph()  # tracing does not get through its forward, which asks for the size of the input
+    x, weight = graph.placeholder("x"), graph.get_attr("weight")
+    bias = None if layer.bias is None else graph.get_attr("bias")
+    function = getattr(F, f"conv_transpose{len(layer.kernel_size)}d")
+    settings = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+    graph.output(graph.call_function(function, (x, weight, bias, *settings)))
+    return graph
 
 
 def _next_compiler(mode: str | None, options: dict[str, Any]) -> Compiler:

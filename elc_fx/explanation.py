@@ -150,7 +150,7 @@ class Explanation:
         if not self.reasons:
             return ""
         ranked = sorted(self.reasons.items(), key=lambda pair: -len(pair[1]))
-        lines = [f"  {listed(map('`{}`'.format, where))}: {reason}" for reason, where in ranked[:MOST_SHOWN]]
+        lines = [f"  {listed(f'`{place}`' for place in where)}: {reason}" for reason, where in ranked[:MOST_SHOWN]]
         rest = len(ranked) - len(lines)
         return "\n".join(
             ["Does not merge exactly, because", *lines, *([f"  … and {rest} more; `.reasons` has all"] if rest else [])]

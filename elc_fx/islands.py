@@ -85,30 +85,43 @@ def called_only(cls: Any) -> dict[str, str] | None:
             tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
         except (OSError, TypeError, SyntaxError):
             return None
-        for function in _methods(tree):
-            for name, use in _uses_of_self(function):
+        for me, code in _code_with_self(tree.body[0]):
+            for name, use in _uses_of(me, code):
                 uses.setdefault(name, set()).add(use)
     if "*" in uses or REFLECTION & set(uses):
         return None
     return {name: next(iter(kinds)) for name, kinds in uses.items() if len(kinds) == 1 and kinds != {"other"}}
 
 
-def _methods(tree: ast.AST) -> Iterator[ast.FunctionDef]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name != "__init__" and node.args.args:
+def _code_with_self(definition: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """What `self` is called in the methods of a class, and their code; of `__init__`, what may run after it."""
+    for function in _functions(definition):
+        static = any(isinstance(by, ast.Name) and by.id == "staticmethod" for by in function.decorator_list)
+        if static or not function.args.args:
+            continue
+        inner = [node for node in ast.walk(function) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+        for code in inner[1:] if function.name == "__init__" else inner[:1]:
+            yield function.args.args[0].arg, code
+
+
+def _functions(definition: ast.AST) -> Iterator[ast.FunctionDef]:
+    """Those of a class itself, not those inside of them."""
+    for node in ast.iter_child_nodes(definition):
+        if isinstance(node, ast.FunctionDef):
             yield node
+        elif not isinstance(node, ast.ClassDef | ast.Lambda):
+            yield from _functions(node)
 
 
-def _uses_of_self(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
-    """(attribute, how it is used) for each `self.attribute` of a method; ("*", …) where self itself is handed on."""
-    me = function.args.args[0].arg
-    parents = {child: parent for parent in ast.walk(function) for child in ast.iter_child_nodes(parent)}
-    for node in ast.walk(function):
+def _uses_of(me: str, code: ast.AST) -> Iterator[tuple[str, str]]:
+    """(attribute, how it is used) for each `self.attribute` in code; ("*", …) where self itself is handed on."""
+    parents = {child: parent for parent in ast.walk(code) for child in ast.iter_child_nodes(parent)}
+    for node in ast.walk(code):
         if not (isinstance(node, ast.Name) and node.id == me):
             continue
         parent = parents[node]
         if isinstance(parent, ast.Attribute):
-            yield parent.attr, _use(parent, parents, function)
+            yield parent.attr, _use(parent, parents, code)
         elif not _is_super(parent):
             yield "*", "other"
 
@@ -117,7 +130,7 @@ def _is_super(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
 
 
-def _use(attribute: ast.Attribute, parents: dict[ast.AST, ast.AST], function: ast.FunctionDef) -> str:
+def _use(attribute: ast.Attribute, parents: dict[ast.AST, ast.AST], code: ast.AST) -> str:
     parent = parents[attribute]
     if isinstance(parent, ast.Call) and parent.func is attribute:
         return "called"
@@ -129,7 +142,7 @@ def _use(attribute: ast.Attribute, parents: dict[ast.AST, ast.AST], function: as
     if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "len":
         return "elements called"
     if (element := _loop_variable(attribute, parent, parents)) is not None:
-        return "elements called" if _only_called(element, function, parents) else "other"
+        return "elements called" if _only_called(element, code, parents) else "other"
     return "other"
 
 
@@ -145,8 +158,8 @@ def _loop_variable(attribute: ast.Attribute, parent: ast.AST, parents: dict[ast.
     return None
 
 
-def _only_called(name: str, function: ast.FunctionDef, parents: dict[ast.AST, ast.AST]) -> bool:
-    uses = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == name]
+def _only_called(name: str, code: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    uses = [node for node in ast.walk(code) if isinstance(node, ast.Name) and node.id == name]
     loads = [node for node in uses if isinstance(node.ctx, ast.Load)]
     return all(isinstance(p := parents[node], ast.Call) and p.func is node for node in loads)
 

@@ -263,3 +263,13 @@ def test_the_entry_point_is_the_backend() -> None:
     _, _, declared = PROJECT.read_text(encoding="utf-8").partition("[project.entry-points.torch_dynamo_backends]\n")
     name, _, value = declared.partition("\n")[0].partition(" = ")
     assert name == "elc_fx" and EntryPoint(name, value.strip('"'), "torch_dynamo_backends").load() is backend
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_transposed_convolution_is_merged(dims: int, seen: Seen) -> None:
+    kind, norm = (getattr(nn, f"{name}{dims}d") for name in ("ConvTranspose", "BatchNorm"))
+    model = ready(nn.Sequential(kind(4, 6, 3, 2, 1, output_padding=1, groups=2, dilation=2), norm(6), nn.ReLU()))
+    x = image(2, 4, *[5] * dims)
+    with torch.no_grad():
+        assert_same(compiled(model, seen)(x), model(x))
+    assert seen.norms() == 0

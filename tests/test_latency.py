@@ -190,11 +190,13 @@ def test_a_plan_keeps_a_latency_that_was_measured(
     assert 0 < (plan.prediction.after.latency or 0) <= 0.7 * plan.prediction.before.latency
     assert plan.prediction.latency == (2.0, 1.0)
 
-    def never(self: latency.LatencyMeter, units: Sequence[Any]) -> list[float]:
-        raise AssertionError([unit.key for unit in units])
+    def never(self: latency.LatencyMeter, given: Sequence[Any]) -> Any:
+        raise AssertionError([one.key for one in given])
 
-    monkeypatch.setattr(latency.LatencyMeter, "_measured", never)
-    planner(backend=backend, cache=tmp_path, longest=1, largest_kernel=1).plan(elc_fx.Budget(latency=0.7))
+    for measure in ("_measured", "_whole"):
+        monkeypatch.setattr(latency.LatencyMeter, measure, never)
+    again = planner(backend=backend, cache=tmp_path, longest=1, largest_kernel=1)
+    assert again.plan(elc_fx.Budget(latency=0.7)) == plan
 
 
 def chain(count: int) -> tuple[nn.Module, list[torch.Tensor]]:

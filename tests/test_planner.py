@@ -794,6 +794,33 @@ def test_losses_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(measured) == len(full.losses)
 
 
+def test_what_plans_lose_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = elc_fx.Budget(flops=0.45)
+    plan = rehearsing(cache=tmp_path).plan(budget)
+    assert plan.prediction and plan.prediction.rehearsed
+
+    def again(*args: object) -> float:
+        raise AssertionError("it was measured before")
+
+    monkeypatch.setattr(sensitivity.Sensitivity, "together", again)
+    monkeypatch.setattr(rehearsal.Rehearsal, "loss", again)
+    assert rehearsing(cache=tmp_path).plan(budget) == plan
+
+
+@pytest.mark.parametrize(
+    "limit", [{"flops": 0.001}, {"params": 0.001}, {"depth": "1 layer"}, {"flops": 0.001, "latency": 0.5}]
+)
+def test_a_budget_that_cannot_be_met_is_told_before_anything_is_measured(
+    limit: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*args: object) -> None:
+        raise AssertionError("losses were measured")
+
+    monkeypatch.setattr(sensitivity.Sensitivity, "each_alone", measured)
+    with pytest.raises(elc_fx.PlanError, match="is the least"):
+        elc_fx.plan(network(), data()[0][:1], elc_fx.Budget(**limit), data(), progress=False)
+
+
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     model, x = network(), data()[0][:1]
     with pytest.raises(elc_fx.PlanError, match=r"at most .* FLOPs wanted, .* FLOPs is the least .*`_8`|no candidate"):

@@ -66,7 +66,9 @@ class Planner:
         backend: Backend = "eager",
         cache: str | Path | None = None,
         progress: bool = True,
+        budget: Budget | None = None,
     ) -> None:
+        """budget: one that plans will be made for; an error at once, if no plan can meet it."""
         check_whole(1, longest=longest, largest_kernel=largest_kernel, samples=1 if samples is None else samples)
         check_whole(0, refinements=refinements)
         if not isinstance(rehearse, bool):
@@ -87,7 +89,11 @@ class Planner:
         saving = [choice for choice in found if choice.candidate.saves and _pools_last(choice)]
         self.choices = [choice for choice in saving if allow is None or allow(choice.candidate)]
         self.pools_between = len(saving) < sum(choice.candidate.saves for choice in found)
+        if budget is not None:
+            _check_budget(budget)
+            self._check_reachable(budget)
         self.sensitivity: Sensitivity | None = None
+        self.known = StoredTable()  # what was measured before
         self.calibration, self.samples = calibration, samples
         self.refinements, self.rehearse, self.progress = refinements, rehearse, progress
         self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
@@ -106,10 +112,9 @@ class Planner:
                 function: Loss | None = loss if callable(loss) else None
                 self.sensitivity = Sensitivity(self.graph, measured, function, progress=progress)
                 # Nobody can tell whether a function computes what it computed when the table was made.
-                table = (
-                    StoredTable() if cache is None or function else StoredTable(Path(cache), f"losses-{_key(measured)}")
-                )
-                self.losses = self.sensitivity.each_alone(self.choices, table)
+                if cache is not None and function is None:
+                    self.known = StoredTable(Path(cache), f"losses-{_key(measured)}")
+                self.losses = self.sensitivity.each_alone(self.choices, self.known)
 
     @functools.cached_property
     def calibrations(self) -> tuple[Calibration, Calibration]:
@@ -134,13 +139,8 @@ class Planner:
             with self._leaving_no_trace():
                 self.latency = self.meter.model(self.choices)
         self.model = self.model.with_latency(self.latency if "latency" in budget.names else None)
-        try:
+        with self._poolings_told(budget):
             best = self._in_time(budget, lambda first, _: first, lambda solution: solution.loss)
-        except PlanError as error:
-            if not (self.pools_between and "depth" in budget.names):
-                raise
-            between = "merges of layers with a max pooling between them are not planned; elc_fx.Plan.of takes them"
-            raise PlanError(f"{error}; {between}") from None
         rehearsed = None
         if self.sensitivity is not None:
             with self.sensitivity.keeping():
@@ -150,8 +150,26 @@ class Planner:
                 best, rehearsed = self._rehearsed_best(finalists)
         return self._plan_of(best, rehearsed)
 
+    def _check_reachable(self, budget: Budget) -> None:
+        """Raises `PlanError` where no choices at all keep the limits, but for that of the latency."""
+        if set(budget.names) > {"latency"} or budget.latency is None:
+            limits = replace(budget, latency=None).limits(self.model.original)
+            with self._poolings_told(budget):
+                _solved(Problem(self.choices, [0.0] * len(self.choices), self.model, limits))
+
+    @contextmanager
+    def _poolings_told(self, budget: Budget) -> Iterator[None]:
+        try:
+            yield
+        except PlanError as error:
+            if not (self.pools_between and "depth" in budget.names):
+                raise
+            between = "merges of layers with a max pooling between them are not planned; elc_fx.Plan.of takes them"
+            raise PlanError(f"{error}; {between}") from None
+
     def _rehearses(self, best: Solution) -> bool:
-        return self.rehearse and self._removed(best) > 0 and of_the_first(lambda: self._rehearsal().tells)
+        with self._leaving_no_trace():
+            return self.rehearse and self._removed(best) > 0 and of_the_first(lambda: self._rehearsal().tells)
 
     def _leaving_more(self, budget: Budget, best: Solution) -> Iterator[Solution]:
         """Found as the best was: what leaves half of the layers that need not go, and what leaves all of them."""
@@ -292,7 +310,7 @@ class Planner:
 
         Raises `InvalidInputError` for a planner that was given its losses.
         """
-        return self._measured(self._sensitivity().together, self.measured, positions)
+        return self._measured("together", self._sensitivity().together, self.measured, positions)
 
     def loss_after_training(self, positions: Iterable[int]) -> float:
         """The same after a short training of the network, on some of the samples that losses are measured on.
@@ -300,7 +318,7 @@ class Planner:
         Infinite where it is not finite. Raises whatever the model's own layers do where they cannot be trained, and
         `InvalidInputError` for batches too small to train on, or for a planner that was given its losses.
         """
-        return self._measured(self._rehearsal().loss, self.rehearsed, positions)
+        return self._measured("trained", self._rehearsal().loss, self.rehearsed, positions)
 
     def _rehearsal(self) -> Rehearsal:
         return Rehearsal(self.graph, self._sensitivity())
@@ -312,14 +330,19 @@ class Planner:
 
     def _measured(
         self,
+        how: str,
         measure: Callable[[Sequence[Choice]], float],
         known: dict[tuple[int, ...], float],
         positions: Iterable[int],
     ) -> float:
         chosen = tuple(sorted(positions))
         if chosen not in known:
+            choices = self._choices(chosen)
+            name = ", ".join([how, *sorted(choice.key for choice in choices)])
             with self._leaving_no_trace():
-                known[chosen] = of_the_first(lambda: measure(self._choices(chosen)))
+                known[chosen] = of_the_first(lambda: self.known[name] if name in self.known else measure(choices))
+            if name not in self.known:
+                self.known[name] = known[chosen]
         return known[chosen]
 
     def _lost(self, solution: Solution) -> float:
@@ -439,8 +462,8 @@ def plan(
             samples, without labels; see docs/planning.md. The model itself is not trained.
         backend: how the merged network will run, for budgets with a latency: "eager", "compile" (`torch.compile`),
             "onnxruntime" or "openvino".
-        cache: a folder in which losses and latencies are kept as soon as they are known, and found by the next call;
-            not the losses of a function.
+        cache: a folder in which losses and latencies, of candidates and of plans, are kept as soon as they are known,
+            and found by the next call; not the losses of a function.
         progress: show a bar on a terminal.
 
     Raises:
@@ -450,7 +473,7 @@ def plan(
         TrainingModeError, InvalidInputError, CaptureError: as `candidates`.
     """
     _check_budget(budget)
-    return Planner(model, example_inputs, calibration, **options).plan(budget)
+    return Planner(model, example_inputs, calibration, budget=budget, **options).plan(budget)
 
 
 def pareto(

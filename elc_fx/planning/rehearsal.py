@@ -50,7 +50,7 @@ class Rehearsal:
     @property
     def tells(self) -> bool:
         """Whether there is enough to train on, and no module draws random numbers, which would count as losses."""
-        return sum(map(samples_of, self.pieces)) >= ENOUGH and not self.sensitivity.seeds
+        return sum(map(samples_of, self.pieces)) >= ENOUGH and not self.sensitivity.draws
 
     @torch.inference_mode(False)
     @torch.no_grad()

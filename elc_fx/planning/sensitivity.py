@@ -276,6 +276,13 @@ class Sensitivity:
             for walk in walks:
                 self._forget(walk, node, needed)
 
+    @property
+    def draws(self) -> bool:
+        """Whether the original draws random numbers."""
+        if len(self.seeds) == len(self.nodes):  # nobody has been through it yet: all losses were known
+            self._output(self.calibration.batches[0], self._needed_until([]))
+        return bool(self.seeds)
+
     def shown(self, steps: Iterable[T], description: str, count: int | None = None) -> Iterable[T]:
         """With a bar. count: of the steps, by default one for each node."""
         console = Console(stderr=True)
