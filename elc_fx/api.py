@@ -17,6 +17,7 @@ from elc_fx.lossless import LosslessCompilation
 from elc_fx.memory import within_memory
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.latency import Backend
+from elc_fx.planning.plan import Plan
 from elc_fx.report import Report
 from elc_fx.report.diff import Diff
 from elc_fx.report.drawing import to_dot, to_svg
@@ -40,6 +41,7 @@ def compile(  # as torch.compile
     mode: Literal["lossless", "decouple"] = "lossless",
     verify: bool = True,
     budget: Budget | None = None,
+    plan: Plan | None = None,
     calibration: Iterable[Any] | None = None,
     finetune: FinetuneConfig | None = None,
     backend: Runtime | None = None,
@@ -55,9 +57,10 @@ def compile(  # as torch.compile
             With them, costs are those of the real shapes, and the outputs are compared end to end. The result takes
             any batch size and spatial size all the same.
         mode: "lossless" merges what is exact up to the rounding of the weights; "decouple" needs `example_inputs` and
-            `budget`, and `calibration` or `finetune`.
+            `budget` or `plan`, and `calibration` or `finetune`.
         verify: compare each merged region with its layers, on random inputs in float64.
         budget: what the result may cost.
+        plan: one that is there already, in the place of the one that is made for a budget.
         calibration: batches of the training set that losses are measured and convolutions fitted on; by default those
             of `finetune`.
         finetune: how to train; without it, the fitted convolutions stay as they are. With a folder in it, a run that
@@ -89,7 +92,7 @@ def compile(  # as torch.compile
     inputs = None if example_inputs is None else ExampleInputs.of(model, example_inputs)
     by_position = None if inputs is None else inputs.by_position()
     check_runtime(backend, by_position)
-    for name, value in {"budget": budget, "calibration": calibration, "finetune": finetune}.items():
+    for name, value in {"budget": budget, "plan": plan, "calibration": calibration, "finetune": finetune}.items():
         if value is not None and mode == "lossless":
             raise InvalidInputError(f"{name} is for mode 'decouple'; the mode is 'lossless'")
     with within_memory(model):
@@ -98,6 +101,7 @@ def compile(  # as torch.compile
                 model,
                 example_inputs,
                 budget=budget,
+                plan=plan,
                 calibration=calibration,
                 finetune=finetune,
                 verify=verify,

@@ -109,8 +109,8 @@ The page (.html) needs nothing but itself: zoom, search, filter, click a layer; 
 """
 PLAN_HELP = """Choose which regions of a model become one convolution each, and which kernels shrink, under a budget.
 
-Losses are measured on images of the training set. The model itself is not changed; --save keeps the plan, for
-elc_fx.Plan.from_json.
+Losses are measured on images of the training set, normalised as for ImageNet unless --mean and --std say otherwise. The
+model itself is not changed; --save keeps the plan, for elc_fx.Plan.from_json.
 
 \b
 Examples:
@@ -121,18 +121,26 @@ COMPRESS_HELP = """Compress a trained classifier to a budget: plan, merge, fine-
 
 DATA holds images as train/CLASS/IMAGE (and test/CLASS/IMAGE), as CLASS/IMAGE, or CIFAR-10's own files; in a folder, or
 a tar or zip archive. A share of the training images is held out to choose the best epoch; test images only give the
-last figure. OUT gets the network (model.pt2, model.safetensors, with --onnx model.onnx), plan.json, report.html,
-report.json and metrics.csv. report.html is what to look at: accuracy and costs before and after, the plan, every layer
-before and after, training, and what stayed apart and why. A run that was killed goes on with the same command.
+last figure. OUT gets the network (model.pt2, model.elc, with --onnx model.onnx), its weights (model.safetensors),
+plan.json, report.html, report.json and metrics.csv. report.html is what to look at: accuracy and costs before and
+after, the plan, every layer before and after, training, and what stayed apart and why. A run that was killed goes on
+with the same command.
+
+Images are normalised as for ImageNet, unless --mean and --std say otherwise. Look at the first lines that are printed:
+one is the accuracy of your model on the images that are held out.
 
 \b
 Examples:
   elc-fx compress --model mynets:net --weights net.safetensors --data images/ --budget flops=0.5 --out small/
   elc-fx compress --model torchvision:resnet18 --weights r18.pt --data photos.tar --size 3x224x224 \\
       --budget "latency=0.6" --epochs 20 --batch 64 --out small/
+  elc-fx compress --model mynets:net --weights net.safetensors --data images/ --plan plan.json --out small/
   elc-fx compress --model mynets:net --weights net.safetensors --data images/ --budget flops=0.3 --out third/ \\
       --beside half/ --beside small/
 """
+
+
+IMAGENETS_MEAN, IMAGENETS_STD = (",".join(map(str, values)) for values in (pictures.MEAN, pictures.DEVIATION))
 
 
 class Dtype(str, Enum):
@@ -297,13 +305,17 @@ def _merged(model: nn.Module | exporting.Exported, plan: Path | None, inputs: tu
         raise InvalidInputError("a .pt2 file is not merged any more; give B, or the model that it was made from")
     if plan is None:
         return elc_fx.compile(model, inputs, verify=False)
-    try:
-        text = plan.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{plan} cannot be read: {error}") from error
-    decoupled = elc_fx.decouple(model, elc_fx.Plan.from_json(text))
+    decoupled = elc_fx.decouple(model, _plan(plan))
     elc_fx.set_gate(decoupled, 0)
     return elc_fx.merge(decoupled, verify=False)
+
+
+def _plan(file: Path) -> elc_fx.Plan:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{file} cannot be read: {error}") from error
+    return elc_fx.Plan.from_json(text)
 
 
 def _show(found: elc_fx.Diff, *, everything: bool) -> None:
@@ -317,19 +329,25 @@ def _show(found: elc_fx.Diff, *, everything: bool) -> None:
 
 Model = Annotated[str, typer.Option("--model", metavar="SPEC", help="The model, as for compile.", show_default=False)]
 Data = Annotated[Path, typer.Option(metavar="DIR", help="Images: a folder or an archive.", show_default=False)]
-BudgetText = Annotated[
-    str,
-    typer.Option(
-        "--budget",
-        help="Limits, as flops=0.5 or params=0.6,depth=20: up to 1, a share of what it is now; above, or with a unit, "
-        'as in "depth=1 layer,latency=12 ms", absolute.',
-        show_default=False,
-    ),
-]
+BUDGET = typer.Option(
+    "--budget",
+    help="Limits, as flops=0.5 or params=0.6,depth=20: up to 1, a share of what it is now; above, or with a unit, "
+    'as in "depth=1 layer,latency=12 ms", absolute.',
+    show_default=False,
+)
+BudgetText = Annotated[str, BUDGET]
 TimedBy = Annotated[str, typer.Option(help="For latencies: eager, compile, onnxruntime or openvino.")]
 Size = Annotated[
-    str | None, typer.Option(metavar="CxHxW", help="Size that images are brought to; by default that of the first.")
+    str | None,
+    typer.Option(metavar="CxHxW", help="What images are brought to; by default the size of the first, in colour."),
 ]
+Mean = Annotated[
+    str,
+    typer.Option(
+        help="Of the channels, by which the model's images were normalised (values from 0 to 1): R,G,B, or one."
+    ),
+]
+Std = Annotated[str, typer.Option(help="Their standard deviation, likewise. --mean 0 --std 1: as ToTensor gives them.")]
 
 
 @app.command("plan", help=PLAN_HELP, short_help="Choose what becomes one convolution, under a budget.")
@@ -339,6 +357,8 @@ def plan_command(
     budget: BudgetText,
     weights: Weights = None,
     size: Size = None,
+    mean: Mean = IMAGENETS_MEAN,
+    std: Std = IMAGENETS_STD,
     backend: TimedBy = "eager",
     save: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Write the plan to this file.")] = None,
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep losses and latencies here.")] = None,
@@ -347,10 +367,11 @@ def plan_command(
 ) -> None:
     with _one_line_errors(debug):
         source, limits, shape = _parsed_spec(spec), _parsed_budget(budget), _parsed_size(size)
+        normalisation = _parsed_numbers(mean, "--mean"), _parsed_numbers(std, "--std")
         _require_writable(save)
         with _printing_to_stderr():
             model = _model(source, weights, None)
-            images = pictures.load(data, "train", shape)
+            images = pictures.load(data, "train", shape, *normalisation)
             assert images is not None  # or a DataError
             drawn = images.taken(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:SAMPLES])
             batches = list(drawn.inputs().split(job.CALIBRATION_BATCH))
@@ -366,11 +387,16 @@ def plan_command(
 def compress_command(
     spec: Model,
     data: Data,
-    budget: BudgetText,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the result goes.", show_default=False)],
+    budget: Annotated[str | None, BUDGET] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="PLAN.json", help="In the place of a budget: what elc-fx plan --save wrote.")
+    ] = None,
     weights: Weights = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
     size: Size = None,
+    mean: Mean = IMAGENETS_MEAN,
+    std: Std = IMAGENETS_STD,
     batch: Annotated[int, typer.Option(min=1, help="Images in a training step.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = FinetuneConfig.learning_rate,
     held_out: Annotated[float, typer.Option(help="Share of the training images that is held out.")] = 0.1,
@@ -385,7 +411,11 @@ def compress_command(
     debug: Debug = False,
 ) -> None:
     with _one_line_errors(debug):
-        source, limits, shape = _parsed_spec(spec), _parsed_budget(budget), _parsed_size(size)
+        source, shape = _parsed_spec(spec), _parsed_size(size)
+        if (budget is None) == (plan is None):
+            raise typer.BadParameter("give one of the two", param_hint="--budget or --plan")
+        limits = None if budget is None else _parsed_budget(budget)
+        made = None if plan is None else _plan(plan)
         options: dict[str, Any] = {"backend": backend, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
         if weights is not None and weights.resolve().parent == out.resolve() and weights.name in job.RESULTS:
             raise InvalidInputError(f"{weights} would be overwritten by the result; give another --out")
@@ -395,7 +425,10 @@ def compress_command(
                 data,
                 limits,
                 out,
+                plan=made,
                 shape=shape,
+                mean=_parsed_numbers(mean, "--mean"),
+                deviation=_parsed_numbers(std, "--std"),
                 held_out=held_out,
                 batch=batch,
                 onnx=onnx,
@@ -488,6 +521,13 @@ def _parsed_budget(text: str) -> Budget:
         return Budget.parse(text)
     except InvalidInputError as error:
         raise typer.BadParameter(str(error), param_hint="--budget") from error
+
+
+def _parsed_numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number, nor several with commas between", param_hint=option) from None
 
 
 def _parsed_size(text: str | None) -> tuple[int, int, int] | None:

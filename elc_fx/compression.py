@@ -31,13 +31,16 @@ def compress(
     example_inputs: Any,
     *,
     budget: Budget | None,
+    plan: Plan | None,
     calibration: Iterable[Any] | None,
     finetune: FinetuneConfig | None,
     verify: bool,
     backend: Backend,
 ) -> nn.Module:
     """See `elc_fx.compile` with mode "decouple". backend: by which latencies are measured."""
-    if not isinstance(budget, Budget):
+    if plan is not None and budget is not None:
+        raise InvalidInputError("there is a plan and a budget; give one of the two")
+    if plan is None and not isinstance(budget, Budget):
         raise InvalidInputError(f"budget is a {type(budget).__name__}, expected an elc_fx.Budget")
     if finetune is not None and not isinstance(finetune, FinetuneConfig):
         raise InvalidInputError(f"finetune is a {type(finetune).__name__}, expected an elc_fx.FinetuneConfig")
@@ -49,7 +52,7 @@ def compress(
         check_trainable(model)
     with randomness_of_the_caller():
         seed_all(0)  # a loader that shuffles gives the same batches when a killed run begins again
-        plan, network = _planned(model, example_inputs, budget, calibration, finetune, backend)
+        plan, network = _planned(model, example_inputs, budget, plan, calibration, finetune, backend)
         if finetune is not None and not plan.candidates:  # then there is nothing whose features could be compared
             finetune = replace(finetune, features=0.0)
         history = None if finetune is None else Finetuning(network, finetune, model).run()
@@ -66,7 +69,8 @@ def compress(
 def _planned(
     model: nn.Module,
     example_inputs: Any,
-    budget: Budget,
+    budget: Budget | None,
+    plan: Plan | None,
     calibration: Iterable[Any] | None,
     finetune: FinetuneConfig | None,
     backend: Backend,
@@ -74,9 +78,15 @@ def _planned(
     """The plan and what is trained. What the planner measured with is free again while it is trained."""
     batches = calibration if calibration is not None else _Inputs(() if finetune is None else finetune.train_data)
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
-    trained = finetune is not None  # else what counts is what is lost before any training
-    planner = Planner(model, example_inputs, batches, cache=folder, backend=backend, rehearse=trained, budget=budget)
-    plan = planner.plan(budget)
+    options: dict[str, Any] = {"cache": folder, "backend": backend, "budget": budget}
+    if plan is None:
+        options["rehearse"] = finetune is not None  # else what counts is what is lost before any training
+    else:
+        options["loss"] = "uniform"
+    planner = Planner(model, example_inputs, batches, **options)
+    if plan is None:
+        assert budget is not None
+        plan = planner.plan(budget)
     gradual = finetune is not None and finetune.gates > 0
     return plan, decouple(model, plan, planner.calibrations[1].named()) if gradual else planner.collapse(plan)
 

@@ -33,7 +33,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from elc_fx.errors import ElcError
+from elc_fx.errors import ElcError, InvalidInputError
 
 Split = Literal["train", "test"]
 Entries = Mapping[PurePosixPath, Callable[[], bytes]]  # how to read each file, by its name inside the data set
@@ -62,6 +62,14 @@ class Images:
     classes: tuple[str, ...]
     mean: Sequence[float] = MEAN
     deviation: Sequence[float] = DEVIATION
+
+    def __post_init__(self) -> None:
+        channels = self.pixels.shape[1]
+        for name, values, ours in (("mean", self.mean, MEAN), ("deviation", self.deviation, DEVIATION)):
+            if len(values) not in (1, channels) and tuple(values) != ours:
+                raise InvalidInputError(f"{name} has {len(values)} numbers, and the images have {channels} channels")
+        if not all(value > 0 for value in self.deviation):
+            raise InvalidInputError(f"deviation is {tuple(self.deviation)}, expected numbers above 0")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -138,12 +146,24 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def load(path: Path, split: Split = "train", shape: tuple[int, int, int] | None = None) -> Images | None:
+def load(
+    path: Path,
+    split: Split = "train",
+    shape: tuple[int, int, int] | None = None,
+    mean: Sequence[float] = MEAN,
+    deviation: Sequence[float] = DEVIATION,
+) -> Images | None:
     """One split of a data set; None where it has no such split.
 
     shape: (channels, height, width) that the images are brought to: scaled until they cover it, then cropped in the
-    middle; by default that of the first image, in colour. Raises `DataError`.
+    middle; by default that of the first image, in colour. mean, deviation: one number, or one for each channel, by
+    which values from 0 to 1 are normalised. Raises `DataError`, and `InvalidInputError` for numbers that do not fit.
     """
+    images = _read(path, split, shape)
+    return None if images is None else replace(images, mean=tuple(mean), deviation=tuple(deviation))
+
+
+def _read(path: Path, split: Split, shape: tuple[int, int, int] | None) -> Images | None:
     if not path.exists():
         raise DataError(f"there is no data set at {path}")
     try:
@@ -286,7 +306,8 @@ def _from_pictures(
             if len(pictures) * channels * height * width > MOST_BYTES:
                 raise DataError(
                     f"{path}: {len(pictures):,} images of {channels}×{height}×{width} are more than fits in memory; "
-                    "call elc_fx.compile with a DataLoader of your own"
+                    "bring them to the size that the network takes (--size 3x224x224), or call elc_fx.compile with a "
+                    "DataLoader of your own"
                 )
             pixels = np.empty((len(pictures), channels, height, width), np.uint8)
         pixels[number] = np.asarray(picture).reshape(height, width, channels).transpose(2, 0, 1)

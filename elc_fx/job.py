@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from tabulate import tabulate
 from torch import nn
 
 from elc_fx import data as pictures
-from elc_fx import exporting
+from elc_fx import exporting, storing
 from elc_fx.api import compile, report_of
 from elc_fx.comparison import Comparison, compare
 from elc_fx.compression import compress
@@ -26,16 +27,20 @@ from elc_fx.memory import within_memory
 from elc_fx.planning import latency
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.latency import Backend
+from elc_fx.planning.plan import Plan
 from elc_fx.report import Report
 from elc_fx.report.charts import Point
 from elc_fx.report.diff import Diff, diff
 from elc_fx.report.page import page
+from elc_fx.storing import StorageError
 from elc_fx.training import METRICS, FinetuneConfig, TrainingError, fingerprint
 
 CALIBRATION_BATCH = 128
+FEW = 1.5  # times as often right as by chance
 WORK = "work"  # inside the output folder: losses, checkpoints
 JOB = "job.json"  # inside that: what the folder is of
-RESULTS = ("model.pt2", "model.safetensors", "model.onnx", "plan.json", "report.json", "report.html", METRICS)
+NETWORKS = ("model.pt2", "model.elc", "model.safetensors", "model.onnx")
+RESULTS = (*NETWORKS, "plan.json", "report.json", "report.html", METRICS)
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,13 @@ class JobResult:
 def run(
     model: nn.Module,
     data: Path,
-    budget: Budget,
+    budget: Budget | None,
     folder: Path,
     *,
+    plan: Plan | None = None,
     shape: tuple[int, int, int] | None = None,
+    mean: Sequence[float] = pictures.MEAN,
+    deviation: Sequence[float] = pictures.DEVIATION,
     held_out: float = 0.1,
     batch: int = 128,
     onnx: bool = False,
@@ -126,10 +134,11 @@ def run(
     Args:
         model: trained, in eval mode, [N, channels, H, W] → [N, classes]. It is not changed.
         data: a data set, see `elc_fx.data`. It is only read.
-        budget, options: as for `compile`; `FinetuneConfig`.
-        folder: gets the network (model.pt2, model.safetensors, model.onnx), plan.json, report.html, report.json and
-            metrics.csv; and a folder `work`, which may be deleted afterwards.
-        shape: (channels, height, width) that images are brought to; by default that of the first one.
+        budget, plan, options: as for `compile`; `FinetuneConfig`.
+        folder: gets the network (model.pt2, model.elc, model.onnx), its weights (model.safetensors), plan.json,
+            report.html, report.json and metrics.csv; and a folder `work`, which may be deleted afterwards.
+        shape: (channels, height, width) that images are brought to; by default that of the first one, in colour.
+        mean, deviation: what images are normalised by, as the model was trained; by default those of ImageNet.
         held_out: the share of the training images that nothing is trained on or fitted to. The best epoch on them is
             what remains.
         batch: images in a training step.
@@ -153,7 +162,7 @@ def run(
     if onnx:
         exporting.require_onnx()
     say(f"reading {data}")
-    images = pictures.load(data, "train", shape)
+    images = pictures.load(data, "train", shape, mean, deviation)
     assert images is not None  # or a DataError
     train, kept = images.split(held_out)
     if not len(train) or not len(kept):
@@ -164,26 +173,40 @@ def run(
     x = train.taken(slice(1)).inputs()
     check_classes(model, x, images)
     latency.runner(model, (x,), backend)  # or an error, before anything is trained
-    test = pictures.load(data, "test", tuple(images.pixels.shape[1:]))  # type: ignore[arg-type]
+    test = pictures.load(data, "test", tuple(images.pixels.shape[1:]), mean, deviation)  # type: ignore[arg-type]
     if test is not None and test.classes != images.classes:
         only = sorted(set(images.classes) ^ set(test.classes))
         raise pictures.DataError(f"{data}: training and test images differ in their classes: {', '.join(only[:5])}")
-    what = {"budget": str(budget), "batch": batch, "held_out": held_out, "backend": backend}
-    what |= {"options": repr(sorted(options.items()))}
+    what = {
+        "budget": str(budget),
+        "plan": None if plan is None else plan.to_json(),
+        "batch": batch,
+        "held_out": held_out,
+        "backend": backend,
+    }
+    what |= {"options": repr(sorted(options.items())), "mean": repr(tuple(mean)), "deviation": repr(tuple(deviation))}
     config = FinetuneConfig(
         train.loader(batch), validation=list(kept.batches(pictures.SCORED_BATCH)), folder=folder / WORK, **options
     )
     _claim(folder, what | {"model": fingerprint(model), "data": _fingerprint(train, kept)})
+    known = pictures.accuracy(model, kept)
+    say(f"the model is right on {known:.1%} of the images that are held out")
+    if known < FEW / len(images.classes):
+        warnings.warn(
+            f"the model is right on {known:.1%} of the images, hardly more than chance: is that how they were "
+            "normalised when it was trained (--mean, --std), and are these its weights and its classes?",
+            stacklevel=2,
+        )
     say("measuring losses, planning, training")
     drawn = train.taken(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
     calibration = drawn.batches(CALIBRATION_BATCH)
     with within_memory(model):
         small = compress(
-            model, x, budget=budget, calibration=calibration, finetune=config, verify=True, backend=backend
+            model, x, budget=budget, plan=plan, calibration=calibration, finetune=config, verify=True, backend=backend
         )
     say("scoring, writing")
     accuracy = Accuracy(
-        (pictures.accuracy(model, kept), pictures.accuracy(small, kept)),
+        (known, pictures.accuracy(small, kept)),
         None if test is None else (pictures.accuracy(model, test), pictures.accuracy(small, test)),
     )
     folded = compile(model, x, verify=False)
@@ -202,7 +225,10 @@ def check_classes(model: nn.Module, x: torch.Tensor, images: pictures.Images) ->
             output = model(x)
         except Exception as error:  # whatever the model runs into
             shape = "×".join(map(str, x.shape[1:]))
-            raise pictures.DataError(f"the model does not take images of {shape}: {error}") from error
+            raise pictures.DataError(
+                f"the model does not take images of {shape}: {error}; --size brings them to what it takes: 3x224x224, "
+                "or 1x28x28 for grey"
+            ) from error
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         raise pictures.DataError("the model gives no scores [N, classes]; call elc_fx.compile from Python")
     if output.shape[1] != len(images.classes):
@@ -274,7 +300,7 @@ def _write(
     onnx: bool,
     say: Callable[[str], None],
 ) -> None:
-    """All files or none; an ONNX file of an earlier run does not stay beside them."""
+    """All files or none; others of an earlier run do not stay beside them."""
     exported = exporting.export(small, (x,))
     if exported.fixed_batch:
         say(f"model.pt2 takes batches of {len(x)} only ({exported.fixed_batch})")
@@ -292,8 +318,12 @@ def _write(
     if onnx:
         contents["model.onnx"] = exporting.onnx_bytes(small, (x,))
     try:
+        contents["model.elc"] = storing.to_bytes(small)
+    except StorageError as error:  # of layers that are not torch's
+        say(f"there is no model.elc: {error}")
+    try:
         write_whole({result.folder / name: content for name, content in contents.items()})
-        if not onnx:
-            (result.folder / "model.onnx").unlink(missing_ok=True)
+        for name in {"model.onnx", "model.elc"} - contents.keys():
+            (result.folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise exporting.ExportError(f"cannot write to {result.folder}: {error}") from error

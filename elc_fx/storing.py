@@ -77,7 +77,15 @@ def save(module: nn.Module, file: str | Path) -> None:
             written. Nothing is written then.
         InvalidInputError: the module was not returned by `compile` or `merge`.
     """
-    file = Path(file)
+    file, content = Path(file), to_bytes(module)
+    try:
+        write_whole({file: content})
+    except OSError as error:
+        raise StorageError(f"cannot write {file}: {error}") from error
+
+
+def to_bytes(module: nn.Module) -> bytes:
+    """What `save` writes. Raises as that does."""
     if not isinstance(module, CompiledModule):
         if isinstance(getattr(module, REPORT, None), Report):
             raise StorageError(
@@ -85,11 +93,7 @@ def save(module: nn.Module, file: str | Path) -> None:
                 "torch.save or torch.export, or save what compile returns without a backend"
             )
         raise InvalidInputError(f"this {type(module).__name__} was not returned by elc_fx.compile or elc_fx.merge")
-    content = _Writer(module).content()
-    try:
-        write_whole({file: content})
-    except OSError as error:
-        raise StorageError(f"cannot write {file}: {error}") from error
+    return _Writer(module).content()
 
 
 def load(file: str | Path) -> fx.GraphModule:

@@ -66,6 +66,7 @@ def test_everything_is_written_and_the_data_is_only_read(files: Path, tmp_path: 
     written = {file.name for file in out.iterdir() if not file.name.startswith(".")}
     expected = {
         "model.pt2",
+        "model.elc",
         "model.safetensors",
         "model.onnx",
         "plan.json",
@@ -84,6 +85,7 @@ def test_everything_is_written_and_the_data_is_only_read(files: Path, tmp_path: 
     (scores,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(scores), exported(x), rtol=1e-4, atol=1e-4)
     assert set(load_file(out / "model.safetensors")) == set(exported.state_dict())
+    torch.testing.assert_close(elc_fx.load(out / "model.elc")(x), exported(x))
     plan = elc_fx.Plan.from_json((out / "plan.json").read_text())
     assert plan.candidates and plan.candidates[0].name in (out / "report.html").read_text()
 
@@ -163,6 +165,34 @@ def test_an_impossible_budget_says_what_can_be_reached(files: Path, tmp_path: Pa
     given = arguments(files, tmp_path / "out")
     given[given.index("flops=0.5")] = "flops=0.001"
     assert "is the least" in complaint(given)
+
+
+def test_a_plan_is_carried_out_in_the_place_of_a_budget(files: Path, tmp_path: Path) -> None:
+    model = network()
+    plan = elc_fx.Plan.of(model, torch.randn(1, 3, 8, 8), collapse=["2", "3.b:1x1"])
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    given = arguments(files, tmp_path / "out")
+    at = given.index("--budget")
+    given[at : at + 2] = ["--plan", str(tmp_path / "plan.json")]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    done = elc_fx.Plan.from_json((tmp_path / "out" / "plan.json").read_text())
+    assert done.candidates == plan.candidates
+    assert "one of the two" in CliRunner().invoke(app, [*given, "--budget", "flops=0.5"]).output
+    (tmp_path / "plan.json").write_text("{")
+    assert "not JSON" in complaint(given)
+
+
+def test_images_are_normalised_as_they_are_told_to_be(files: Path, tmp_path: Path) -> None:
+    given = arguments(files, tmp_path / "out")
+    with pytest.warns(UserWarning, match="hardly more than chance"):
+        result = CliRunner().invoke(app, [*given, "--mean", "40", "--std", "2,3,4"])
+    assert result.exit_code == 0, result.output
+    assert "of the images that are held out" in result.stderr
+    assert "other mean" in complaint(given)
+    for wrong in (["--mean", "1,2"], ["--std", "0"]):
+        assert "mean has 2" in (told := complaint([*arguments(files, tmp_path / "b"), *wrong])) or "above 0" in told
+    assert CliRunner().invoke(app, [*given, "--mean", "x"]).exit_code == 2
 
 
 def test_a_run_that_trained_nothing_does_not_keep_its_folder(files: Path, tmp_path: Path) -> None:

@@ -447,6 +447,46 @@ def test_untraceable_root_becomes_islands() -> None:
     assert len(elc_fx.report_of(compiled).merged) == 1
 
 
+class BuiltByHelpers(nn.Module):
+    """Its helpers get arguments that are not the module itself."""
+
+    def __init__(self) -> None:
+        def inner(width: int) -> nn.Module:
+            return conv_bn(width.__index__(), 4)
+
+        super().__init__()
+        self.a, self.b = inner(4), self.outer(4)
+
+    @staticmethod
+    def outer(width: int) -> nn.Module:
+        return conv_bn(width.__index__(), 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = -x
+        y: Tensor = self.b(self.a(x).relu())
+        return y
+
+
+def test_helpers_say_nothing_of_the_children() -> None:
+    assert len(elc_fx.report_of(check(ready(BuiltByHelpers()), image(2, 4, 5, 5))).merged) == 2
+
+
+class ReadsLater(BuiltByHelpers):
+    """What runs after `__init__` reads a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = lambda: self.a[0].weight.norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.norm()
+
+
+def test_what_is_made_in_init_may_read_children_later() -> None:
+    check(ready(ReadsLater()), image(2, 4, 5, 5))
+
+
 def branching(formula: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
     """The formula in a module that cannot be traced."""
 
