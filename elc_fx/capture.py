@@ -12,12 +12,15 @@ import ast
 import functools
 import inspect
 import itertools
+import linecache
 import operator
 import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -598,7 +601,29 @@ def _reason(error: Exception) -> str:
     if isinstance(error, _UntruthfulError):
         return str(error)
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}{_place(error)}"
+
+
+def _place(error: Exception) -> str:
+    """The line of the model's own code that the error comes from, if there is one."""
+    frames = [(tb.tb_frame, tb.tb_lineno) for tb in _tracebacks(error)]
+    own = [
+        (frame.f_code.co_filename, line)
+        for frame, line in frames
+        if frame.f_globals.get("__name__", "torch").partition(".")[0] not in ("torch", "elc_fx", "contextlib")
+    ]
+    if not own:
+        return ""
+    file, line = own[-1]
+    code = linecache.getline(file, line).strip()
+    return f" ({Path(file).name}, line {line}{f': `{code}`' if code else ''})"
+
+
+def _tracebacks(error: Exception) -> Iterator[types.TracebackType]:
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
 
 
 def _with_constants(root: nn.Module, constants: dict[str, Tensor]) -> nn.Module:
