@@ -544,6 +544,8 @@ def _require_saveable(file: Path | None, sizes: list[tuple[int, ...]]) -> None:
     if not sizes and file.suffix != STORED:
         raise typer.BadParameter("the export needs --input as well", param_hint="--save")
     _require_writable(file)
+    if file.suffix not in (".pt2", STORED):
+        raise typer.BadParameter(f"{file} ends in neither .pt2 nor {STORED}", param_hint="--save")
 
 
 def _require_writable(file: Path | None) -> None:

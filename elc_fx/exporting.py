@@ -129,6 +129,7 @@ def _with_any_batch(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedPro
     program = torch.export.export(model, several, dynamic_shapes=tuple({0: batch} for _ in inputs))
     with torch.no_grad():
         program.module()(*inputs)
+    program.example_inputs = inputs, {}  # by which costs are counted, as everywhere
     return program
 
 

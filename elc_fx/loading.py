@@ -134,9 +134,10 @@ def _state_dict(file: Path) -> Mapping[str, Any]:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LoadingError(
-            f"{file} holds more than weights, or is no file of torch.save; only weights are read"
+            f"{file} holds more than weights, or is no file of torch.save; only weights are read: store the state dict "
+            "alone, torch.save(model.state_dict(), file)"
         ) from error
-    except (EOFError, OSError, RuntimeError, SafetensorError) as error:
+    except (EOFError, OSError, RuntimeError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise LoadingError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     while isinstance(stored, Mapping) and (wrapper := next((key for key in _WRAPPERS if key in stored), None)):
         if not isinstance(stored[wrapper], Mapping):

@@ -221,6 +221,7 @@ def test_an_impossible_save_is_refused_before_the_model_is_even_built(workplace:
         (["mynets:net", "--input", "1x0x2"], "is no shape"),
         (["mynets:net", "--input", ""], "is no shape"),
         (["mynets:net", "--save", "net.pt2"], "needs --input"),
+        (["mynets:net", "--input", "1x3x8x8", "--save", "net.onnx"], "neither .pt2 nor .elc"),
         (["mynets:net", "--dtype", "float31"], "float31"),
         (["mynets:net", "--unheard-of"], "--unheard-of"),
         ([], "SPEC"),

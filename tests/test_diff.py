@@ -258,7 +258,7 @@ def test_saved_programs_keep_what_their_layers_stand_for(tmp_path: Path) -> None
     }
     diff = elc_fx.diff(model, loaded)
     assert become(diff) == become(elc_fx.diff(model, compiled, X))
-    assert diff.before.flops is not None  # on the inputs that the program was saved with
+    assert (diff.before.flops, diff.after.flops) == tuple(elc_fx.measure(m, X).flops for m in (model, compiled))
     assert become(elc_fx.diff(model, torch.export.export(compiled, (X,)))) == become(diff)  # without: names tell
 
 
