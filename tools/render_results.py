@@ -67,6 +67,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "fit_samples": ("fit_samples", lambda result: bench_samples.table(result["rows"], STYLE)),
     "plan_depth": ("plan_depth", lambda result: bench_depth.table(result["rows"], STYLE)),
     "plan_rank": ("plan_rank", lambda result: bench_rank.table(result["rows"], STYLE)),
+    "finetune_vgg16": ("finetune_vgg16", lambda result: bench_finetune.table(result["rows"], STYLE)),
     "finetune_resnet56": ("finetune_resnet56", lambda result: bench_finetune.table(result["rows"], STYLE)),
     "finetune": ("finetune", lambda result: bench_finetune.table(result["rows"], STYLE)),
     "compress": ("compress", lambda result: bench_compress.table(result["rows"], STYLE)),
