@@ -753,12 +753,12 @@ def test_only_what_is_allowed_is_measured_and_chosen(merging: bool, tmp_path: Pa
     assert asked == [choice.candidate for choice in free.choices]
     assert 0 < len(made.choices) < len(free.choices)
     assert made.losses == [alone[choice.key] for choice in made.choices]
+    (file,) = tmp_path.iterdir()
+    assert len(file.read_text().strip().splitlines()) == len(made.choices)
     plan = made.plan(budget)
     assert plan.candidates and {candidate.merges for candidate in plan.candidates} == {merging}
     assert plan.prediction
     assert (plan.prediction.after.depth < plan.prediction.before.depth) == merging
-    (file,) = tmp_path.iterdir()
-    assert len(file.read_text().strip().splitlines()) == len(made.choices)
 
 
 def test_a_table_may_name_what_is_not_allowed() -> None:
