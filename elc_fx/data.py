@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import math
 import os
 import pickle
 import re
@@ -68,6 +69,8 @@ class Images:
         for name, values, ours in (("mean", self.mean, MEAN), ("deviation", self.deviation, DEVIATION)):
             if len(values) not in (1, channels) and tuple(values) != ours:
                 raise InvalidInputError(f"{name} has {len(values)} numbers, and the images have {channels} channels")
+            if not all(math.isfinite(value) for value in values):
+                raise InvalidInputError(f"{name} is {tuple(values)}, expected numbers")
         if not all(value > 0 for value in self.deviation):
             raise InvalidInputError(f"deviation is {tuple(self.deviation)}, expected numbers above 0")
 

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from elc_fx.activations import activation_of
+from elc_fx.activations import MODULES, activation_of
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
 from elc_fx.capture import assign
 from elc_fx.graph import (
@@ -29,6 +29,7 @@ from elc_fx.graph import (
     constants,
     function_name,
     has_hooks,
+    is_leaf,
     is_torchs,
     materialisable,
     module_of,
@@ -757,7 +758,8 @@ class Interpreter:
             return tuple(inputs)
         if node.op == "call_module":
             module = module_of(self.captured, node)
-            return tuple(inputs[:1]) if isinstance(module, KEEP_CHANNELS) else ()
+            kept = isinstance(module, KEEP_CHANNELS) or (isinstance(module, tuple(MODULES)) and is_leaf(module))
+            return tuple(inputs[:1]) if kept else ()
         if name in ADDS | SCALES | QUOTIENTS | {"rsub"}:
             operands = [n for n in inputs if self.constant(n) is None]
             constants = [self.constant(n) for n in inputs if n not in operands]

@@ -36,7 +36,6 @@ from elc_fx.storing import StorageError
 from elc_fx.training import METRICS, FinetuneConfig, TrainingError, fingerprint
 
 CALIBRATION_BATCH = 128
-FEW = 1.5  # times as often right as by chance
 WORK = "work"  # inside the output folder: losses, checkpoints
 JOB = "job.json"  # inside that: what the folder is of
 NETWORKS = ("model.pt2", "model.elc", "model.safetensors", "model.onnx")
@@ -191,7 +190,8 @@ def run(
     _claim(folder, what | {"model": fingerprint(model), "data": _fingerprint(train, kept)})
     known = pictures.accuracy(model, kept)
     say(f"the model is right on {known:.1%} of the images that are held out")
-    if known < FEW / len(images.classes):
+    chance = 1 / len(images.classes)
+    if known < chance + min(chance / 2, (1 - chance) / 10):
         warnings.warn(
             f"the model is right on {known:.1%} of the images, hardly more than chance: is that how they were "
             "normalised when it was trained (--mean, --std), and are these its weights and its classes?",

@@ -192,6 +192,7 @@ def test_images_are_normalised_as_they_are_told_to_be(files: Path, tmp_path: Pat
     assert "other mean" in complaint(given)
     for wrong in (["--mean", "1,2"], ["--std", "0"]):
         assert "mean has 2" in (told := complaint([*arguments(files, tmp_path / "b"), *wrong])) or "above 0" in told
+    assert "expected numbers" in complaint([*arguments(files, tmp_path / "b"), "--mean", "nan"])
     assert CliRunner().invoke(app, [*given, "--mean", "x"]).exit_code == 2
 
 

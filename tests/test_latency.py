@@ -411,6 +411,10 @@ def test_modules_that_look_alike_are_measured_each(tmp_path: Path, monkeypatch: 
     attentions = [nn.MultiheadAttention(8, heads) for heads in (2, 4)]
     assert repr(attentions[0]) == repr(attentions[1])
     assert stored.described(attentions[0]) != stored.described(attentions[1])
+    holders: list[Any] = [nn.Identity(), nn.Identity()]
+    for holder in holders:
+        holder.functions = (object(), 1)  # whose text is an address, another one in each process
+    assert stored.described(holders[0]) == stored.described(holders[1])
     measured: list[str] = []
 
     def note(self: latency.LatencyMeter, units: Sequence[Any]) -> list[float]:

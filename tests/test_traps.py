@@ -1973,7 +1973,11 @@ def test_a_weight_that_takes_many_steps_to_make_merges_in_linear_time() -> None:
         assert not batch_norms(check(weight_made_by(formula), image(2, 4, 5, 5)))
 
 
-@pytest.mark.parametrize("activation", [F.leaky_relu, F.hardswish, F.relu6, nn.Softsign(), nn.Hardshrink()])
+class OwnReLU(nn.ReLU):
+    """torch's, by another name."""
+
+
+@pytest.mark.parametrize("activation", [F.leaky_relu, F.hardswish, F.relu6, nn.Softsign(), nn.Hardshrink(), OwnReLU()])
 def test_activations_pass_on_how_many_channels_there_are(activation: Any) -> None:
     scale = nn.Parameter(torch.rand(4, 1, 1))
     a, b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)

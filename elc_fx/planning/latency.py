@@ -239,8 +239,9 @@ class LatencyMeter:
         """Seconds of the original and of what the choices leave behind, side by side."""
         known, name = self._networks, ", ".join(sorted(choice.key for choice in choices))
         first, second = f"before: {name}", f"after: {name}"
-        found = of_the_first(lambda: (known[first], known[second]) if second in known else self._whole(choices))
-        if second not in known:
+        there = first in known and second in known
+        found = of_the_first(lambda: (known[first], known[second]) if there else self._whole(choices))
+        if not there:
             known[first], known[second] = found
         return found
 

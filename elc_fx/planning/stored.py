@@ -58,10 +58,15 @@ def described(module: nn.Module) -> str:
     for name, part in module.named_modules():
         kind = "" if isinstance(part, fx.GraphModule) else f"{type(part).__module__}.{type(part).__qualname__}"
         attributes = {key: value for key, value in vars(part).items() if kind and key != "training"}
-        own = sorted((key, value) for key, value in attributes.items() if isinstance(value, _PLAIN))
+        own = sorted((key, value) for key, value in attributes.items() if _is_plain(value))
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         parts.append((name, kind, own, [(key, tuple(value.shape), value.dtype) for key, value in tensors]))
     return repr(parts)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether what is written of it is the same in every process: that of functions and objects is not."""
+    return isinstance(value, _PLAIN) and (not isinstance(value, tuple) or all(map(_is_plain, value)))
 
 
 def _entry(line: str) -> tuple[str, float] | None:

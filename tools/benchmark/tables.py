@@ -17,7 +17,8 @@ from elc_fx.report.charts import INK, STYLE, picture
 
 Row = Mapping[str, Any]
 NOT_RUN = "not run"
-USED = ("elc", "features", "balanced", "shrinks", *FOR_TIME, "torch-pruning", "torch-pruning-8")  # others show what an idea buys
+# The others show what an idea buys.
+USED = ("elc", "features", "balanced", "shrinks", *FOR_TIME, "torch-pruning", "torch-pruning-8")
 # A file for each processor; where a network was timed on several, the first counts, then the last.
 LATENCIES = ("benchmark_latency", "benchmark_latency_amd", "benchmark_latency_intel", "benchmark_latency_xeon")
 COLUMNS = [(runtime, batch) for runtime in RUNTIMES for batch in BATCHES]
