@@ -68,19 +68,27 @@ def register_activation(activation: type[nn.Module] | Callable[[Tensor], Tensor]
     return activation
 
 
+def is_activation(captured: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node computes an activation of its only tensor."""
+    if len(node.all_input_nodes) != 1 or not node.args or node.args[0] is not node.all_input_nodes[0]:
+        return False
+    if node.op == "call_module":
+        return type(module_of(captured, node)) in MODULES and len(node.args) == 1 and not node.kwargs
+    if node.op == "call_method":
+        return node.target in NAMES
+    return node.op == "call_function" and (
+        (function_name(node) in NAMES and is_torchs(node)) or node.target in FUNCTIONS
+    )
+
+
 def activation_of(captured: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The activation that a node computes of its only tensor, as a module of its own, or None."""
-    if len(node.all_input_nodes) != 1 or not node.args or node.args[0] is not node.all_input_nodes[0]:
+    if not is_activation(captured, node):
         return None
     if node.op == "call_module":
-        module = module_of(captured, node)
-        return module if type(module) in MODULES and len(node.args) == 1 and not node.kwargs else None
-    if node.op == "call_method" and node.target in NAMES:
-        return Elementwise(str(node.target).removesuffix("_"), node.args[1:], node.kwargs)
-    known = (function_name(node) in NAMES and is_torchs(node)) or node.target in FUNCTIONS
-    if node.op == "call_function" and known:
-        return Elementwise(node.target, node.args[1:], {**node.kwargs})
-    return None
+        return module_of(captured, node)
+    function = str(node.target).removesuffix("_") if node.op == "call_method" else node.target
+    return Elementwise(function, node.args[1:], {**node.kwargs})
 
 
 class Elementwise(nn.Module):

@@ -15,7 +15,7 @@ import itertools
 import linecache
 import operator
 import sys
-import types
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -606,10 +606,9 @@ def _reason(error: Exception) -> str:
 
 def _place(error: Exception) -> str:
     """The line of the model's own code that the error comes from, if there is one."""
-    frames = [(tb.tb_frame, tb.tb_lineno) for tb in _tracebacks(error)]
     own = [
         (frame.f_code.co_filename, line)
-        for frame, line in frames
+        for frame, line in traceback.walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__", "torch").partition(".")[0] not in ("torch", "elc_fx", "contextlib")
     ]
     if not own:
@@ -617,13 +616,6 @@ def _place(error: Exception) -> str:
     file, line = own[-1]
     code = linecache.getline(file, line).strip()
     return f" ({Path(file).name}, line {line}{f': `{code}`' if code else ''})"
-
-
-def _tracebacks(error: Exception) -> Iterator[types.TracebackType]:
-    traceback = error.__traceback__
-    while traceback is not None:
-        yield traceback
-        traceback = traceback.tb_next
 
 
 def _with_constants(root: nn.Module, constants: dict[str, Tensor]) -> nn.Module:

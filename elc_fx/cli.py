@@ -344,7 +344,7 @@ Size = Annotated[
 Mean = Annotated[
     str,
     typer.Option(
-        help="Of the channels, by which the model's images were normalised (values from 0 to 1): R,G,B, or one."
+        help="By which images (values from 0 to 1) were normalised when the model was trained: R,G,B, or one for all."
     ),
 ]
 Std = Annotated[str, typer.Option(help="Their standard deviation, likewise. --mean 0 --std 1: as ToTensor gives them.")]

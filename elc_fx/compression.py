@@ -78,14 +78,13 @@ def _planned(
     """The plan and what is trained. What the planner measured with is free again while it is trained."""
     batches = calibration if calibration is not None else _Inputs(() if finetune is None else finetune.train_data)
     folder = None if finetune is None or finetune.folder is None else Path(finetune.folder)
-    options: dict[str, Any] = {"cache": folder, "backend": backend, "budget": budget}
-    if plan is None:
-        options["rehearse"] = finetune is not None  # else what counts is what is lost before any training
+    if plan is not None:
+        planner = Planner(model, example_inputs, batches, loss="uniform")
     else:
-        options["loss"] = "uniform"
-    planner = Planner(model, example_inputs, batches, **options)
-    if plan is None:
         assert budget is not None
+        trained = finetune is not None  # else what counts is what is lost before any training
+        options: dict[str, Any] = {"cache": folder, "backend": backend, "rehearse": trained}
+        planner = Planner(model, example_inputs, batches, budget=budget, **options)
         plan = planner.plan(budget)
     gradual = finetune is not None and finetune.gates > 0
     return plan, decouple(model, plan, planner.calibrations[1].named()) if gradual else planner.collapse(plan)

@@ -116,6 +116,12 @@ def fresh(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(memory_format=torch.preserve_format), inputs)
 
 
+def number_type(network: nn.Module) -> torch.dtype | None:
+    """That of the first parameter, if it is one of floating point numbers."""
+    weight = next(network.parameters(), None)
+    return weight.dtype if weight is not None and weight.is_floating_point() else None
+
+
 def of_type(values: Any, dtype: torch.dtype | None) -> Any:
     """The same with tensors of floating point numbers of a type, if there is one."""
     if dtype is None:

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from elc_fx.activations import MODULES, activation_of
+from elc_fx.activations import MODULES, is_activation
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
 from elc_fx.capture import assign
 from elc_fx.graph import (
@@ -754,7 +754,7 @@ class Interpreter:
     def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The inputs that have the channels and axes of the output."""
         name, inputs = function_name(node), node.all_input_nodes
-        if activation_of(self.captured, node) is not None:
+        if is_activation(self.captured, node):
             return tuple(inputs)
         if node.op == "call_module":
             module = module_of(self.captured, node)

@@ -38,8 +38,10 @@ from elc_fx.training import METRICS, FinetuneConfig, TrainingError, fingerprint
 CALIBRATION_BATCH = 128
 WORK = "work"  # inside the output folder: losses, checkpoints
 JOB = "job.json"  # inside that: what the folder is of
-NETWORKS = ("model.pt2", "model.elc", "model.safetensors", "model.onnx")
-RESULTS = (*NETWORKS, "plan.json", "report.json", "report.html", METRICS)
+RESULTS = (
+    *("model.pt2", "model.elc", "model.safetensors", "model.onnx"),
+    *("plan.json", "report.json", "report.html", METRICS),
+)
 
 
 @dataclass(frozen=True)

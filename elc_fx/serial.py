@@ -74,7 +74,7 @@ class SerialInterpreter(Interpreter):
 
     def _stand_in(self, node: fx.Node, **settings: bool) -> Operation | None:
         """For what the node becomes: only its geometry matters here."""
-        (source,) = node.all_input_nodes
+        source = node.all_input_nodes[0]
         return self._identity(node, source, **settings) if self.features[source].is_known else None
 
 

@@ -33,7 +33,7 @@ from elc_fx.decoupling.nodes import DecoupledActivation, RegionOutput
 from elc_fx.errors import ElcError, InvalidInputError
 from elc_fx.files import write_whole
 from elc_fx.history import Epoch, History, metrics
-from elc_fx.inputs import batch_values, fresh, of_type
+from elc_fx.inputs import batch_values, fresh, number_type, of_type
 from elc_fx.islands import clone
 from elc_fx.kernels import SoundConvolutions, without_autocast_cache
 from elc_fx.losses import distance, of_classes, relative_square
@@ -201,7 +201,7 @@ class Finetuning:
         self.bf16 = computes_in_bf16(self.device) if config.bf16 is None else config.bf16
         self.channels_last = self.device.type == "cpu" or self.bf16
         self.structure = [_structure(network), _structure(teacher), fingerprint(teacher)]
-        self.dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+        self.dtype = number_type(network)
         self.teacher = None if teacher is None else clone(teacher, {}).to(self.device).eval().requires_grad_(False)
         self.batches = self._shared(config.train_data)
         # Evenly shared batches would be filled up with samples that then count twice.

@@ -41,7 +41,8 @@ class DecouplingNode(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("gate", torch.ones(()))
-        self._read: list[Any] = [None, -1, ORIGINAL]  # the gate and its version when it was last read, what it said
+        # The gate and its version when it was last read, and what it said; no tuple, which would count as a setting.
+        self._read: list[Any] = [None, -1, ORIGINAL]
 
     @property
     def has_gate(self) -> bool:
@@ -76,12 +77,8 @@ class DecouplingNode(nn.Module):
         gate = self.gate.to(original.dtype)
         return gate * original + (1 - gate) * mergeable
 
-    def settings(self) -> str:
-        """What it is besides its gate and what it learns, for people and to tell it from others."""
-        return ""
-
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, (self.settings(), f"gate={self.gate.item():g}")))
+        return f"gate={self.gate.item():g}"
 
 
 class DecoupledActivation(DecouplingNode):
@@ -221,8 +218,8 @@ class DecoupledPadding(DecouplingNode):
         padded = F.pad(interior, flat_padding(self.padding), self.mode)
         return pad_zeros(padded, difference(ring, self.padding))
 
-    def settings(self) -> str:
-        return f"ring={self.ring}, padding={self.padding}, mode={self.mode}"
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, ring={self.ring}, padding={self.padding}, mode={self.mode}"
 
 
 class RingPad(nn.Module):
@@ -327,10 +324,10 @@ class DecoupledConvolution(DecouplingNode):
         output: Tensor = CONV[len(padding)](x, weight, self.bias, self.stride, own, self.dilation, self.groups)
         return output
 
-    def settings(self) -> str:
+    def extra_repr(self) -> str:
         out_channels, width, *size = self.weight.shape
         text = f"{width * self.groups}, {out_channels}, kernel_size={tuple(size)}, stride={self.stride}"
-        return f"{text}, window={self.window}"
+        return f"{text}, window={self.window}, {super().extra_repr()}"
 
 
 class InteriorBatchNorm(nn.modules.batchnorm._BatchNorm):

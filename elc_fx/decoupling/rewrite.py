@@ -35,7 +35,7 @@ from elc_fx.decoupling.nodes import (
 )
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import function_name, label, module_of
-from elc_fx.inputs import batch_values, batches_of, fresh, of_type
+from elc_fx.inputs import batch_values, batches_of, fresh, number_type, of_type
 from elc_fx.interpret import Operation
 from elc_fx.islands import clone
 from elc_fx.origins import origins_of, remember
@@ -436,8 +436,7 @@ def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> N
 
 
 def _run(decoupled: DecoupledModule, batch: Any) -> None:
-    dtype = next((p.dtype for p in decoupled.parameters() if p.is_floating_point()), None)
-    values = of_type(batch_values(decoupled, batch), dtype)
+    values = of_type(batch_values(decoupled, batch), number_type(decoupled))
     try:
         decoupled(*fresh(values))
     except Exception as error:

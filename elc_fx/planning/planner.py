@@ -152,7 +152,7 @@ class Planner:
 
     def _check_reachable(self, budget: Budget) -> None:
         """Raises `PlanError` where no choices at all keep the limits, but for that of the latency."""
-        if set(budget.names) > {"latency"} or budget.latency is None:
+        if budget.names != ("latency",):
             limits = replace(budget, latency=None).limits(self.model.original)
             with self._poolings_told(budget):
                 _solved(Problem(self.choices, [0.0] * len(self.choices), self.model, limits))

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from elc_fx.activations import activation_of, flat_beyond
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import overwritten_argument, runs_foreign_code
-from elc_fx.inputs import batch_values, batches_of, fresh, of_type
+from elc_fx.inputs import batch_values, batches_of, fresh, number_type, of_type
 from elc_fx.losses import distance, of_classes
 from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice
@@ -70,8 +70,7 @@ class Calibration:
         parts: list[list[Any]] = []
         sizes: list[int] = []
         measured, held, bearable = samples or 0, 0, min(NUMBERS, LARGEST / _growth(graph))
-        weight = next(graph.graph_module.parameters(), None)
-        dtype = weight.dtype if weight is not None and weight.is_floating_point() else None
+        dtype = number_type(graph.graph_module)
         for batch in batches_of(batches):
             values = batch_values(graph.graph_module, batch)
             size, count = samples_of(values), sum(sizes)
