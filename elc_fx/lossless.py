@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from elc_fx.affine import Ints
 from elc_fx.attributes import unchanged
 from elc_fx.capture import Capture, CaptureError, Refusal, capture
+from elc_fx.chains import find_chains
 from elc_fx.comparison import Measurement, run
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, VerificationError
@@ -21,7 +22,7 @@ from elc_fx.graph import is_leaf, module_of
 from elc_fx.inputs import ExampleInputs, running_on_examples
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import clone, replaceable_children
-from elc_fx.regions import MergePlanner, find_chains
+from elc_fx.partition import MergePlanner
 from elc_fx.report import Report, Totals
 from elc_fx.shapes import run_recording_shapes
 from elc_fx.verification import verify_merge, verify_outputs

@@ -19,12 +19,13 @@ from torch import fx, nn
 from elc_fx.activations import MODULES, activation_of
 from elc_fx.affine import Geometry, Ints, Padding
 from elc_fx.capture import Capture, capture
+from elc_fx.chains import find_chains
 from elc_fx.errors import NotAffineError
 from elc_fx.graph import is_drop_path, is_identity, module_of
 from elc_fx.inputs import ExampleInputs, running_on_examples
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.pooling import MAX_POOLS, max_pooling_of, put_poolings_first
-from elc_fx.regions import Chain, Join, Part, find_chains, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
+from elc_fx.regions import Chain, Join, Part, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
 from elc_fx.shapes import run_recording_shapes
 
 KeptWindows = Mapping[fx.Node, Ints]  # the kernel size that a convolution keeps, where that is less than all of it

@@ -13,6 +13,7 @@ from torch import fx
 
 from elc_fx.affine import AffineMap, Geometry
 from elc_fx.capture import Refusal
+from elc_fx.chains import find_chains
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import decoupling_nodes
@@ -32,7 +33,7 @@ from elc_fx.graph import is_drop_path, is_identity, module_of
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import clone
 from elc_fx.lossless import LAYERS, depth_of
-from elc_fx.regions import Chain, Merge, find_chains, interpret, operations_of
+from elc_fx.regions import Chain, Merge, interpret, operations_of
 from elc_fx.report import Report, Totals
 from elc_fx.serial import channels_of
 from elc_fx.verification import verify_merge

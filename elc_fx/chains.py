@@ -1,0 +1,197 @@
+"""Finding the chains and joins of a graph: its series-parallel structure, read off in one pass."""
+
+from __future__ import annotations
+
+import torch
+from networkx.utils import UnionFind
+from torch import fx
+
+from elc_fx.affine import AffineMap, Geometry
+from elc_fx.capture import Refusal
+from elc_fx.graph import allocates, function_name, label, overwritten_argument, runs_foreign_code, signature_of, tuples
+from elc_fx.interpret import CPU, Feature, Interpreter, Operation
+from elc_fx.regions import Branch, Chain, Join, nodes_of
+
+DEEPEST_NESTING = 24  # joins inside each other that are planned as one
+
+
+def find_chains(interpreter: Interpreter) -> tuple[list[Chain], list[Join], list[Refusal]]:
+    """The maximal chains of a graph, the joins of several sources, and why other places are neither."""
+    finder = _Finder(interpreter)
+    for node in interpreter.captured.graph.nodes:
+        finder.visit(node)
+    finder.explain_forks()
+    return list(finder.chains.values()), list(finder.mixed.values()), finder.refusals
+
+
+class _Finder:
+    """One pass over the graph: chains grow at their end, and move into the join that reads them."""
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        self.interpreter = interpreter
+        self.graph_module = interpreter.captured
+        nodes = list(self.graph_module.graph.nodes)
+        self.position = {node: index for index, node in enumerate(nodes)}
+        self.uses = dict.fromkeys(nodes, 0)
+        for node in nodes:
+            fx.map_arg((node.args, node.kwargs), self._count)
+        self.aliases = _Aliases(interpreter)
+        self.chains: dict[fx.Node, Chain] = {}  # by their last node
+        self.mixed: dict[fx.Node, Join] = {}  # joins of several sources, by their node
+        self.refusals: list[Refusal] = [Refusal(label(node), why) for node, why in interpreter.refusals.items()]
+
+    def _count(self, node: fx.Node) -> fx.Node:
+        self.uses[node] += 1
+        return node
+
+    def visit(self, node: fx.Node) -> None:
+        if (written := overwritten_argument(self.graph_module, node)) is not None:
+            affine = node in self.interpreter.operations or self.interpreter.summands(node)
+            if affine and written not in self.aliases.private:
+                self.refusals.append(Refusal(label(node), f"it overwrites `{label(written)}`, which others may read"))
+            if written not in self.aliases.private:
+                return
+        if (operation := self.interpreter.operations.get(node)) is not None:
+            self._append(node, operation)
+        elif (terms := self.interpreter.summands(node)) is not None:
+            join = Join(node, [])
+            for term in terms:
+                self._add_operand(join, term.value, term.coefficient)
+            self._close(join)
+        elif (values := self.interpreter.concatenated(node)) is not None:
+            axis = signature_of(node).get("dim", 0)
+            self._close(Join(node, [self._branch(value) for value in values], concatenates=True, axis=axis))
+
+    def _append(self, node: fx.Node, operation: Operation) -> None:
+        source, geometry = operation.source, operation.geometry
+        if operation.inner and operation.inner[0] in self.chains:  # it continues where its first node began
+            inner = self.chains.pop(operation.inner[0])
+            inner.parts.pop()
+            if inner.parts:
+                self.chains[source] = inner
+        chain = self.chains.get(source)
+        fits = self.interpreter.features[source] == Feature(geometry.in_channels, geometry.dims)
+        if chain is not None and self.uses[source] == 1 and fits:
+            del self.chains[source]
+            chain.parts.append(operation)
+        else:
+            chain = Chain(source, [operation])
+        self.chains[node] = chain
+
+    def explain_forks(self) -> None:
+        """A chain that ends at a value with several readers cannot go on with one of them."""
+        for node in self.chains:
+            readers = [user for user in node.users if user in self.interpreter.operations]
+            if readers and self.uses[node] > 1:
+                everyone = ", ".join(f"`{label(user)}`" for user in node.users)
+                self.refusals.append(
+                    Refusal(label(node), f"not merged with `{label(readers[0])}`: it feeds {everyone}")
+                )
+
+    def _branch(self, value: fx.Node) -> Branch:
+        if self.uses[value] == 1 and value in self.chains:
+            return Branch(self.chains.pop(value), value)
+        return Branch(Chain(value, []), value)
+
+    def _add_operand(self, join: Join, value: fx.Node, coefficient: float) -> None:
+        """A summand; the summands of an inner sum that nobody else reads become the join's own."""
+        inner = self.mixed.get(value)
+        if inner is None and value in self.chains and len(self.chains[value].parts) == 1:
+            only = self.chains[value].parts[0]
+            inner = only if isinstance(only, Join) else None
+        if self.uses[value] != 1 or inner is None or inner.concatenates or coefficient != 1:
+            branch = self._branch(value)
+            branch.coefficient = coefficient
+            branch.scale = self._scale(join.node, value, coefficient)
+            join.branches.append(branch)
+            return
+        self.mixed.pop(value, None)
+        self.chains.pop(value, None)
+        join.branches.extend(inner.branches)
+        join.inner.extend([*inner.inner, inner.node])
+
+    def _scale(self, node: fx.Node, value: fx.Node, coefficient: float) -> Operation | None:
+        feature = self.interpreter.features[value]
+        if coefficient == 1 or feature.channels is None or feature.dims is None:
+            return None
+        channels, dims = feature.channels, feature.dims
+        geometry = Geometry.identity(channels, dims)
+        scale = torch.full((channels,), float(coefficient), dtype=torch.float64, device=CPU)
+        return Operation(node, value, geometry, lambda: AffineMap.scale(scale, None, dims))
+
+    def _close(self, join: Join) -> None:
+        """A join of one source continues the chain before that source, if the join's branches are its only readers."""
+        sources = join.sources
+        if self._is_overwritten_between(join):
+            self.chains.update({branch.value: branch.chain for branch in join.branches if branch.chain.parts})
+            return
+        depth = 1 + max(branch.chain.depth for branch in join.branches)
+        if len(sources) != 1 or depth > DEEPEST_NESTING:
+            in_place = [n for n in (join.node, *join.inner) if overwritten_argument(self.graph_module, n) is not None]
+            if in_place:  # its first operand decides the data type of the result, which a regrouped sum would not keep
+                self.chains.update({branch.value: branch.chain for branch in join.branches if branch.chain.parts})
+            else:
+                self.mixed[join.node] = join
+            return
+        source, reads = sources[0], sum(branch.chain.reads for branch in join.branches)
+        if source in self.chains and reads == self.uses[source]:
+            chain = self.chains.pop(source)
+            chain.parts.append(join)
+            chain.depth = max(chain.depth, depth)
+        else:
+            chain = Chain(source, [join], reads, depth)
+        self.chains[join.node] = chain
+
+    def _is_overwritten_between(self, join: Join) -> bool:
+        """Whether somebody may change the source between the first and the last of the join's reads."""
+        nodes = {join.node, *nodes_of([join])}
+        positions = [self.position[node] for node in nodes]
+        for member in {m for source in join.sources for m in self.aliases.of[source]}:
+            for user in member.users:
+                between = min(positions) < self.position[user] < max(positions)
+                if between and user not in nodes and self.aliases.may_overwrite(user):
+                    self.refusals.append(
+                        Refusal(label(join.node), f"`{label(user)}` may overwrite what its branches read")
+                    )
+                    return True
+        return False
+
+
+def allocating(captured: fx.GraphModule) -> set[fx.Node]:
+    """The nodes of which it is known that what they give is in memory of its own."""
+    several = tuples(captured.graph)
+    return {node for node in captured.graph.nodes if node not in several and allocates(captured, node)}
+
+
+class _Aliases:
+    """Which values may share memory, erring on the safe side: what is not known to allocate its output, may."""
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        self.interpreter = interpreter
+        self.captured = interpreter.captured
+        self.allocating = allocating(self.captured)
+        storages = UnionFind(self.captured.graph.nodes)
+        shared = set()  # views, inputs, attributes and opaque values
+        for node in self.captured.graph.nodes:
+            if (written := overwritten_argument(self.captured, node)) is not None:
+                storages.union(node, written)
+            elif node.op != "output" and not self._allocates(node):
+                shared.add(node)
+                storages.union(node, *(source for source in node.all_input_nodes if source.op != "get_attr"))
+        self.of: dict[fx.Node, set[fx.Node]] = {}  # the values that may be in the same memory, itself among them
+        self.private: set[fx.Node] = set()  # whose memory is seen only through them and in-place operations on them
+        for storage in storages.to_sets():
+            self.of |= dict.fromkeys(storage, storage)
+            if shared.isdisjoint(storage):
+                self.private |= storage
+
+    def _allocates(self, node: fx.Node) -> bool:
+        read = node.op != "call_module" and function_name(node) != "getitem" and node in self.interpreter.operations
+        return read or node in self.allocating
+
+    def may_overwrite(self, node: fx.Node) -> bool:
+        if overwritten_argument(self.captured, node) is not None:
+            return True
+        if node in self.interpreter.operations:  # rings of a decoupled network are modules of elc_fx
+            return False
+        return runs_foreign_code(self.captured, node)
