@@ -15,6 +15,7 @@ from elc_fx.errors import (
     MissingPackageError,
     NotAffineError,
     PlanError,
+    TrainingError,
     TrainingModeError,
     VerificationError,
 )
@@ -32,7 +33,7 @@ from elc_fx.report import Report
 from elc_fx.report.diff import Change, Diff, diff
 from elc_fx.runtimes import RuntimeFailedError
 from elc_fx.storing import StorageError, load, save
-from elc_fx.training import FinetuneConfig, TrainingError, finetune
+from elc_fx.training import FinetuneConfig, finetune
 
 __version__ = "0.1.0"
 

@@ -37,6 +37,10 @@ class GateNotClosedError(ElcError, RuntimeError):
     """A merge was asked for while gates are open; the message lists them."""
 
 
+class TrainingError(ElcError, RuntimeError):
+    """Training cannot go on: the loss is not finite, or a checkpoint is of another run or damaged."""
+
+
 def listed(items: Iterable[str], most: int = 3) -> str:
     """The first ones, and how many more there are, for a message."""
     items = list(items)

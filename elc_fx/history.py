@@ -7,6 +7,8 @@ import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+METRICS = "metrics.csv"
+
 
 @dataclass(frozen=True)
 class Epoch:

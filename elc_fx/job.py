@@ -18,11 +18,12 @@ from torch import nn
 from elc_fx import data as pictures
 from elc_fx import exporting, storing
 from elc_fx.api import compile, report_of
+from elc_fx.checkpoints import fingerprint
 from elc_fx.comparison import Comparison, compare
 from elc_fx.compression import compress
-from elc_fx.errors import InvalidInputError
+from elc_fx.errors import InvalidInputError, TrainingError
 from elc_fx.files import write_whole
-from elc_fx.history import metrics
+from elc_fx.history import METRICS, metrics
 from elc_fx.memory import within_memory
 from elc_fx.planning import latency
 from elc_fx.planning.budget import Budget
@@ -33,7 +34,7 @@ from elc_fx.report.charts import Point
 from elc_fx.report.diff import Diff, diff
 from elc_fx.report.page import page
 from elc_fx.storing import StorageError
-from elc_fx.training import METRICS, FinetuneConfig, TrainingError, fingerprint
+from elc_fx.training import FinetuneConfig
 
 CALIBRATION_BATCH = 128
 WORK = "work"  # inside the output folder: losses, checkpoints

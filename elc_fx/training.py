@@ -7,9 +7,7 @@ its own, so that a run that was killed and started again ends as one that was no
 from __future__ import annotations
 
 import hashlib
-import io
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -17,43 +15,34 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from elc_fx.arguments import check_from_zero, check_positive, check_share, check_whole
+from elc_fx.checkpoints import Checkpoint, fingerprint, structure_of, tensors_of
 from elc_fx.decoupling.gates import ORDERS, SHAPES, GateSchedule, decoupling_nodes
-from elc_fx.decoupling.nodes import DecoupledActivation, RegionOutput
-from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.decoupling.nodes import DecoupledActivation
+from elc_fx.errors import ElcError, InvalidInputError, TrainingError
+from elc_fx.features import Features
 from elc_fx.files import write_whole
-from elc_fx.history import Epoch, History, metrics
-from elc_fx.inputs import batch_values, fresh, number_type, of_type
+from elc_fx.history import METRICS, Epoch, History, metrics
+from elc_fx.inputs import fresh, number_type, of_type
 from elc_fx.islands import clone
 from elc_fx.kernels import SoundConvolutions, without_autocast_cache
-from elc_fx.losses import distance, of_classes, relative_square
+from elc_fx.losses import distance, of_classes
 from elc_fx.memory import REFUSED
 from elc_fx.packages import required
-from elc_fx.planning.fitting import Substitute
 from elc_fx.planning.stored import described
 from elc_fx.randomness import randomness_of_the_caller, seed_all
-from elc_fx.serial import serial_capture
-from elc_fx.shapes import PlainInterpreter
 
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
 
 MOMENTUM = 0.9
-CHECKPOINT = "checkpoint-{:05d}"  # by epochs done
-METRICS = "metrics.csv"
-
-
-class TrainingError(ElcError, RuntimeError):
-    """Training cannot go on: the loss is not finite, or a checkpoint is of another run or damaged."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +189,7 @@ class Finetuning:
         self.device = self.accelerator.device
         self.bf16 = computes_in_bf16(self.device) if config.bf16 is None else config.bf16
         self.channels_last = self.device.type == "cpu" or self.bf16
-        self.structure = [_structure(network), _structure(teacher), fingerprint(teacher)]
+        self.structure = [structure_of(network), structure_of(teacher), fingerprint(teacher)]
         self.dtype = number_type(network)
         self.teacher = None if teacher is None else clone(teacher, {}).to(self.device).eval().requires_grad_(False)
         self.batches = self._shared(config.train_data)
@@ -341,12 +330,12 @@ class Finetuning:
             total = total + share * distance(output, wanted, self.config.temperature if classes else None)
         return total
 
-    def _features(self) -> _Features | None:
+    def _features(self) -> Features | None:
         if not self.config.features:
             return None
         if self.teacher is None:
             raise InvalidInputError("features are compared with those of a teacher; pass one")
-        return _Features(self.network, self.teacher)
+        return Features(self.network, self.teacher)
 
     def _task_loss(self, output: Any, target: Any) -> Tensor:
         if self.config.loss is not None:
@@ -493,130 +482,35 @@ class Finetuning:
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
     def _save(self) -> None:
-        """Written beside the last checkpoint, then renamed: a kill leaves one of the two."""
         if self.folder is None:
             return
         if self.accelerator.is_main_process:
+            weights = {"network": tensors_of(self.network), "average": self.average, "best": self.best}
+            checkpoint = Checkpoint(
+                self._identity(),
+                self.state.steps,
+                self.state.history,
+                self.optimizer.state_dict(),
+                {name: tensors for name, tensors in weights.items() if tensors is not None},
+            )
             try:
-                self._write(self.folder)
+                checkpoint.write(self.folder)
             except OSError as error:
                 raise TrainingError(f"a checkpoint cannot be written to {self.folder}: {error}") from error
             if self.config.tensorboard:
                 _write_events(self.folder, self.state.history[-1])
         self.accelerator.wait_for_everyone()
 
-    def _write(self, folder: Path) -> None:
-        done = len(self.state.history)
-        unfinished, final = folder / f".{CHECKPOINT.format(done)}.tmp", folder / CHECKPOINT.format(done)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        state = {
-            "identity": self._identity(),
-            "steps": self.state.steps,
-            "history": [asdict(epoch) for epoch in self.state.history],
-            "optimizer": self.optimizer.state_dict(),
-            "weights": sorted(self._weights()),
-        }
-        stream = io.BytesIO()
-        torch.save(state, stream)
-        try:
-            for name, weights in self._weights().items():
-                write_whole({unfinished / f"{name}.safetensors": safetensors.torch.save(weights)})
-            write_whole({unfinished / "state.pt": stream.getvalue()})
-            unfinished.rename(final)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        for older in sorted(folder.glob("checkpoint-*")):
-            if older != final:
-                shutil.rmtree(older)
-        write_whole({folder / METRICS: metrics(self.state.history)})
-
-    def _weights(self) -> dict[str, dict[str, Tensor]]:
-        found = {"network": tensors_of(self.network), "average": self.average, "best": self.best}
-        return {
-            name: {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
-            for name, weights in found.items()
-            if weights is not None
-        }
-
     def _resume(self) -> None:
-        found = sorted(self.folder.glob("checkpoint-*")) if self.folder is not None else []
-        if not found:
+        if self.folder is None or (last := Checkpoint.read(self.folder, self._identity(), self.device)) is None:
             return
-        folder = found[-1]
-        try:
-            state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
-            weights = {file.stem: load_file(file, device=str(self.device)) for file in folder.glob("*.safetensors")}
-            history = [Epoch(**epoch) for epoch in state["history"]]
-            if sorted(weights) != state["weights"]:
-                raise FileNotFoundError(f"of {', '.join(state['weights'])} there are {', '.join(weights) or 'none'}")
-        except Exception as error:  # whatever a damaged file leads to
-            raise TrainingError(f"the checkpoint {folder} cannot be read: {error}; delete it to begin anew") from error
-        if state["identity"] != self._identity():
-            raise TrainingError(
-                f"the checkpoint {folder} is of another run: the network, the data or the options differ; "
-                "give another folder, or delete it"
-            )
-        _load(self.network, weights["network"])
-        self.average, self.best = weights.get("average"), weights.get("best")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.state = _State(history)
-        self._catch_up(state["steps"])
-        if self.accelerator.is_main_process and history:  # which a kill may have kept from being written
-            write_whole({folder.parent / METRICS: metrics(history)})
-
-
-class _Features:
-    """What the regions of a network give, beside what the teacher gives at the same places."""
-
-    def __init__(self, network: nn.Module, teacher: nn.Module) -> None:
-        ends = {m.original: m for m in network.modules() if isinstance(m, Substitute | RegionOutput)}
-        self.given: dict[str, Tensor] = {}
-        self.wanted: dict[str, Tensor] = {}
-        captured = serial_capture(teacher, poolings=ends).graph_module
-        missing = set(ends) - {node.name for node in captured.graph.nodes}
-        if not ends or missing:
-            raise InvalidInputError(
-                "features need a network that was made of the teacher by decouple or Planner.collapse; "
-                + (f"the teacher has no {sorted(missing)[0]}" if missing else "this one has no regions")
-            )
-        self.reader = _Reader(captured, set(ends))
-        self.hooks = [module.register_forward_hook(self._note(name)) for name, module in ends.items()]
-
-    def _note(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self.given[name] = output.clone()  # which others may overwrite
-
-        return note
-
-    def teach(self, inputs: Any) -> Any:
-        """The teacher's output."""
-        output = self.reader.run(*batch_values(self.reader.graph_module, inputs))
-        self.wanted = self.reader.found
-        return output
-
-    def distance(self) -> Tensor:
-        """The mean over the regions of the squared error over the mean square."""
-        return relative_square((self.given[name].float(), wanted.float()) for name, wanted in self.wanted.items())
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-
-class _Reader(PlainInterpreter):
-    """Runs a graph and keeps some of its values."""
-
-    def __init__(self, graph_module: fx.GraphModule, names: set[str]) -> None:
-        super().__init__(graph_module)
-        self.graph_module, self.names = graph_module, names
-        self.found: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.names:
-            self.found[n.name] = value.clone()
-        return value
+        _load(self.network, last.weights["network"])
+        self.average, self.best = last.weights.get("average"), last.weights.get("best")
+        self.optimizer.load_state_dict(last.optimizer)
+        self.state = _State(last.history)
+        self._catch_up(last.steps)
+        if self.accelerator.is_main_process and last.history:  # which a kill may have kept from being written
+            write_whole({self.folder / METRICS: metrics(last.history)})
 
 
 class _Bar:
@@ -647,11 +541,6 @@ class _Bar:
         done = f"epoch {epoch + 1}/{run.config.epochs}: loss {float(total) / steps:.4f}"
         text = f"{done}{gate}{score}, {speed:,.0f} images/s"
         self.progress.update(self.task, completed=run.state.steps, description=text)
-
-
-def tensors_of(network: nn.Module) -> dict[str, Tensor]:
-    """Its `state_dict`, without what modules keep there that is no tensor, which training does not change."""
-    return {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -691,21 +580,6 @@ def computes_in_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release of torch
     return device.type == "cpu" and any(getattr(torch.cpu, unit, bool)() for unit in units)
-
-
-def _structure(network: nn.Module | None) -> str:
-    """All that it is but for the values of its tensors."""
-    graph = network.graph if isinstance(network, fx.GraphModule) else ""
-    return "" if network is None else f"{described(network)} {graph}"
-
-
-def fingerprint(network: nn.Module | None) -> str:
-    """Of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in ({} if network is None else tensors_of(network)).items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _write_events(folder: Path, epoch: Epoch) -> None:

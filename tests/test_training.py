@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from training_run import Pictures, decoupled, loader, network
 
 import elc_fx
+from elc_fx.features import Features
 from elc_fx.kernels import SoundConvolutions
-from elc_fx.training import _Features as Features
 
 SCRIPT = Path(__file__).parent / "training_run.py"
 PICTURE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
