@@ -23,22 +23,16 @@ from torch.nn.utils.weight_norm import WeightNorm
 from elc_fx.activations import MODULES, is_activation
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
 from elc_fx.capture import assign
+from elc_fx.constants import Constants
 from elc_fx.graph import (
-    allocates,
-    attribute_of,
-    constants,
     function_name,
     has_hooks,
     is_leaf,
     is_torchs,
     materialisable,
     module_of,
-    overwritten_argument,
-    runs_foreign_code,
     signature_of,
-    unknown,
 )
-from elc_fx.randomness import generators, randomness_of_the_caller
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -116,9 +110,7 @@ class Interpreter:
     def __init__(self, captured: fx.GraphModule, shapes: Mapping[fx.Node, Ints] | None = None) -> None:
         self.captured = captured
         self.shapes = shapes or {}
-        self._constants: dict[fx.Node, Any] = {}
-        self._written = self._overwritten_attributes()
-        self._may_be_constant = constants(captured.graph)
+        self.constants = Constants(captured)
         self.operations: dict[fx.Node, Operation] = {}
         self.refusals: dict[fx.Node, str] = {}  # operations that look affine but are not, with the reason
         self.features: dict[fx.Node, Feature] = {node: Feature() for node in captured.graph.nodes}
@@ -136,58 +128,6 @@ class Interpreter:
             self.refusals[node] = str(refused)
         return None
 
-    # Constants: attributes of the model, and what is computed from them alone.
-
-    def constant(self, value: Any) -> Any:
-        """The number or tensor that an argument always is, or None."""
-        if not isinstance(value, fx.Node):
-            return value if isinstance(value, int | float | complex) and not isinstance(value, bool) else None
-        if value not in self._may_be_constant:
-            return None
-        for node in unknown(value, self._constants):
-            self._constants[node] = self._evaluate(node)
-        return self._constants[value]
-
-    def _evaluate(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            found = attribute_of(self.captured, node)
-            return found.detach() if isinstance(found, Tensor) and id(found) not in self._written else None
-        name = function_name(node)
-        if "empty" in name or overwritten_argument(self.captured, node) is not None:  # what nobody filled is nothing
-            return None
-        if any(self._constants[source] is None for source in node.all_input_nodes):
-            return None
-        known = is_torchs(node) or node.target is getattr  # such as w.T
-        if node.op != "call_method" and not (node.op == "call_function" and known):
-            return None
-        args: Any = fx.map_arg(node.args, self._constants.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, self._constants.__getitem__)
-        call: Any = node.target
-        if node.op == "call_method":
-            call, args = getattr(args[0], name), args[1:]
-        with randomness_of_the_caller():
-            before = generators()
-            value = call(*args, **kwargs)
-            return value if generators() == before else None
-
-    def _overwritten_attributes(self) -> set[int]:
-        """Identities of tensors that the graph may change, maybe through a view, and that are thus no constants."""
-        written: set[int] = set()
-        origins: dict[fx.Node, set[int]] = {}  # the attributes that a value may be a view of
-        for node in self.captured.graph.nodes:
-            if node.op == "get_attr":
-                origins[node] = {id(attribute_of(self.captured, node))}
-                continue
-            given = [origins[value] for value in node.all_input_nodes if origins[value]]
-            reached: set[int] = set().union(*given)
-            origins[node] = reached if reached and not allocates(self.captured, node) else set()
-            if reached and runs_foreign_code(self.captured, node):
-                written |= reached
-            elif reached and (value := overwritten_argument(self.captured, node)) is not None:
-                written |= origins[value]
-                origins[node] = origins[value]
-        return written
-
     # Modules.
 
     def _module(self, node: fx.Node) -> Operation | None:
@@ -196,7 +136,8 @@ class Interpreter:
             return None
         if has_hooks(module) and not materialisable(module):
             return None
-        if self._written and any(id(tensor) in self._written for tensor in (*module.parameters(), *module.buffers())):
+        written = self.constants.written
+        if written and any(id(tensor) in written for tensor in (*module.parameters(), *module.buffers())):
             return None
         source = node.args[0]
         readers: tuple[tuple[dict[Any, Any], Callable[..., Operation]], ...] = (
@@ -297,9 +238,9 @@ class Interpreter:
     def _weight(self, argument: Any) -> Tensor | None:
         if argument is None:
             return None
-        value = self.constant(argument)
+        value = self.constants.value(argument)
         if not isinstance(value, Tensor):
-            constant = isinstance(argument, fx.Node) and argument in self._may_be_constant
+            constant = isinstance(argument, fx.Node) and argument in self.constants
             why = "random, overwritten, or made by what is not torch's" if constant else "computed from its input"
             raise _Refused(f"its weight is {why}")
         return value
@@ -342,7 +283,7 @@ class Interpreter:
         if name in ("neg", "negative", "neg_"):
             return self._scale(node, left, -1.0, None) if isinstance(left, fx.Node) else None
         alpha = arguments.get("alpha", 1)
-        a, b = self.constant(left), self.constant(right)
+        a, b = self.constants.value(left), self.constants.value(right)
         if (a is None) == (b is None) or not isinstance(alpha, int | float) or arguments.get("rounding_mode"):
             return None
         source, constant = (left, b) if a is None else (right, a)
@@ -574,7 +515,7 @@ class Interpreter:
             return None
         written = {_border_side(n.args[1], geometry.padding) for n in assigned}
         expected = {(axis, side) for axis, sides in enumerate(geometry.padding) for side in (0, 1) if sides[side] > 0}
-        values = [self.constant(n.args[2]) for n in assigned]
+        values = [self.constants.value(n.args[2]) for n in assigned]
         if written != expected or any(p < 0 for sides in geometry.padding for p in sides):
             return None
         tensor = values[0]
@@ -671,7 +612,7 @@ class Interpreter:
         left, right, alpha = arguments.get("input"), arguments.get("other"), arguments.get("alpha", 1)
         if not (isinstance(left, fx.Node) and isinstance(right, fx.Node) and isinstance(alpha, int | float)):
             return None
-        if self.constant(left) is not None or self.constant(right) is not None:
+        if self.constants.value(left) is not None or self.constants.value(right) is not None:
             return None
         if name == "rsub":
             return Term(left, -alpha), Term(right)
@@ -761,8 +702,8 @@ class Interpreter:
             kept = isinstance(module, KEEP_CHANNELS) or (isinstance(module, tuple(MODULES)) and is_leaf(module))
             return tuple(inputs[:1]) if kept else ()
         if name in ADDS | SCALES | QUOTIENTS | {"rsub"}:
-            operands = [n for n in inputs if self.constant(n) is None]
-            constants = [self.constant(n) for n in inputs if n not in operands]
+            operands = [n for n in inputs if self.constants.value(n) is None]
+            constants = [self.constants.value(n) for n in inputs if n not in operands]
             if any(isinstance(c, Tensor) and c.numel() > 1 for c in constants):
                 return ()  # which may broadcast one channel to many
             return tuple(operands) if len(operands) == 1 or self.summands(node) else ()
