@@ -5,49 +5,58 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from elc_fx.decoupling.nodes import RegionOutput
 from elc_fx.errors import InvalidInputError
 from elc_fx.inputs import batch_values
 from elc_fx.losses import relative_square
+from elc_fx.origins import names_and_shapes
 from elc_fx.planning.fitting import Substitute
 from elc_fx.serial import serial_capture
 from elc_fx.shapes import PlainInterpreter
 
 
 class Features:
-    """What the regions of a network give, beside what the teacher gives at the same places."""
+    """How far what the regions of a network give is from what the teacher gives at the same places.
 
-    def __init__(self, network: nn.Module, teacher: nn.Module) -> None:
+    weight: of it in the loss. The teacher runs first: so of each region only the difference is kept for the gradient,
+    and not what others may overwrite. Raises `InvalidInputError` where the network was not made of the teacher.
+    """
+
+    def __init__(self, network: nn.Module, teacher: nn.Module, weight: float = 1.0) -> None:
+        self.weight = weight
         ends = {m.original: m for m in network.modules() if isinstance(m, Substitute | RegionOutput)}
-        self.given: dict[str, Tensor] = {}
-        self.wanted: dict[str, Tensor] = {}
+        if not ends:
+            raise InvalidInputError("features are those of regions, and the network has none; set features to 0")
         captured = serial_capture(teacher, poolings=ends).graph_module
-        missing = set(ends) - {node.name for node in captured.graph.nodes}
-        if not ends or missing:
+        if {m.model for m in ends.values()} != {names_and_shapes(captured)}:
             raise InvalidInputError(
-                "features need a network that was made of the teacher by decouple or Planner.collapse; "
-                + (f"the teacher has no {sorted(missing)[0]}" if missing else "this one has no regions")
+                "features need the network that `decouple` or `Planner.collapse` was given as the teacher, and it is "
+                "another; set features to 0"
             )
         self.reader = _Reader(captured, set(ends))
-        self.hooks = [module.register_forward_hook(self._note(name)) for name, module in ends.items()]
-
-    def _note(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self.given[name] = output.clone()  # which others may overwrite
-
-        return note
+        self.errors: dict[str, Tensor] = {}
+        self.hooks = [module.register_forward_hook(self._compare(name)) for name, module in ends.items()]
 
     def teach(self, inputs: Any) -> Any:
-        """The teacher's output."""
-        output = self.reader.run(*batch_values(self.reader.graph_module, inputs))
-        self.wanted = self.reader.found
-        return output
+        """The teacher's output; the network runs on the same inputs next."""
+        self.reader.found.clear()
+        self.errors.clear()
+        return self.reader.run(*batch_values(self.reader.graph_module, inputs))
+
+    def _compare(self, name: str) -> Callable[..., None]:
+        def compare(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            wanted = self.reader.found.pop(name, None)
+            if wanted is not None:  # else nobody taught: it is being validated
+                self.errors[name] = relative_square([(output.float(), wanted.float())])
+
+        return compare
 
     def distance(self) -> Tensor:
         """The mean over the regions of the squared error over the mean square."""
-        return relative_square((self.given[name].float(), wanted.float()) for name, wanted in self.wanted.items())
+        return torch.stack(list(self.errors.values())).mean()
 
     def remove(self) -> None:
         for hook in self.hooks:

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from elc_fx.randomness import randomness_of_the_caller, seed_all
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
 
 MOMENTUM = 0.9
+WEIGHT_OF_FEATURES = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class FinetuneConfig:
         distillation: how much of the loss is to compute what the teacher computes, from 0 to 1.
         temperature: at which the two distributions of classes are compared.
         features: weight of the distance between what the regions of the network give and what the teacher gives there;
-            added to the loss.
+            added to the loss. By default 10, and 0 where the network was not made of the teacher.
         gates: the share of all steps in which the gates close; 0 closes them at once.
         gate_shape, gate_order: as `shape` and `order` of `GateSchedule`.
         clip: the largest norm of the gradient.
@@ -82,7 +84,7 @@ class FinetuneConfig:
     weight_decay: float = 5e-4
     distillation: float = 0.9
     temperature: float = 4.0
-    features: float = 0.0
+    features: float | None = None
     gates: float = 0.0
     gate_shape: str = "cosine"
     gate_order: str = "together"
@@ -104,7 +106,7 @@ class FinetuneConfig:
         check_positive(learning_rate=self.learning_rate, temperature=self.temperature, clip=self.clip)
         if self.ema is not None:
             check_share(ema=self.ema)
-        check_from_zero(weight_decay=self.weight_decay, features=self.features)
+        check_from_zero(weight_decay=self.weight_decay, features=0 if self.features is None else self.features)
         check_whole(0, seed=self.seed)
         if self.seed >= 2**32:
             raise InvalidInputError(f"seed is {self.seed}, expected a whole number below 2³²")
@@ -284,16 +286,11 @@ class Finetuning:
     def _step(self, inputs: Any, target: Any) -> Tensor:
         self._set_rates()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            wanted = self._taught(inputs)
             output = self._output(self.trained, inputs)
-            wanted = None
-            if self.features is not None or (self.teacher is not None and self.config.distillation):
-                assert self.teacher is not None
-                given = fresh(inputs)
-                with torch.no_grad():
-                    wanted = _call(self.teacher, given) if self.features is None else self.features.teach(given)
         loss = self._loss(output, target, wanted)
         if self.features is not None:
-            loss = loss + self.config.features * self.features.distance()
+            loss = loss + self.features.weight * self.features.distance()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip)
         self.optimizer.step()
@@ -305,19 +302,21 @@ class Finetuning:
             self._update_average()
         return loss.detach()
 
+    @torch.no_grad()
+    def _taught(self, inputs: Any) -> Any:
+        """What the teacher gives, if it is asked."""
+        if self.features is not None:
+            with _running("the teacher"):
+                return self.features.teach(fresh(inputs))
+        if self.teacher is not None and self.config.distillation:
+            return self._output(self.teacher, inputs, "the teacher")
+        return None
+
     @staticmethod
-    def _output(network: nn.Module, inputs: Any) -> Any:
+    def _output(network: nn.Module, inputs: Any, name: str = "the network") -> Any:
         """What a network gives for inputs of its own, which it may overwrite."""
-        try:
+        with _running(name):
             return _call(network, fresh(inputs))
-        except (ElcError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever its own layers raise
-            if REFUSED in str(error):
-                raise
-            raise InvalidInputError(
-                f"the network does not run on a batch of the data: {type(error).__name__}: {error}"
-            ) from error
 
     def _loss(self, output: Any, target: Any, wanted: Any) -> Tensor:
         share = 0.0 if wanted is None else self.config.distillation
@@ -331,11 +330,17 @@ class Finetuning:
         return total
 
     def _features(self) -> Features | None:
-        if not self.config.features:
+        wanted = self.config.features
+        if wanted == 0 or (wanted is None and self.teacher is None):
             return None
         if self.teacher is None:
             raise InvalidInputError("features are compared with those of a teacher; pass one")
-        return Features(self.network, self.teacher)
+        try:
+            return Features(self.network, self.teacher, WEIGHT_OF_FEATURES if wanted is None else wanted)
+        except ElcError:
+            if wanted is None:
+                return None
+            raise
 
     def _task_loss(self, output: Any, target: Any) -> Tensor:
         if self.config.loss is not None:
@@ -591,6 +596,21 @@ def _write_events(folder: Path, epoch: Epoch) -> None:
 
 def _summary_writer() -> Any:
     return required("torch.utils.tensorboard", "tensorboard").SummaryWriter
+
+
+@contextmanager
+def _running(name: str) -> Iterator[None]:
+    """Whatever a network's own layers raise is an `InvalidInputError`: the data and it do not go together."""
+    try:
+        yield
+    except (ElcError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if REFUSED in str(error):
+            raise
+        raise InvalidInputError(
+            f"{name} does not run on a batch of the data: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _call(network: nn.Module, inputs: Any) -> Any:

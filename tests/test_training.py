@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_do() -> None:
         ({"seed": "x"}, "seed"),
         ({"seed": 2**64}, "seed"),
         ({"weight_decay": "x"}, "weight_decay"),
-        ({"features": None}, "features"),
+        ({"features": "many"}, "features"),
         ({"learning_rate": float("inf")}, "learning_rate"),
         ({"loss": 3}, "loss"),
         ({"folder": 123}, "folder"),
@@ -324,17 +324,42 @@ def test_features_at_the_ends_of_regions_come_closer(collapsed: bool) -> None:
         assert not any(module._forward_hooks for module in student.modules())
         seen = Features(student, teacher)
         with torch.no_grad():
-            student(data[0][0])
             seen.teach(data[0][0])
+            student(data[0][0])
         distances.append(float(seen.distance()))
     assert distances[1] < 0.9 * distances[0]
 
 
 def test_features_need_a_network_of_the_teacher() -> None:
-    with pytest.raises(elc_fx.InvalidInputError, match="no regions"):
+    with pytest.raises(elc_fx.InvalidInputError, match="has none"):
         elc_fx.finetune(network(), loader(), teacher=network(), features=1.0, progress=False)
     with pytest.raises(elc_fx.InvalidInputError, match="pass one"):
         elc_fx.finetune(decoupled(network()), loader(), features=1.0, progress=False)
+    with pytest.raises(elc_fx.InvalidInputError, match="it is another"):
+        elc_fx.finetune(decoupled(network()), loader(), teacher=Deeper(), features=1.0, progress=False)
+
+
+class Deeper(nn.Sequential):
+    """With all layers of `network`, by the same names, and one more."""
+
+    def __init__(self) -> None:
+        super().__init__(*network(), nn.Linear(4, 4))
+        self.eval()
+
+
+def test_features_are_compared_by_default_where_the_network_was_made_of_the_teacher() -> None:
+    def weights(teacher: nn.Module, **options: Any) -> list[Tensor]:
+        student = decoupled(network())
+        elc_fx.finetune(student, loader(32), teacher=teacher, epochs=1, progress=False, **options)
+        return list(student.parameters())
+
+    def same(some: list[Tensor], others: list[Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+    original = network()
+    assert same(weights(original), weights(original, features=10))
+    assert not same(weights(original), weights(original, features=0))
+    assert same(weights(Deeper()), weights(Deeper(), features=0))
 
 
 def test_the_callers_random_numbers_stay() -> None:
@@ -624,11 +649,11 @@ def test_features_are_what_regions_give_before_others_overwrite_it(inplace: bool
     plan = elc_fx.Plan.of(model, PICTURE, collapse=["a..b"])
     student = elc_fx.decouple(model, plan)
     features = Features(student, model)
-    assert torch.equal(student(PICTURE), model(PICTURE))
     features.teach(PICTURE)
+    assert torch.equal(student(PICTURE), model(PICTURE))
     assert float(features.distance().detach()) == 0
     collapsed = elc_fx.Planner(model, PICTURE, [PICTURE], loss="uniform").collapse(plan)
     features = Features(collapsed, model)
-    collapsed(PICTURE)
     features.teach(PICTURE)
+    collapsed(PICTURE)
     assert float(features.distance().detach()) > 0.01

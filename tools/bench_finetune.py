@@ -34,7 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learning rate 0.005": {"learning_rate": 0.005},
     "factors, gates closed at once": {"start": "factors"},
     "batches of 64": {"batch": 64},
-    "features too, weight 1": {"features": 1.0},
+    "no features": {"features": 0.0},
+    "features, weight 1": {"features": 1.0},
+    "features, weight 100": {"features": 100.0},
     "temperature 2": {"temperature": 2.0},
     "no batch norm behind fitted convolutions": {"start": "bare"},
     "filters as long as the fit made them": {"start": "unscaled"},
@@ -47,7 +49,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "factors, gates closed by depth": {"start": "factors", "gates": 0.5, "gate_order": "depth"},
     "learning rate 0.1": {"learning_rate": 0.1},
     "temperature 8": {"temperature": 8.0},
-    "features too, weight 10": {"features": 10.0},
 }
 
 

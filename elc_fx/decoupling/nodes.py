@@ -449,11 +449,11 @@ class RegionInput(nn.Module):
 
 
 class RegionOutput(RegionInput):
-    """Where it ends. original: the node of the captured model whose value this is."""
+    """Where it ends. original: the node of the captured model whose value this is. model: its `names_and_shapes`."""
 
-    def __init__(self, candidate: str, original: str) -> None:
+    def __init__(self, candidate: str, original: str, model: str) -> None:
         super().__init__(candidate)
-        self.original = original
+        self.original, self.model = original, model
 
 
 def negative(ring: Padding) -> Padding:

@@ -38,7 +38,7 @@ from elc_fx.graph import function_name, label, module_of
 from elc_fx.inputs import batch_values, batches_of, fresh, number_type, of_type
 from elc_fx.interpret import Operation
 from elc_fx.islands import clone
-from elc_fx.origins import origins_of, remember
+from elc_fx.origins import names_and_shapes, origins_of, remember
 from elc_fx.planning.candidates import Candidate, check_model
 from elc_fx.planning.plan import Plan
 from elc_fx.pooling import max_pooling_of
@@ -167,6 +167,7 @@ class _Rewriter:
     def __init__(self, serial: SerialGraph) -> None:
         self.graph_module = serial.graph_module
         self.graph = self.graph_module.graph
+        self.model = names_and_shapes(self.graph_module)
         self.activations, self.poolings = serial.activations, serial.poolings
         self.position = {node: index for index, node in enumerate(self.graph.nodes)}
         self.calls = _calls(self.graph_module)
@@ -195,7 +196,8 @@ class _Rewriter:
             node.replace_input_with(source, self.begin)
         end, _ = self._rewrite_parts(parts, self.begin, nothing)
         with self.graph.inserting_after(end):
-            marker = self._call(RegionOutput(candidate.full_name, output.name), f"{output.name}_region_output", end)
+            marked = RegionOutput(candidate.full_name, output.name, self.model)
+            marker = self._call(marked, f"{output.name}_region_output", end)
         for node in readers:
             node.replace_input_with(end, marker)
         self.ends[output] = marker

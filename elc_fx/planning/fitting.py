@@ -39,12 +39,12 @@ class Substitute(nn.Module):
     """One convolution in the place of a region. Input and output as the region's.
 
     norm: a batch norm behind it, for training; nothing until `normalise`. original: the node of the captured model
-    whose value this stands for.
+    whose value this stands for. model: `names_and_shapes` of that.
     """
 
-    def __init__(self, fitted: AffineMap, dtype: torch.dtype, original: str = "") -> None:
+    def __init__(self, fitted: AffineMap, dtype: torch.dtype, original: str = "", model: str = "") -> None:
         super().__init__()
-        self.original = original
+        self.original, self.model = original, model
         self.geometry = fitted.geometry
         self.layer = layer_of(fitted, dtype)
         self.norm: nn.Module = nn.Identity()

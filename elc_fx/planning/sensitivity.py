@@ -29,6 +29,7 @@ from elc_fx.errors import InvalidInputError
 from elc_fx.graph import overwritten_argument, runs_foreign_code
 from elc_fx.inputs import batch_values, batches_of, fresh, number_type, of_type
 from elc_fx.losses import distance, of_classes
+from elc_fx.origins import names_and_shapes
 from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.fitting import Substitute, Windows
@@ -224,6 +225,7 @@ class Sensitivity:
 
     def __init__(self, graph: SerialGraph, calibration: Calibration, loss: Loss | None, *, progress: bool) -> None:
         self.graph_module = graph.graph_module
+        self.model = names_and_shapes(self.graph_module)
         self.nodes = list(graph.graph_module.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.calibration = calibration
@@ -418,7 +420,7 @@ class Sensitivity:
         windows[key] = found  # the latest used last
         while sum(numbers_of(vars(each.equations)) for each in windows.values()) > KEPT and len(windows) > 1:
             del windows[next(iter(windows))]
-        return Substitute(fitted, sources[0].dtype, region.output.name)
+        return Substitute(fitted, sources[0].dtype, region.output.name, self.model)
 
     def _flat(self, output: fx.Node) -> tuple[float, float]:
         """What the activation behind a value does not tell apart, if it is the value's only reader.
