@@ -12,7 +12,7 @@ from elc_fx.compiled import REPORT
 from elc_fx.compression import compress
 from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.exporting import write
-from elc_fx.inputs import ExampleInputs
+from elc_fx.inputs import ExampleInputs, check_unwrapped
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.memory import within_memory
 from elc_fx.planning.budget import Budget
@@ -89,6 +89,7 @@ def compile(  # as torch.compile
         raise TrainingModeError(
             "the model is in training mode, in which batch norm and dropout cannot be merged; call model.eval() first"
         )
+    check_unwrapped(model)
     inputs = None if example_inputs is None else ExampleInputs.of(model, example_inputs)
     by_position = None if inputs is None else inputs.by_position()
     check_runtime(backend, by_position)

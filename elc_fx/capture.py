@@ -15,6 +15,7 @@ import itertools
 import linecache
 import operator
 import sys
+import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +53,7 @@ from elc_fx.tidying import give_input_by_position, make_batch_norms_modules, mak
 
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
 PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc", "torch.utils._pytree"}  # for others
+TRACING = threading.RLock()  # fx changes what calling a module does, for all threads
 ASKS_FOR_USER = {"is_tensor", "typename"}  # functions of torch
 
 
@@ -120,7 +122,7 @@ def capture(
         before, state = Attributes(root), tracer.state()
         watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), watch, _no_question_of_grad_mode():
+            with TRACING, torch.random.fork_rng(devices=[]), torch.no_grad(), watch, _no_question_of_grad_mode():
                 with calls or nullcontext():
                     graph = tracer.trace(root)
                 tracer.check_truthful(state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -74,19 +75,21 @@ class MergedGraph:
         extra = self.weights if fake is None else [fake.from_tensor(w, static_shapes=True) for w in self.weights]
         self.call = compiler(self.merged, [*inputs, *extra])
         self.served = self.wasted = 0
+        self.lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
         parameters = [inputs[i] for i in self.static]
-        if self.wasted < MOST_WASTED and self.state.differs(parameters):
-            self._update(inputs, parameters)
-        if self.wasted >= MOST_WASTED:
-            return self.call(*inputs)
-        self.served += 1
-        return self.call(*inputs, *self.weights)
+        with self.lock:  # threads may call with parameters of several networks
+            if self.wasted < MOST_WASTED and self.state.differs(parameters):
+                self._update(inputs, parameters)
+            merged = self.wasted < MOST_WASTED
+            self.served += 1
+            call, weights = self.call, self.weights if merged else []
+        return call(*inputs, *weights)
 
     def _update(self, inputs: Sequence[Any], parameters: list[Tensor]) -> None:
         self.wasted = self.wasted + 1 if self.served < 2 else 0
-        reason = "its parameters change with every call"
+        reason = "its parameters change with every call, or several networks in turn share its code"
         if self.wasted < MOST_WASTED:
             try:
                 merged, weights = self._merge(inputs)
@@ -222,16 +225,21 @@ def _with_inputs(bound: fx.GraphModule, made: set[nn.Module]) -> list[Tensor]:
     return weights
 
 
-def _graph_of(layer: nn.Module) -> fx.Graph:
-    """What a merged layer computes, by functions."""
-    if not isinstance(layer, _ConvTransposeNd):
-        return fx.symbolic_trace(layer).graph
-    graph = fx.Graph()  # tracing does not get through its forward, which asks for the size of the input
+def _graph_of(layer: Any) -> fx.Graph:
+    """What a merged layer computes, by functions. By hand: while fx traces, other threads cannot call any module."""
+    graph = fx.Graph()
     x, weight = graph.placeholder("x"), graph.get_attr("weight")
     bias = None if layer.bias is None else graph.get_attr("bias")
-    function = getattr(F, f"conv_transpose{len(layer.kernel_size)}d")
-    settings = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
-    graph.output(graph.call_function(function, (x, weight, bias, *settings)))
+    if isinstance(layer, nn.Linear):
+        graph.output(graph.call_function(F.linear, (x, weight, bias)))
+        return graph
+    transposed, dims, padding = isinstance(layer, _ConvTransposeNd), len(layer.kernel_size), layer.padding
+    if layer.padding_mode != "zeros":
+        x = graph.call_function(F.pad, (x, tuple(layer._reversed_padding_repeated_twice), layer.padding_mode))
+        padding = 0
+    function = getattr(F, f"conv_transpose{dims}d" if transposed else f"conv{dims}d")
+    groups = (layer.output_padding, layer.groups, layer.dilation) if transposed else (layer.dilation, layer.groups)
+    graph.output(graph.call_function(function, (x, weight, bias, layer.stride, padding, *groups)))
     return graph
 
 

@@ -1,27 +1,55 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders in which one process works at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from elc_fx.errors import TrainingError
 
 
 def write_whole(contents: Mapping[Path, bytes]) -> None:
     """Writes each beside its file; when all are on the disk, renames them. A failure leaves the old files.
 
     Contents are bytes: writers of torch and safetensors that run into a full disk abort, or raise errors of their own.
-    Raises `OSError`.
+    Links stay links, and a file that was there keeps its permissions. Raises `OSError`.
     """
-    unfinished = {file: file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in contents}
+    files = {file.resolve(): content for file, content in contents.items()}
+    unfinished = {file: file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp") for file in files}
     try:
-        for file, content in contents.items():
-            with unfinished[file].open("wb") as stream:
+        for file, content in files.items():
+            with unfinished[file].open("xb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
+            if file.exists():
+                shutil.copymode(file, unfinished[file])
         for file, beside in unfinished.items():
             beside.replace(file)
     finally:
         for beside in unfinished.values():
             beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other runs out of it; the system lets go of it when a process dies.
+
+    Raises `TrainingError` where another run is in it, and `OSError`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)  # so that one run may enter it twice
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TrainingError(f"another run is at work in {folder}; wait for it, or give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()

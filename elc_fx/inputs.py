@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from elc_fx.errors import InvalidInputError
@@ -34,8 +35,7 @@ class ExampleInputs:
                 f"{type(model).__name__} has lazy layers that have not run yet, and running them changes it; call it "
                 "once before"
             )
-        if isinstance(model, nn.DataParallel):
-            raise InvalidInputError("the model is an nn.DataParallel; pass the model inside of it, `model.module`")
+        check_unwrapped(model)
         if isinstance(given, Tensor):
             examples = cls((given,), {})
         elif isinstance(given, Mapping):
@@ -68,6 +68,12 @@ class ExampleInputs:
     def by_position(self) -> tuple[Any, ...] | None:
         """The arguments, where all are given by position."""
         return None if self.kwargs else self.args
+
+
+def check_unwrapped(model: Any) -> None:
+    """Raises `InvalidInputError` for what shares a model among devices or processes."""
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        raise InvalidInputError(f"the model is in a {type(model).__name__}; pass the one inside of it, `model.module`")
 
 
 @contextmanager

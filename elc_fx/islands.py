@@ -12,8 +12,11 @@ import functools
 import inspect
 import pickle
 import textwrap
+import types
 from collections import ChainMap
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +52,7 @@ REFLECTION = frozenset(
 def replaceable_children(module: nn.Module) -> dict[str, nn.Module]:
     """The children, and children of child lists, that may be replaced by another callable; by path."""
     found: dict[str, nn.Module] = {}
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule) or has_hooks(module) or _has_code_from_outside(module):
         return found
     if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):
         return {name: child for name, child in module.named_children() if _may_change(child)}
@@ -69,6 +72,56 @@ def _may_change(child: nn.Module) -> bool:
     return not isinstance(child, nn.ModuleList | nn.ModuleDict | torch.jit.ScriptModule) and not has_hooks(child)
 
 
+def _has_code_from_outside(module: nn.Module) -> bool:
+    """Whether methods of it, or functions that hold modules among its attributes, are not in its class's source."""
+    sources = [_source_of(cls) for cls in type(module).__mro__ if cls not in (nn.Module, object)]
+    methods = [_code_of(value) for cls in type(module).__mro__ if cls is not nn.Module for value in vars(cls).values()]
+    own = [_code_of(value) for value in vars(module).values() if _holds_modules(value)]
+    # What dataclasses and the like make has no file.
+    foreign = [code for code in (*methods, *own) if code is not None and not code.co_filename.startswith("<string")]
+    return not all(any(source is not None and source.has(code) for source in sources) for code in foreign)
+
+
+def _holds_modules(value: Any) -> bool:
+    """Whether a function can reach modules without being given them."""
+    held: list[Any] = []
+    if isinstance(value, types.MethodType):
+        held = [value.__self__]
+    elif isinstance(value, functools.partial):
+        held = [*value.args, *value.keywords.values(), value.func]
+    elif isinstance(value, types.FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+    return any(isinstance(item, nn.Module) or _holds_modules(item) for item in held)
+
+
+def _code_of(value: Any) -> types.CodeType | None:
+    for wrapper in ("__func__", "fget", "func"):  # of methods, properties, partials and cached properties
+        value = getattr(value, wrapper, value)
+    code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+    return code if isinstance(code, types.CodeType) else None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a class is written, and what."""
+
+    file: str
+    lines: range
+    text: str
+
+    def has(self, code: types.CodeType) -> bool:
+        return code.co_firstlineno in self.lines and Path(code.co_filename).name == Path(self.file).name
+
+
+@functools.cache
+def _source_of(cls: type) -> _Source | None:
+    try:
+        lines, first = inspect.getsourcelines(cls)
+        return _Source(inspect.getfile(cls), range(first, first + len(lines)), "".join(lines))
+    except (OSError, TypeError):
+        return None
+
+
 @functools.cache
 def called_only(cls: Any) -> dict[str, str] | None:
     """Attributes of `self` that the class's methods only call ("called"), or whose elements they only call.
@@ -81,9 +134,12 @@ def called_only(cls: Any) -> dict[str, str] | None:
             continue
         if owner.__module__.startswith("torch.nn."):
             return None
+        source = _source_of(owner)
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        except (OSError, TypeError, SyntaxError):
+            tree = ast.parse(textwrap.dedent("" if source is None else source.text))
+        except SyntaxError:
+            return None
+        if not tree.body:
             return None
         for me, code in _code_with_self(tree.body[0]):
             for name, use in _uses_of(me, code):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from elc_fx.checkpoints import fingerprint
 from elc_fx.comparison import Comparison, compare
 from elc_fx.compression import compress
 from elc_fx.errors import InvalidInputError, TrainingError
-from elc_fx.files import write_whole
+from elc_fx.files import alone_in, write_whole
 from elc_fx.history import METRICS, metrics
 from elc_fx.memory import within_memory
 from elc_fx.planning import latency
@@ -152,7 +153,8 @@ def run(
     Raises:
         DataError: the data set is missing, damaged, or has other classes than the model.
         PlanError: the budget cannot be met.
-        TrainingError: training cannot go on, or `folder` holds a run with another model, data set or other options.
+        TrainingError: training cannot go on, or `folder` holds a run with another model, data set or other options, or
+            one that is at work.
         ExportError: the result cannot be written.
         MissingPackageError: what `onnx` or `backend` needs is not installed.
         LatencyError: the backend does not run one of the layers.
@@ -190,35 +192,53 @@ def run(
     config = FinetuneConfig(
         train.loader(batch), validation=list(kept.batches(pictures.SCORED_BATCH)), folder=folder / WORK, **options
     )
-    _claim(folder, what | {"model": fingerprint(model), "data": _fingerprint(train, kept)})
-    known = pictures.accuracy(model, kept)
-    say(f"the model is right on {known:.1%} of the images that are held out")
-    chance = 1 / len(images.classes)
-    if known < chance + min(chance / 2, (1 - chance) / 10):
-        warnings.warn(
-            f"the model is right on {known:.1%} of the images, hardly more than chance: is that how they were "
-            "normalised when it was trained (--mean, --std), and are these its weights and its classes?",
-            stacklevel=2,
+    with _alone_in(folder):
+        _claim(folder, what | {"model": fingerprint(model), "data": _fingerprint(train, kept)})
+        known = pictures.accuracy(model, kept)
+        say(f"the model is right on {known:.1%} of the images that are held out")
+        chance = 1 / len(images.classes)
+        if known < chance + min(chance / 2, (1 - chance) / 10):
+            warnings.warn(
+                f"the model is right on {known:.1%} of the images, hardly more than chance: is that how they were "
+                "normalised when it was trained (--mean, --std), and are these its weights and its classes?",
+                stacklevel=2,
+            )
+        say("measuring losses, planning, training")
+        drawn = train.taken(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
+        calibration = drawn.batches(CALIBRATION_BATCH)
+        with within_memory(model):
+            small = compress(
+                model,
+                x,
+                budget=budget,
+                plan=plan,
+                calibration=calibration,
+                finetune=config,
+                verify=True,
+                backend=backend,
+            )
+        say("scoring, writing")
+        accuracy = Accuracy(
+            (known, pictures.accuracy(small, kept)),
+            None if test is None else (pictures.accuracy(model, test), pictures.accuracy(small, test)),
         )
-    say("measuring losses, planning, training")
-    drawn = train.taken(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
-    calibration = drawn.batches(CALIBRATION_BATCH)
-    with within_memory(model):
-        small = compress(
-            model, x, budget=budget, plan=plan, calibration=calibration, finetune=config, verify=True, backend=backend
-        )
-    say("scoring, writing")
-    accuracy = Accuracy(
-        (known, pictures.accuracy(small, kept)),
-        None if test is None else (pictures.accuracy(model, test), pictures.accuracy(small, test)),
-    )
-    folded = compile(model, x, verify=False)
-    before, after = latency.seconds([latency.runner(network, (x,), backend) for network in (folded, small)])
-    difference = diff(model, small, x, names=(type(model).__name__, folder.name))
-    comparison = compare(model, small, x)
-    result = JobResult(folder, accuracy, report_of(small), comparison, (before, after), difference, backend)
-    _write(result, others, small, x, onnx=onnx, say=say)
-    return result
+        folded = compile(model, x, verify=False)
+        before, after = latency.seconds([latency.runner(network, (x,), backend) for network in (folded, small)])
+        difference = diff(model, small, x, names=(type(model).__name__, folder.name))
+        comparison = compare(model, small, x)
+        result = JobResult(folder, accuracy, report_of(small), comparison, (before, after), difference, backend)
+        _write(result, others, small, x, onnx=onnx, say=say)
+        return result
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(alone_in(folder / WORK))
+        except OSError as error:
+            raise exporting.ExportError(f"cannot write to {folder}: {error}") from error
+        yield
 
 
 def check_classes(model: nn.Module, x: torch.Tensor, images: pictures.Images) -> None:
@@ -265,7 +285,6 @@ def _claim(folder: Path, what: dict[str, Any]) -> None:
                 raise TrainingError(
                     f"{folder} holds a run with other {', '.join(other)}; give another folder, or delete {file.parent}"
                 )
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_whole({file: json.dumps(what, indent=1).encode()})
     except OSError as error:
         raise exporting.ExportError(f"cannot write to {folder}: {error}") from error

@@ -39,6 +39,9 @@ class Spec:
     def parse(cls, text: str) -> Spec:
         """Raises InvalidInputError where the text is none of the three forms."""
         source, _, name = text.partition(":")
+        if source.endswith(".py"):
+            module = ".".join(Path(source).with_suffix("").parts)
+            raise InvalidInputError(f"{text!r} is no model: a module is named without .py, such as {module}:{name}")
         if not name or not all(part.isidentifier() for part in source.split(".")):
             raise InvalidInputError(
                 f"{text!r} is no model; expected torchvision:NAME, timm:NAME or package.module:factory"
@@ -62,6 +65,10 @@ def load_weights(model: nn.Module, file: Path) -> None:
     that holds one as "state_dict", "model_state_dict" or "model". Raises LoadingError that lists what does not fit.
     """
     state, own = _state_dict(file), model.state_dict()
+    strange = {key for key, value in state.items() if _is_tensor(own, key) and not isinstance(value, Tensor)}
+    if odd := [key for key in state if key in strange or not isinstance(key, str)]:
+        what = (f"{key!r} is a {type(state[key]).__name__}" for key in odd)
+        raise LoadingError(f"{file} holds more, or other, than tensors by name: {listed(what)}")
     shapes = {key: (list(value.shape), list(own[key].shape)) for key, value in state.items() if _is_tensor(own, key)}
     differing = {key: f"{key} {found}, expected {wanted}" for key, (found, wanted) in shapes.items() if found != wanted}
     fitting = {key: value for key, value in state.items() if key not in differing}
@@ -91,7 +98,7 @@ def _from_timm(name: str) -> nn.Module:
     timm = required("timm", "timm")
     if not timm.is_model(name):
         raise LoadingError(f"timm has no model {name!r}{_did_you_mean(name, timm.list_models())}")
-    model: nn.Module = timm.create_model(name, pretrained=False)
+    model: nn.Module = _built(f"timm:{name}", lambda: timm.create_model(name, pretrained=False))
     return model
 
 
@@ -101,7 +108,7 @@ def _from_factory(module_name: str, path: str) -> nn.Module:
         found: Any = operator.attrgetter(path)(module)
     except AttributeError:
         raise LoadingError(f"{module_name} has no {path!r}{_did_you_mean(path, vars(module))}") from None
-    model = found if isinstance(found, nn.Module) or not callable(found) else _built(f"{module_name}:{path}", found)
+    model = found if isinstance(found, nn.Module) or not callable(found) else _built(f"{module_name}:{path}()", found)
     if not isinstance(model, nn.Module):
         raise LoadingError(f"{module_name}:{path} gives a {type(model).__name__}, expected a torch.nn.Module")
     return model
@@ -110,8 +117,8 @@ def _from_factory(module_name: str, path: str) -> nn.Module:
 def _built(spec: str, factory: Callable[[], Any]) -> Any:
     try:
         return factory()
-    except Exception as error:  # the user's code may raise anything
-        raise LoadingError(f"{spec}() failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise LoadingError(f"{spec} failed: {type(error).__name__}: {error}") from error
 
 
 def _import(name: str) -> Any:
@@ -121,7 +128,7 @@ def _import(name: str) -> Any:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise LoadingError(f"importing {name} failed: {error}") from error
         raise LoadingError(f"there is no module {error.name!r}, neither installed nor in this directory") from error
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise LoadingError(f"importing {name} failed: {type(error).__name__}: {error}") from error
 
 
@@ -138,7 +145,10 @@ def _state_dict(file: Path) -> Mapping[str, Any]:
             "alone, torch.save(model.state_dict(), file)"
         ) from error
     except (EOFError, OSError, RuntimeError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise LoadingError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+        raise LoadingError(
+            f"{file} cannot be read; it is damaged, or of neither torch.save nor safetensors: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     while isinstance(stored, Mapping) and (wrapper := next((key for key in _WRAPPERS if key in stored), None)):
         if not isinstance(stored[wrapper], Mapping):
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from elc_fx.affine import Ints
 from elc_fx.attributes import unchanged
-from elc_fx.capture import Capture, CaptureError, Refusal, capture
+from elc_fx.capture import CaptureError, Refusal, capture
 from elc_fx.chains import find_chains
 from elc_fx.comparison import Measurement, run
 from elc_fx.compiled import REPORT, CompiledModule
@@ -24,8 +25,7 @@ from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import clone, replaceable_children
 from elc_fx.partition import MergePlanner
 from elc_fx.report import Report, Totals
-from elc_fx.shapes import run_recording_shapes
-from elc_fx.verification import verify_merge, verify_outputs
+from elc_fx.verification import verify_merge, verify_outputs, verify_trace
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -48,6 +48,7 @@ class LosslessCompilation:
         self.verify = verify
         self.expected: Any = None  # the model's output on the examples
         self.memo: dict[int, Any] = {}
+        self.holders: Counter[int] = Counter()  # how many modules have a child, by its identity
         self.merged: list[MergedRegion] = []
         self.refused: list[Refusal] = []
         self.opaque: list[Refusal] = []
@@ -60,6 +61,7 @@ class LosslessCompilation:
             if original is not model:
                 before = _measured(original, self.examples)[1]
         given = None if self.examples is None else self.examples.bound(model)
+        self.holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
         compiled, depth = self._compile(model, "", given)
         totals = Totals(
             parameters=(_parameters(original), _parameters(compiled)),
@@ -92,22 +94,12 @@ class LosslessCompilation:
         """The compiled module, and the depth before and after."""
         try:
             captured = capture(module, given, bind_defaults=bind_defaults)
-            shapes = {} if captured.inputs is None else self._run_captured(captured)
+            shapes = {} if captured.inputs is None else verify_trace(captured, self.expected)
         except CaptureError as error:
             self.opaque.append(Refusal(path or "the model", str(error)))
             return self._compile_children(module, path)
         self.opaque.extend(replace(r, where=_join(path, r.where)) for r in captured.opaque)
         return self._merge(captured.graph_module, path, shapes)
-
-    def _run_captured(self, captured: Capture) -> dict[fx.Node, Ints]:
-        """The shapes of all values on the examples. Raises `CaptureError` if the graph computes something else."""
-        try:
-            output, shapes = run_recording_shapes(captured)
-            verify_outputs(self.expected, output)
-        except Exception as error:
-            # Whatever it is, the model itself ran: symbolic tracing recorded something else.
-            raise CaptureError(f"the traced graph does not compute what the model computes: {error}") from error
-        return shapes
 
     def _merge(
         self, graph_module: fx.GraphModule, path: str, shapes: dict[fx.Node, Ints]
@@ -146,7 +138,7 @@ class LosslessCompilation:
     def _compile_children(self, module: nn.Module, path: str) -> tuple[nn.Module, tuple[int, int]]:
         """A copy of a module that cannot be traced, with its children compiled where it does no more than call them."""
         for name, child in replaceable_children(module).items():
-            if id(child) not in self.memo and not is_leaf(child):
+            if id(child) not in self.memo and not is_leaf(child) and self.holders[id(child)] < 2:
                 compiled, _ = self._compile(child, _join(path, name), None, bind_defaults=False)
                 self.memo[id(child)] = compiled
         copied = clone(module, self.memo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -39,13 +40,39 @@ def openvino_run(stored: bytes) -> Run:
     core = openvino.Core()
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(core.read_model(stored), "CPU", options)
-    request, read = compiled.create_infer_request(), {name for port in compiled.inputs for name in port.names}
+    read = {name for port in compiled.inputs for name in port.names}
     onnx = required("onnx", PACKAGES["openvino"])
     names = [given.name for given in onnx.load_model_from_string(stored).graph.input]  # OpenVINO drops the unused
-    return lambda arrays: list(request.infer({n: a for n, a in zip(names, arrays, strict=True) if n in read}).values())
+    of_thread = threading.local()  # a request is for one call at a time
+
+    def run(arrays: Sequence[Any]) -> Sequence[Any]:
+        if not hasattr(of_thread, "request"):
+            of_thread.request = compiled.create_infer_request()
+        given = {name: array for name, array in zip(names, arrays, strict=True) if name in read}
+        return list(of_thread.request.infer(given).values())
+
+    return run
 
 
 RUNS: dict[str, Callable[[bytes], Run]] = {"onnxruntime": onnxruntime_run, "openvino": openvino_run}
+
+
+class _Loaded:
+    """A network that a runtime has loaded, which several threads may call, and copies share, since it never changes."""
+
+    def __init__(self, runtime: str, run: Run) -> None:
+        self.runtime, self.run = runtime, run
+
+    def __call__(self, arrays: Sequence[Any]) -> Sequence[Any]:
+        return self.run(arrays)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loaded:
+        return self
+
+    def __reduce__(self) -> str:
+        raise RuntimeFailedError(
+            f"a network in {self.runtime} cannot be pickled; save what compile returns without a backend"
+        )
 
 
 class Deployed(nn.Module):
@@ -64,7 +91,7 @@ class Deployed(nn.Module):
             raise InvalidInputError(f"the network returns more than tensors, which {runtime} does not")
         self.dtypes = [value.dtype for value in outputs]
         try:
-            self.run = RUNS[runtime](onnx_bytes(network, inputs))
+            self.run = _Loaded(runtime, RUNS[runtime](onnx_bytes(network, inputs)))
         except ElcError:
             raise
         except Exception as error:  # whatever the runtime runs into

@@ -18,15 +18,17 @@ from torch import fx, nn
 
 from elc_fx.activations import MODULES, activation_of
 from elc_fx.affine import Geometry, Ints, Padding
+from elc_fx.attributes import unchanged
 from elc_fx.capture import Capture, capture
 from elc_fx.chains import find_chains
 from elc_fx.errors import NotAffineError
 from elc_fx.graph import is_drop_path, is_identity, module_of
-from elc_fx.inputs import ExampleInputs, running_on_examples
+from elc_fx.inputs import ExampleInputs, fresh, running_on_examples
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.pooling import MAX_POOLS, max_pooling_of, put_poolings_first
+from elc_fx.randomness import reproducibly
 from elc_fx.regions import Chain, Join, Part, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
-from elc_fx.shapes import run_recording_shapes
+from elc_fx.verification import verify_trace
 
 KeptWindows = Mapping[fx.Node, Ints]  # the kernel size that a convolution keeps, where that is less than all of it
 
@@ -240,12 +242,14 @@ class SerialGraph:
     def of(cls, model: nn.Module, examples: ExampleInputs) -> SerialGraph:
         """The graph of a model in eval mode, with the shapes of all values.
 
-        Raises `CaptureError`, and `InvalidInputError` where the model does not run on the examples.
+        Raises `CaptureError`, also where the graph computes something else there, and `InvalidInputError` where the
+        model does not run on the examples.
         """
         captured = serial_capture(model, examples.bound(model))
-        with running_on_examples(type(model).__name__):
-            shapes = run_recording_shapes(captured)[1]
-        return cls(captured, shapes)
+        args, kwargs = fresh((examples.args, examples.kwargs))
+        with unchanged(model), reproducibly(), running_on_examples(type(model).__name__):
+            expected = model(*args, **kwargs)
+        return cls(captured, verify_trace(captured, expected))
 
     def regions(self, longest: int) -> Iterator[Region]:
         """Every run of at most `longest` layers or joins that follow each other in a chain."""

@@ -21,6 +21,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def to_bytes(module: nn.Module) -> bytes:
         if isinstance(getattr(module, REPORT, None), Report):
             raise StorageError(
                 f"a {type(module).__name__} is more than a graph of layers, and cannot be saved without its code; use "
-                "torch.save or torch.export, or save what compile returns without a backend"
+                "torch.save or torch.export (of a network in a backend, `save` takes what compile returns without one)"
             )
         raise InvalidInputError(f"this {type(module).__name__} was not returned by elc_fx.compile or elc_fx.merge")
     return _Writer(module).content()
@@ -251,11 +252,12 @@ class _Writer:
             )
         if has_hooks(module):
             raise StorageError(f"`{path}` has hooks, which cannot be stored; remove them before compiling")
-        own = vars(nn.Module())
-        plain = {name: _encoded(value, path) for name, value in vars(module).items() if name not in own}
+        own, names = vars(nn.Module()), {id(p): name for name, p in module._parameters.items()}
+        state: dict[str, Any] = getattr(module, "__getstate__", lambda: vars(module))()  # without what is made again
+        plain = {name: _encoded(value, path, names) for name, value in state.items() if name not in own}
         return {
             "class": cls.__name__,
-            "training": module.training,
+            "training": module.training and not self.module.training,  # `load` gives a network in eval mode
             "plain": plain,
             "parameters": {n: self._tensor(p, f"{path}.{n}") for n, p in module._parameters.items()},
             "buffers": {n: self._tensor(b, f"{path}.{n}") for n, b in module._buffers.items()},
@@ -328,7 +330,8 @@ class _Reader:
     def _restored(self, name: str, stored: Tensor) -> Tensor:
         described = self.described["tensors"][name]
         order = described["order"]
-        value = torch.empty_permuted([stored.shape[i] for i in _inverse(order)], order, dtype=stored.dtype)
+        shape = [stored.shape[i] for i in _inverse(order)]
+        value = torch.empty_permuted(shape, order, dtype=stored.dtype, device=stored.device)
         value.permute(order).copy_(stored)
         if described["parameter"]:
             return nn.Parameter(value, bool(described["requires_grad"]))
@@ -339,12 +342,13 @@ class _Reader:
             raise _UnknownError(f"it has a layer of class {described['class']!r:.80}, and torch.nn has none")
         cls = classes()[described["class"]]
         module, state = cls.__new__(cls), vars(nn.Module())
+        parameters = {n: self._optional(t) for n, t in described["parameters"].items()}
         for name, value in described["plain"].items():
             if name in state or name.startswith("__") or callable(getattr(cls, _identifier(name), None)):
                 raise _UnknownError(f"a layer has an attribute {name!r:.80}")
-            state[name] = _decoded(value, {})
+            state[name] = _decoded(value, {}, parameters)
         state["training"] = bool(described["training"])
-        state["_parameters"] = {n: self._optional(t) for n, t in described["parameters"].items()}
+        state["_parameters"] = parameters
         state["_buffers"] = {n: self._optional(t) for n, t in described["buffers"].items()}
         state["_non_persistent_buffers_set"] = {str(name) for name in described["transient"]}
         state["_modules"] = {n: None if d is None else self._layer(d) for n, d in described["modules"].items()}
@@ -385,19 +389,24 @@ class _Reader:
 # Values: what JSON has no word for is an object of one key, which says what it is.
 
 
-def _encoded(value: Any, where: str) -> Any:
+def _encoded(value: Any, where: str, parameters: Mapping[int, str] = MappingProxyType({})) -> Any:
+    """parameters: those of the layer that the value is of, by identity."""
+
+    def encoded(item: Any) -> Any:
+        return _encoded(item, where, parameters)
+
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if type(value) in (tuple, torch.Size):
-        return {"tuple": [_encoded(item, where) for item in value]}
+        return {"tuple": [encoded(item) for item in value]}
     if isinstance(value, list):
-        return {"list": [_encoded(item, where) for item in value]}
+        return {"list": [encoded(item) for item in value]}
     if isinstance(value, dict) and type(value) is not OrderedDict:
-        return {"dict": [[_encoded(key, where), _encoded(item, where)] for key, item in value.items()]}
+        return {"dict": [[encoded(key), encoded(item)] for key, item in value.items()]}
     if isinstance(value, slice):
-        return {"slice": [_encoded(item, where) for item in (value.start, value.stop, value.step)]}
+        return {"slice": [encoded(item) for item in (value.start, value.stop, value.step)]}
     if value is ...:
         return {"ellipsis": None}
     if type(value) is complex:
@@ -407,10 +416,22 @@ def _encoded(value: Any, where: str) -> Any:
     for name, kind in CONSTANTS.items():
         if isinstance(value, kind):
             return {name: str(value).removeprefix("torch.")}
-    raise StorageError(f"`{where}` has a {_home(type(value))} among its arguments, which cannot be stored")
+    if id(value) in parameters:
+        return {"parameter": parameters[id(value)]}
+    if callable(value) and id(value) in _names():  # the activation of a layer
+        return {"function": _names()[id(value)]}
+    raise StorageError(
+        f"`{where}` has a {_home(type(value))} among its arguments or attributes, which cannot be stored; use "
+        "torch.export or torch.save"
+    )
 
 
-def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+def _decoded(value: Any, nodes: Mapping[str, fx.Node], parameters: Mapping[str, Any] | None = None) -> Any:
+    """parameters: those of the layer that the value is of; None where it is an argument."""
+
+    def decoded(item: Any) -> Any:
+        return _decoded(item, nodes, parameters)
+
     if not isinstance(value, dict):
         if value is not None and type(value) not in (bool, int, float, str):
             raise _UnknownError(f"it has a value {value!r:.80}")
@@ -419,16 +440,20 @@ def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if kind == "node":
         return nodes[content]
     if kind in ("tuple", "list", "slice"):
-        items = [_decoded(item, nodes) for item in content]
+        items = [decoded(item) for item in content]
         return slice(*items) if kind == "slice" else tuple(items) if kind == "tuple" else items
     if kind == "dict":
-        return {_decoded(key, nodes): _decoded(item, nodes) for key, item in content}
+        return {decoded(key): decoded(item) for key, item in content}
     if kind == "ellipsis":
         return ...
     if kind == "complex":
         return complex(*content)
     if kind == "device":
         return torch.device(content)
+    if kind == "parameter" and parameters is not None:
+        return parameters[content]
+    if kind == "function" and parameters is not None and content in functions():
+        return functions()[content]
     if kind in CONSTANTS and isinstance(found := getattr(torch, content, None), CONSTANTS[kind]):
         return found
     raise _UnknownError(f"it has a value of kind {kind!r:.80}")

@@ -6,12 +6,12 @@ its own, so that a run that was killed and started again ends as one that was no
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from elc_fx.decoupling.gates import ORDERS, SHAPES, GateSchedule, decoupling_nod
 from elc_fx.decoupling.nodes import DecoupledActivation
 from elc_fx.errors import ElcError, InvalidInputError, TrainingError
 from elc_fx.features import Features
-from elc_fx.files import write_whole
+from elc_fx.files import alone_in, write_whole
 from elc_fx.history import METRICS, Epoch, History, metrics
 from elc_fx.inputs import fresh, number_type, of_type
 from elc_fx.islands import clone
@@ -203,16 +203,27 @@ class Finetuning:
         self.state = _State()
         self.folder = None if config.folder is None else Path(config.folder)
         if self.folder is not None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise TrainingError(f"checkpoints cannot be kept in {self.folder}: {error}") from error
+            with self._alone():  # or an error, before anything else is done
+                pass
         self.best: dict[str, Tensor] | None = None
 
-    @torch.inference_mode(False)
-    @torch.enable_grad()
     def run(self) -> History:
         """All epochs that are left."""
+        with self._alone(), torch.inference_mode(False), torch.enable_grad():
+            return self._run()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other runs out of the folder. The first process does it for those that train together."""
+        with contextlib.ExitStack() as stack:
+            if self.folder is not None and self.accelerator.is_main_process:
+                try:
+                    stack.enter_context(alone_in(self.folder))
+                except OSError as error:
+                    raise TrainingError(f"checkpoints cannot be kept in {self.folder}: {error}") from error
+            yield
+
+    def _run(self) -> History:
         home = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         network = self.network.to(self.device)
         parameters = [p for p in network.parameters() if p.requires_grad]
@@ -598,7 +609,7 @@ def _summary_writer() -> Any:
     return required("torch.utils.tensorboard", "tensorboard").SummaryWriter
 
 
-@contextmanager
+@contextlib.contextmanager
 def _running(name: str) -> Iterator[None]:
     """Whatever a network's own layers raise is an `InvalidInputError`: the data and it do not go together."""
     try:

@@ -14,11 +14,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from elc_fx.affine import AffineMap, Geometry, row_blocks, wide
+from elc_fx.affine import AffineMap, Geometry, Ints, row_blocks, wide
+from elc_fx.capture import Capture, CaptureError
 from elc_fx.errors import VerificationError
 from elc_fx.graph import attribute_of, module_of, unknown
 from elc_fx.interpret import weight_of
 from elc_fx.regions import Join, Merge
+from elc_fx.shapes import run_recording_shapes
 from elc_fx.widening import Widening
 
 SLACK = 64 * torch.finfo(torch.float64).eps  # of the float64 arithmetic itself, relative to the sum of magnitudes
@@ -133,6 +135,19 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     plain = type(module).__new__(type(module))
     plain.__dict__.update({**vars(module), "_forward_pre_hooks": {}, "weight": weight_of(module)})
     return plain
+
+
+def verify_trace(captured: Capture, expected: Any) -> dict[fx.Node, Ints]:
+    """The shapes of all values on the example inputs, on which the model gives `expected`.
+
+    Raises `CaptureError` where the graph gives something else: tracing recorded what the model does for other inputs.
+    """
+    try:
+        output, shapes = run_recording_shapes(captured)
+        verify_outputs(expected, output)
+    except Exception as error:  # whatever it is, the model itself ran
+        raise CaptureError(f"the traced graph does not compute what the model computes: {error}") from error
+    return shapes
 
 
 def verify_outputs(expected: Any, actual: Any) -> float:

@@ -44,6 +44,9 @@ number = 3
 
 def fails():
     raise KeyError("no such layer")
+
+def quits():
+    raise SystemExit(0)
 """
 
 
@@ -158,7 +161,10 @@ def test_weights_that_do_not_fit_are_listed(workplace: Path) -> None:
     [
         (None, "there is no file"),
         (b"garbage", "is no file of torch.save"),
+        (b"epoch,loss", "of neither torch.save nor safetensors"),
         ([1, 2], "holds a list, expected a state dict"),
+        ({"0.weight": 3.0}, "tensors by name: '0.weight' is a float"),
+        ({0: torch.zeros(2)}, "tensors by name: 0 is a Tensor"),
         (nn.Linear(1, 1), "holds more than weights"),
     ],
 )
@@ -225,6 +231,7 @@ def test_an_impossible_save_is_refused_before_the_model_is_even_built(workplace:
         (["mynets:net", "--dtype", "float31"], "float31"),
         (["mynets:net", "--unheard-of"], "--unheard-of"),
         ([], "SPEC"),
+        (["mynets.py:net"], "without .py, such as mynets:net"),
     ],
 )
 def test_wrong_usage_ends_with_code_2(workplace: Path, arguments: list[str], message: str) -> None:
@@ -238,6 +245,7 @@ def test_wrong_usage_ends_with_code_2(workplace: Path, arguments: list[str], mes
         ("mynets:nett", "mynets has no 'nett'; did you mean net"),
         ("mynets:number", "gives a int, expected a torch.nn.Module"),
         ("mynets:fails", "mynets:fails() failed: KeyError: 'no such layer'"),
+        ("mynets:quits", "mynets:quits() failed: SystemExit"),
         ("nowhere.mynets:net", "there is no module 'nowhere'"),
     ],
 )
@@ -261,6 +269,7 @@ def test_debug_shows_the_traceback(workplace: Path, how: str, monkeypatch: pytes
 
 def test_timm_models_compile(workplace: Path) -> None:
     pytest.importorskip("timm")
+    assert "Invalid pretrained tag" in error_of(run("compile", "timm:resnet18.nobodys"), 1)
     result = run("compile", "timm:repvgg_a0", "--json")
     assert result.exit_code == 0, result.stderr
     assert len(json.loads(result.stdout)["report"]["merged"]) == 22

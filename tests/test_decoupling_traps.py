@@ -396,3 +396,44 @@ def test_fitting_lines_leaves_generators_and_batches_as_they_are() -> None:
     batches = [x, x.float()]
     elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["a..c"]), batches)
     assert torch.equal(x, kept)
+
+
+def test_hooks_are_no_part_of_a_merge() -> None:
+    model, x = stack(nn.ReLU()), image(2, 3, 6, 6)
+
+    def closed() -> elc_fx.DecoupledModule:
+        net = decoupled(model, x, "*:3x3")
+        elc_fx.set_gate(net, 0)
+        return net.eval()
+
+    for layer in ("0", "1", "2"):
+        net = closed()
+        net.get_submodule(layer).register_forward_pre_hook(lambda module, given: (2 * given[0],))
+        with pytest.raises(elc_fx.NotAffineError, match=f"{layer}.*has hooks"):
+            elc_fx.merge(net)
+    net = closed()
+    net.register_forward_hook(lambda module, given, output: 2 * output)
+    with pytest.raises(elc_fx.InvalidInputError, match="has hooks"):
+        elc_fx.merge(net)
+
+
+class ByType(nn.Module):
+    """What it does depends on what its tensors are, which tracing cannot know."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.relu(self.a(x)))
+        return (2 * y).view(self.shape) if torch.overrides.has_torch_function((y,)) else y
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 6), (5, 5)])
+def test_a_trace_of_another_function_is_not_decoupled(shape: tuple[int, ...]) -> None:
+    model, x = ready(ByType(shape)), image(2, 3, 6, 6)
+    for ask in (elc_fx.candidates, lambda m, x: elc_fx.Plan.of(m, x, collapse=["a..b:3x3"])):
+        with pytest.raises(elc_fx.CaptureError, match="does not compute what the model computes"):
+            ask(model, x)
+    assert "does not compute" in str(elc_fx.explain(model, x))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from networks import assert_same, image, ready
 from torch import Tensor, fx, nn
 
-from elc_fx.dynamo import backend
+from elc_fx.dynamo import MergedGraph, backend
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -273,3 +275,46 @@ def test_a_transposed_convolution_is_merged(dims: int, seen: Seen) -> None:
     with torch.no_grad():
         assert_same(compiled(model, seen)(x), model(x))
     assert seen.norms() == 0
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+@torch.no_grad()
+def test_merging_in_a_call_does_not_trace(mode: str, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While fx traces, calls of any module in other threads would be taken for a part of what is traced."""
+    layers = [nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)]
+    model, x = ready(nn.Sequential(*layers, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, 3))), image(2, 3, 9, 9)
+    fast = compiled(model, seen)
+    assert_same(fast(x), model(x))
+    assert seen.norms() == 0
+    monkeypatch.setattr(fx.Tracer, "trace", None)
+    model.load_state_dict(ready(model).state_dict())
+    model[0].weight.mul_(1.5)
+    assert_same(fast(x), model(x))
+
+
+@torch.no_grad()
+def test_threads_with_networks_of_one_class_get_each_their_own_numbers(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(self: MergedGraph, *arguments: Any) -> None:
+        update(self, *arguments)
+        time.sleep(0.05)  # in which another thread may update it again
+
+    update = MergedGraph._update
+    x, models = image(2, 3, 9, 9), [ready(Block()) for _ in range(2)]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        model.wide[0].weight.copy_(torch.randn_like(model.wide[0].weight))
+    wanted = [model(x) for model in models]
+    fast = [compiled(model, seen) for model in models]
+    for call in fast:
+        assert_same(call(x), call(x))  # a merge that served but one call would be a waste
+    monkeypatch.setattr(MergedGraph, "_update", slow)
+
+    def call_it(which: int) -> Tensor:
+        with torch.no_grad():
+            return fast[which](x)
+
+    with ThreadPoolExecutor(2) as pool:
+        for given, expected in zip(pool.map(call_it, [0, 1]), wanted, strict=True):
+            assert_same(given, expected)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from training_run import Pictures, loader, network, short_network
@@ -284,3 +285,15 @@ def test_what_cannot_be_written_is_told_before_anything_is_trained(
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert "elc_fx[onnx]" in complaint([*arguments(files, tmp_path / "out"), "--onnx"])
     assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_do_not_work_in_one_folder(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    with FileLock(out / "work" / ".lock"):
+        result = CliRunner().invoke(app, arguments(files, out))
+        assert result.exit_code == 1 and "another run is at work" in result.stderr
+        with pytest.raises(elc_fx.TrainingError, match="another run is at work"):
+            elc_fx.finetune(network(), loader(32), epochs=1, folder=out / "work", progress=False)
+    assert [path.name for path in (out / "work").iterdir()] == [".lock"]
+    elc_fx.finetune(network(), loader(32), epochs=1, folder=out / "work", progress=False)

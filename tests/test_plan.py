@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import bench_decouple
 import elc_fx
@@ -296,11 +298,21 @@ def test_a_name_with_a_colon_is_a_name() -> None:
     assert [candidate.kernel_size for candidate in plan.candidates] == [(1, 1)]
 
 
-@pytest.mark.parametrize("wrong", ["lazy", "parallel"])
+@pytest.mark.parametrize("wrong", ["lazy", "parallel", "distributed"])
 def test_models_that_would_change_or_only_pass_on_are_told(wrong: str) -> None:
     layers = nn.Sequential(nn.LazyConv2d(8, 3) if wrong == "lazy" else nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)).eval()
-    model = layers if wrong == "lazy" else nn.DataParallel(layers).eval()
+    if wrong == "distributed":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = {"parallel": nn.DataParallel, "distributed": DistributedDataParallel}.get(wrong, nn.Sequential)(layers)
+    finally:
+        if wrong == "distributed":
+            dist.destroy_process_group()
+    model.eval()
     for ask in (elc_fx.candidates, elc_fx.compile, elc_fx.explain):
         with pytest.raises(elc_fx.InvalidInputError, match=r"lazy layers|model\.module"):
             ask(model, IMAGE)
+    for ask in (elc_fx.compile, elc_fx.explain, elc_fx.merge) if wrong != "lazy" else ():
+        with pytest.raises(elc_fx.InvalidInputError, match=r"model\.module"):
+            ask(model)
     assert model(IMAGE).shape[1] == 8

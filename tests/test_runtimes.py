@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -115,3 +118,22 @@ def test_a_precision_that_a_runtime_lacks_is_told_with_the_way_out(runtime: Any)
     x = torch.randn(1, 3, 6, 6, dtype=torch.bfloat16)
     with pytest.raises(elc_fx.RuntimeFailedError, match=r"bfloat16.*model\.float\(\)"):
         elc_fx.compile(network().bfloat16(), x, backend=runtime)(x)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_threads_may_call_the_same_network(backend: Any) -> None:
+    model = network()
+    fast = elc_fx.compile(model, picture(1, 3, 8, 8), backend=backend)
+    pictures = [torch.randn(2, 3, 8, 8) for _ in range(4)]
+    with torch.no_grad():
+        wanted = [model(x) for x in pictures]
+
+    def call(number: int) -> bool:
+        called = fast if number % 2 else copy.deepcopy(fast)
+        which = number % len(pictures)
+        return all(torch.allclose(called(pictures[which]), wanted[which], atol=1e-5) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(8)))
+    with pytest.raises(elc_fx.RuntimeFailedError, match="without a backend"):
+        pickle.dumps(fast)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -339,3 +340,50 @@ def test_what_a_file_may_call_takes_tensors_and_no_code() -> None:
 def test_a_file_of_a_later_format_is_told(file: Path) -> None:
     with pytest.raises(elc_fx.StorageError, match=r"format 99, this elc_fx reads 2: .*torch"):
         elc_fx.load(forged(file, lambda d: d.update(format=99)))
+
+
+def test_a_network_in_training_mode_loads_in_eval_mode(tmp_path: Path) -> None:
+    small = elc_fx.compile(ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))), X)
+    elc_fx.save(small.train(), tmp_path / "n.elc")
+    with torch.device("meta"):
+        loaded = elc_fx.load(tmp_path / "n.elc")
+    assert same(small.eval(), loaded, X) and not any(module.training for module in loaded.modules())
+
+
+class Recurrent(nn.Module):
+    """Layers that keep parameters in lists, and functions, among their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)
+        self.lstm, self.gru = nn.LSTM(4, 6, num_layers=2, batch_first=True), nn.GRU(6, 4)
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 8, activation="gelu", batch_first=True)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoder(self.lstm(self.norm(self.layer(x)).transpose(1, 2))[0])
+        z: Tensor = self.gru(self.attention(y, y, y)[0])[0]
+        return z
+
+
+def test_recurrent_layers_and_attention(tmp_path: Path) -> None:
+    small, x = elc_fx.compile(ready(Recurrent()), image(2, 3, 9)), image(2, 3, 9)
+    elc_fx.save(small, tmp_path / "r.elc")
+    loaded = elc_fx.load(tmp_path / "r.elc")
+    assert same(small, loaded, x) and loaded.lstm._flat_weights[0] is loaded.lstm.weight_ih_l0
+    assert list(loaded.state_dict()) == list(small.state_dict())
+
+
+def test_threads_may_write_one_file_and_links_and_permissions_stay(tmp_path: Path, file: Path) -> None:
+    small, link = elc_fx.load(file), tmp_path / "link.elc"
+    link.symlink_to(file)
+    file.chmod(0o600)
+
+    def write_and_read(_: int) -> bool:
+        elc_fx.save(small, link)
+        return same(small, elc_fx.load(link), X)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(write_and_read, range(40)))
+    assert link.is_symlink() and file.stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.elc", "small.elc"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import cProfile
+import functools
 import gc
 import io
 import operator
@@ -2233,3 +2234,76 @@ def test_wrong_result_is_an_error_end_to_end(monkeypatch: pytest.MonkeyPatch) ->
 def same_seed() -> None:
     """Each test draws the same numbers, whichever ran before it."""
     torch.manual_seed(0)
+
+
+class OfBlock(nn.Module):
+    """Calls its block, and something else may read it."""
+
+    def __init__(self, block: nn.Module | None = None) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)) if block is None else block
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        return y if y.sum() > 0 else -y
+
+
+class ReadsBlock(OfBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        return y * self.block[0].weight.norm() if y.sum() > 0 else -y
+
+
+class TwoOfBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = OfBlock()
+        self.b = ReadsBlock(self.a.block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        return y + self.b(x) if y.sum() > 0 else y - self.b(x)
+
+
+def scaled_by_weight(self: OfBlock, x: Tensor) -> Tensor:
+    y: Tensor = self.block(x)
+    return y * self.block[0].weight.norm() if y.sum() > 0 else -y
+
+
+class Patched(OfBlock):
+    pass
+
+
+Patched.forward = scaled_by_weight  # type: ignore[method-assign]
+
+
+class WithFunction(OfBlock):
+    """What it calls is an attribute that somebody set from outside."""
+
+    after: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        return self.after(y) if y.sum() > 0 else -y
+
+
+def reads(model: OfBlock, y: Tensor) -> Tensor:
+    return y * model.block[0].weight.norm()
+
+
+@pytest.mark.parametrize("how", ["hook", "shared", "patched class", "method", "closure", "partial"])
+def test_children_that_code_from_outside_may_read_stay(how: str) -> None:
+    model: Any = {"shared": TwoOfBlock, "patched class": Patched}.get(how, WithFunction)()
+    model = ready(model)
+    if how == "hook":
+        model.after = torch.relu
+        model.register_forward_hook(lambda module, given, output: output * module.block[0].weight.norm())
+    if how == "method":
+        model.after = types.MethodType(reads, model)
+    if how == "closure":
+        model.after = lambda y: reads(model, y)
+    if how == "partial":
+        model.after = functools.partial(reads, model)
+    compiled = elc_fx.compile(model)
+    for x in (image(2, 3, 6, 6), -image(2, 3, 6, 6)):
+        assert_same(compiled(x), model(x))

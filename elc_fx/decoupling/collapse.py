@@ -29,7 +29,8 @@ from elc_fx.decoupling.nodes import (
 )
 from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError, TrainingModeError, listed
 from elc_fx.fusion import Fusion
-from elc_fx.graph import is_drop_path, is_identity, module_of
+from elc_fx.graph import has_hooks, is_drop_path, is_identity, materialisable, module_of
+from elc_fx.inputs import check_unwrapped
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import clone
 from elc_fx.lossless import LAYERS, depth_of
@@ -54,11 +55,15 @@ def merge(decoupled: DecoupledModule, *, verify: bool = True) -> fx.GraphModule:
     Raises:
         GateNotClosedError: gates are open; the message lists them.
         TrainingModeError: the network is in training mode, in which its batch norms are not affine.
-        InvalidInputError: the module was not returned by `decouple`.
+        InvalidInputError: the module was not returned by `decouple`, or has hooks.
+        NotAffineError: a region was changed since, such as by hooks, or its numbers do not allow the merge.
         VerificationError: a merge does not compute what its layers compute.
     """
+    check_unwrapped(decoupled)
     if not isinstance(decoupled, DecoupledModule):
         raise InvalidInputError(f"this {type(decoupled).__name__} was not returned by elc_fx.decouple")
+    if has_hooks(decoupled):
+        raise InvalidInputError("the network itself has hooks, which the merged one would not have; remove them")
     open_gates = {name: float(n.gate) for name, n in decoupling_nodes(decoupled).items() if float(n.gate) != 0}
     if open_gates:
         named = listed((f"`{name}` at {gate:g}" for name, gate in open_gates.items()), 8)
@@ -135,6 +140,9 @@ class ClosedInterpreter(Interpreter):
         module, source = module_of(self.captured, node), node.args[0] if node.args else None
         if not isinstance(source, fx.Node):  # none of those that decouple inserts
             return super()._module(node)
+        if has_hooks(module) and not materialisable(module):
+            self.refusals[node] = "it has hooks, which may change what it gives; remove them (prune.remove for pruning)"
+            return None
         if isinstance(module, DecoupledConvolution):
             return self._closed_convolution(node, source, module)
         if isinstance(module, InteriorBatchNorm):

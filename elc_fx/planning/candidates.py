@@ -17,7 +17,7 @@ from elc_fx.affine import Ints
 from elc_fx.arguments import check_whole
 from elc_fx.errors import InvalidInputError, NotAffineError, TrainingModeError
 from elc_fx.graph import label, module_of
-from elc_fx.inputs import ExampleInputs
+from elc_fx.inputs import ExampleInputs, check_unwrapped
 from elc_fx.interpret import Operation
 from elc_fx.regions import operations_of
 from elc_fx.serial import KeptWindows, Region, RingStep, SerialGraph, decouples_padding, rings
@@ -184,7 +184,7 @@ def candidates(
     Raises:
         TrainingModeError: the model is in training mode.
         InvalidInputError: an argument is of the wrong type, or out of its range.
-        CaptureError: the model's `forward` cannot be traced.
+        CaptureError: the model's `forward` cannot be traced, or its trace computes something else on the inputs.
     """
     graph = serial_graph(model, example_inputs)
     check_whole(1, largest_kernel=largest_kernel)
@@ -201,6 +201,7 @@ def check_model(model: Any) -> None:
     """Raises `InvalidInputError` or `TrainingModeError` for what cannot be planned or decoupled."""
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    check_unwrapped(model)
     if model.training:
         raise TrainingModeError(
             "the model is in training mode; call model.eval() first, and train what decouple returns"

@@ -255,10 +255,13 @@ class _Alignment:
         """
         parts = [{i: part for part in side.components() for i in part} for side in self.sides]
         for group in sorted(self.sides[0].members, key=lambda g: self.sides[0].members[g][0]):
+            took_in, changed = self._changes(group)
+            if not took_in and not changed:
+                continue
             beside = [self._beside(side, own, group) for side, own in zip(self.sides, parts, strict=True)]
             if not any(beside):
                 continue
-            if not self._takes_in(group, list(self._layers(*beside))):
+            if not took_in and any(layer.kind != "normalisation" for layer in self._layers(*beside)):
                 continue
             filled = [[*side.members[group], *more] for side, more in zip(self.sides, beside, strict=True)]
             if self.sides[0].around(filled[0]) == self.sides[1].around(filled[1]):
@@ -266,16 +269,14 @@ class _Alignment:
                     for i in more:
                         side.put(i, group)
 
-    def _takes_in(self, group: int, others: Sequence[Layer]) -> bool:
+    def _changes(self, group: int) -> tuple[bool, bool]:
+        """Whether its convolution or linear layer became another, and whether its numbers are others."""
         old, new = ([side.layers[i] for i in side.members[group]] for side in self.sides)
         if not any(layer.is_heavy for layer in old) or not any(layer.is_heavy for layer in new):
-            return False
-        if len(old) != len(new) or any(
-            (a.operation, a.bias) != (b.operation, b.bias) for a, b in zip(old, new, strict=True)
-        ):
-            return True
-        changed = any(a.state != b.state for a, b in zip(old, new, strict=True))
-        return changed and all(layer.kind == "normalisation" for layer in others)
+            return False, False
+        if [(a.operation, a.bias) for a in old] != [(b.operation, b.bias) for b in new]:
+            return True, False
+        return False, [a.state for a in old] != [b.state for b in new]
 
     def _in_order(self) -> None:
         """What is left over between two aligned layers: the same operations in order, as a diff of texts finds them."""
