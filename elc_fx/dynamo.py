@@ -11,13 +11,16 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils.weak import WeakIdKeyDictionary
 
 from elc_fx.affine import Ints
 from elc_fx.errors import ElcError, InvalidInputError, NotAffineError
@@ -63,46 +66,76 @@ def backend(
     return compiler(graph_module, inputs)
 
 
+@dataclass
+class Merged:
+    """The merged weights of one network, and what they were made of. served: how many calls."""
+
+    weights: list[Tensor]
+    state: State
+    served: int = 0
+
+
 class MergedGraph:
-    """A compiled merged graph and the merged weights, kept up to date. Raises ElcError where nothing can be merged."""
+    """A compiled merged graph and its merged weights, kept up to date. Raises ElcError where nothing can be merged.
+
+    Dynamo gives networks of one class the same graph, and threads may call it: each network has its own weights here.
+    """
 
     def __init__(self, original: fx.GraphModule, inputs: list[Any], compiler: Compiler) -> None:
         self.original, self.compiler = original, compiler
         self.static = [i for i, node in enumerate(_placeholders(original)) if _is_static(node, inputs[i])]
-        self.merged, self.weights = self._merge(inputs)
-        self.state = State([inputs[i] for i in self.static])
+        self.merged, weights = self._merge(inputs)
+        self.shapes = [weight.shape for weight in weights]
         fake = torch._guards.detect_fake_mode(inputs)
-        extra = self.weights if fake is None else [fake.from_tensor(w, static_shapes=True) for w in self.weights]
+        extra = weights if fake is None else [fake.from_tensor(w, static_shapes=True) for w in weights]
         self.call = compiler(self.merged, [*inputs, *extra])
-        self.served = self.wasted = 0
         self.lock = threading.Lock()
+        self.networks = WeakIdKeyDictionary()  # Merged, by the first parameter, with which it is forgotten
+        self.wasted = 0
+        self._remember([inputs[i] for i in self.static], weights)
 
     def __call__(self, *inputs: Any) -> Any:
-        parameters = [inputs[i] for i in self.static]
-        with self.lock:  # threads may call with parameters of several networks
-            if self.wasted < MOST_WASTED and self.state.differs(parameters):
-                self._update(inputs, parameters)
-            merged = self.wasted < MOST_WASTED
-            self.served += 1
-            call, weights = self.call, self.weights if merged else []
-        return call(*inputs, *weights)
+        with self.lock:
+            merged = None if self.wasted >= MOST_WASTED else self._up_to_date(inputs)
+            call = self.call
+        return call(*inputs, *([] if merged is None else merged.weights))
 
-    def _update(self, inputs: Sequence[Any], parameters: list[Tensor]) -> None:
-        self.wasted = self.wasted + 1 if self.served < 2 else 0
-        reason = "its parameters change with every call, or several networks in turn share its code"
+    def _up_to_date(self, inputs: Sequence[Any]) -> Merged | None:
+        """For the network that calls; None where from now on all run unmerged."""
+        parameters = [inputs[i] for i in self.static]
+        merged: Merged | None = self.networks.get(_key(parameters))
+        if merged is None or merged.state.differs(parameters):
+            merged = self._made_again(inputs, parameters, merged)
+        if merged is not None:
+            merged.served += 1
+        return merged
+
+    def _made_again(self, inputs: Sequence[Any], parameters: list[Tensor], before: Merged | None) -> Merged | None:
+        """before: what the network had; for a new one, what the last one had if that is gone."""
+        if before is None and self.latest_key() is None:
+            before = self.latest
+        if before is not None:
+            self.wasted = self.wasted + 1 if before.served < 2 else 0
+        reason = "its parameters change with every call"
         if self.wasted < MOST_WASTED:
             try:
                 merged, weights = self._merge(inputs)
-                if merged.code == self.merged.code and [w.shape for w in weights] == [w.shape for w in self.weights]:
-                    self.weights, self.state, self.served = weights, State(parameters), 0
-                    return
+                if merged.code == self.merged.code and [weight.shape for weight in weights] == self.shapes:
+                    return self._remember(parameters, weights)
                 reason = "its new parameters merge in another way"
             except ElcError as error:
                 reason = str(error)
         LOG.warning("elc_fx runs a graph unmerged from now on: %s", reason)
         self.wasted = MOST_WASTED
+        self.networks.clear()
         # Dynamo captures it once more, since only dynamo knows which sizes are not to be taken for constants.
         self.call = torch.compile(self.original, backend=self.compiler)
+        return None
+
+    def _remember(self, parameters: list[Tensor], weights: list[Tensor]) -> Merged:
+        self.latest = self.networks[_key(parameters)] = Merged(weights, State(parameters))
+        self.latest_key = weakref.ref(_key(parameters))
+        return self.latest
 
     def _merge(self, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Tensor]]:
         """The merged graph, with further inputs, and what these are now."""
@@ -126,7 +159,9 @@ class State:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.marks = [_mark(tensor) for tensor in tensors]
-        self.tensors = list(tensors)  # so that no other gets their identity
+        self.tensors = [
+            weakref.ref(tensor) for tensor in tensors
+        ]  # another one may get the identity of one that is gone
         self.views: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
             span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))  # in memory
@@ -136,6 +171,8 @@ class State:
         self.numbers = self._numbers()
 
     def differs(self, tensors: Sequence[Tensor]) -> bool:
+        if any(known() is not tensor for known, tensor in zip(self.tensors, tensors, strict=True)):
+            return True
         if any(_mark(tensor) != mark for tensor, mark in zip(tensors, self.marks, strict=True)):
             return True
         return not all(torch.equal(a, b) for a, b in zip(self._numbers(), self.numbers, strict=True))
@@ -144,8 +181,16 @@ class State:
         return [torch.cat(views).view(torch.uint8) for views in self.views.values()]  # since NaN is not NaN
 
 
-def _mark(tensor: Tensor) -> tuple[int, int, int]:
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+NONE = torch.empty(0)
+
+
+def _key(parameters: Sequence[Tensor]) -> Tensor:
+    """What a network is known by."""
+    return next(iter(parameters), NONE)
 
 
 def _why_not(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -296,11 +297,12 @@ def test_merging_in_a_call_does_not_trace(mode: str, seen: Seen, monkeypatch: py
 def test_threads_with_networks_of_one_class_get_each_their_own_numbers(
     seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(self: MergedGraph, *arguments: Any) -> None:
-        update(self, *arguments)
-        time.sleep(0.05)  # in which another thread may update it again
+    def slow(self: MergedGraph, *arguments: Any) -> Any:
+        merged = up_to_date(self, *arguments)
+        time.sleep(0.05)  # in which another thread may call it
+        return merged
 
-    update = MergedGraph._update
+    up_to_date = MergedGraph._up_to_date
     x, models = image(2, 3, 9, 9), [ready(Block()) for _ in range(2)]
     for seed, model in enumerate(models):
         torch.manual_seed(seed)
@@ -308,8 +310,8 @@ def test_threads_with_networks_of_one_class_get_each_their_own_numbers(
     wanted = [model(x) for model in models]
     fast = [compiled(model, seen) for model in models]
     for call in fast:
-        assert_same(call(x), call(x))  # a merge that served but one call would be a waste
-    monkeypatch.setattr(MergedGraph, "_update", slow)
+        call(x)
+    monkeypatch.setattr(MergedGraph, "_up_to_date", slow)
 
     def call_it(which: int) -> Tensor:
         with torch.no_grad():
@@ -318,3 +320,33 @@ def test_threads_with_networks_of_one_class_get_each_their_own_numbers(
     with ThreadPoolExecutor(2) as pool:
         for given, expected in zip(pool.map(call_it, [0, 1]), wanted, strict=True):
             assert_same(given, expected)
+
+
+@torch.no_grad()
+def test_networks_of_one_class_are_all_merged_and_forgotten(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def counted(self: MergedGraph, inputs: Any) -> Any:
+        merges.append(self)
+        return merge(self, inputs)
+
+    merges: list[MergedGraph] = []
+    merge = MergedGraph._merge
+    monkeypatch.setattr(MergedGraph, "_merge", counted)
+    x, blocks = image(2, 3, 9, 9), [ready(Block(), seed) for seed in range(6)]
+    for block in blocks:
+        block.compile(backend=backend, options={"backend": seen})
+    for _ in range(3):
+        for seed, block in enumerate(blocks):
+            assert_same(block(x), ready(Block(), seed)(x))
+    assert len(merges) == len(blocks) and len(seen.graphs) == 1 and "unmerged" not in caplog.text
+    networks = merges[0].networks
+    assert len(networks) == len(blocks)
+    del blocks[2:], block
+    gc.collect()
+    assert len(networks) == 2
+    for _ in range(9):  # each new one is gone after one call
+        blocks[1].load_state_dict(blocks[1].state_dict(), assign=True)
+        blocks[1].wide[0].weight = nn.Parameter(blocks[1].wide[0].weight.clone())
+        assert_same(blocks[1](x), ready(Block(), 1)(x))
+    assert "change with every call" in caplog.text
