@@ -159,9 +159,7 @@ class State:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.marks = [_mark(tensor) for tensor in tensors]
-        self.tensors = [
-            weakref.ref(tensor) for tensor in tensors
-        ]  # another one may get the identity of one that is gone
+        self.tensors = [weakref.ref(tensor) for tensor in tensors]
         self.views: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
             span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))  # in memory
