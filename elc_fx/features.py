@@ -21,12 +21,11 @@ from elc_fx.shapes import PlainInterpreter
 class Features:
     """How far what the regions of a network give is from what the teacher gives at the same places.
 
-    weight: of it in the loss. The teacher runs first: so of each region only the difference is kept for the gradient,
+    The teacher runs first: so of each region only the difference is kept for the gradient,
     and not what others may overwrite. Raises `InvalidInputError` where the network was not made of the teacher.
     """
 
-    def __init__(self, network: nn.Module, teacher: nn.Module, weight: float = 1.0) -> None:
-        self.weight = weight
+    def __init__(self, network: nn.Module, teacher: nn.Module) -> None:
         ends = {m.original: m for m in network.modules() if isinstance(m, Substitute | RegionOutput)}
         if not ends:
             raise InvalidInputError("features are those of regions, and the network has none; set features to 0")

@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 
 from elc_fx.errors import TrainingError
 
+PATIENCE = 10.0  # seconds; the workers of a data loader may live some seconds longer than a run that was killed
+
 
 def write_whole(contents: Mapping[Path, bytes]) -> None:
     """Writes each beside its file; when all are on the disk, renames them. A failure leaves the old files.
@@ -44,7 +46,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises `TrainingError` where another run is in it, and `OSError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)  # so that one run may enter it twice
+    lock = FileLock(folder / ".lock", timeout=PATIENCE, is_singleton=True)  # so that one run may enter it twice
     try:
         lock.acquire()
     except Timeout:

@@ -44,7 +44,6 @@ from elc_fx.randomness import randomness_of_the_caller, seed_all
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
 
 MOMENTUM = 0.9
-WEIGHT_OF_FEATURES = 10.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class FinetuneConfig:
         distillation: how much of the loss is to compute what the teacher computes, from 0 to 1.
         temperature: at which the two distributions of classes are compared.
         features: weight of the distance between what the regions of the network give and what the teacher gives there;
-            added to the loss. By default 10, and 0 where the network was not made of the teacher.
+            added to the loss.
         gates: the share of all steps in which the gates close; 0 closes them at once.
         gate_shape, gate_order: as `shape` and `order` of `GateSchedule`.
         clip: the largest norm of the gradient.
@@ -84,7 +83,7 @@ class FinetuneConfig:
     weight_decay: float = 5e-4
     distillation: float = 0.9
     temperature: float = 4.0
-    features: float | None = None
+    features: float = 0.0
     gates: float = 0.0
     gate_shape: str = "cosine"
     gate_order: str = "together"
@@ -106,7 +105,7 @@ class FinetuneConfig:
         check_positive(learning_rate=self.learning_rate, temperature=self.temperature, clip=self.clip)
         if self.ema is not None:
             check_share(ema=self.ema)
-        check_from_zero(weight_decay=self.weight_decay, features=0 if self.features is None else self.features)
+        check_from_zero(weight_decay=self.weight_decay, features=self.features)
         check_whole(0, seed=self.seed)
         if self.seed >= 2**32:
             raise InvalidInputError(f"seed is {self.seed}, expected a whole number below 2³²")
@@ -301,7 +300,7 @@ class Finetuning:
             output = self._output(self.trained, inputs)
         loss = self._loss(output, target, wanted)
         if self.features is not None:
-            loss = loss + self.features.weight * self.features.distance()
+            loss = loss + self.config.features * self.features.distance()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip)
         self.optimizer.step()
@@ -341,17 +340,11 @@ class Finetuning:
         return total
 
     def _features(self) -> Features | None:
-        wanted = self.config.features
-        if wanted == 0 or (wanted is None and self.teacher is None):
+        if not self.config.features:
             return None
         if self.teacher is None:
             raise InvalidInputError("features are compared with those of a teacher; pass one")
-        try:
-            return Features(self.network, self.teacher, WEIGHT_OF_FEATURES if wanted is None else wanted)
-        except ElcError:
-            if wanted is None:
-                return None
-            raise
+        return Features(self.network, self.teacher)
 
     def _task_loss(self, output: Any, target: Any) -> Tensor:
         if self.config.loss is not None:

@@ -287,7 +287,8 @@ def test_what_cannot_be_written_is_told_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-def test_two_runs_do_not_work_in_one_folder(files: Path, tmp_path: Path) -> None:
+def test_two_runs_do_not_work_in_one_folder(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elc_fx.files.PATIENCE", 0.0)
     out = tmp_path / "out"
     (out / "work").mkdir(parents=True)
     with FileLock(out / "work" / ".lock"):

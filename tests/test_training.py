@@ -347,21 +347,6 @@ class Deeper(nn.Sequential):
         self.eval()
 
 
-def test_features_are_compared_by_default_where_the_network_was_made_of_the_teacher() -> None:
-    def weights(teacher: nn.Module, **options: Any) -> list[Tensor]:
-        student = decoupled(network())
-        elc_fx.finetune(student, loader(32), teacher=teacher, epochs=1, progress=False, **options)
-        return list(student.parameters())
-
-    def same(some: list[Tensor], others: list[Tensor]) -> bool:
-        return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
-
-    original = network()
-    assert same(weights(original), weights(original, features=10))
-    assert not same(weights(original), weights(original, features=0))
-    assert same(weights(Deeper()), weights(Deeper(), features=0))
-
-
 def test_the_callers_random_numbers_stay() -> None:
     student, data = network(), loader()
     torch.manual_seed(5)
