@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from elc_fx.errors import TrainingError
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems that have none
 PATIENCE = 10.0  # seconds; the workers of a data loader may live some seconds longer than a run that was killed
 
 
@@ -23,7 +26,7 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
     Links stay links, and a file that was there keeps its permissions. Raises `OSError`.
     """
     files = {file.resolve(): content for file, content in contents.items()}
-    unfinished = {file: file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp") for file in files}
+    unfinished = {file: file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp") for file in files}
     try:
         for file, content in files.items():
             with unfinished[file].open("xb") as stream:
@@ -51,6 +54,10 @@ def alone_in(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise TrainingError(f"another run is at work in {folder}; wait for it, or give another folder") from None
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        warnings.warn(f"{folder} cannot be locked ({error}): let no other run work in it", stacklevel=2)
     try:
         yield
     finally:

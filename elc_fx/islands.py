@@ -75,7 +75,8 @@ def _may_change(child: nn.Module) -> bool:
 def _has_code_from_outside(module: nn.Module) -> bool:
     """Whether methods of it, or functions that hold modules among its attributes, are not in its class's source."""
     sources = [_source_of(cls) for cls in type(module).__mro__ if cls not in (nn.Module, object)]
-    methods = [_code_of(value) for cls in type(module).__mro__ if cls is not nn.Module for value in vars(cls).values()]
+    values = [value for cls in type(module).__mro__ if cls is not nn.Module for value in vars(cls).values()]
+    methods = [_code_of(value) for value in values if not isinstance(value, staticmethod)]  # which is not given it
     own = [_code_of(value) for value in vars(module).values() if _holds_modules(value)]
     # What dataclasses and the like make has no file.
     foreign = [code for code in (*methods, *own) if code is not None and not code.co_filename.startswith("<string")]
@@ -83,14 +84,12 @@ def _has_code_from_outside(module: nn.Module) -> bool:
 
 
 def _holds_modules(value: Any) -> bool:
-    """Whether a function can reach modules without being given them."""
+    """Whether a function is bound to modules, which are copied along; what a closure reaches is not."""
     held: list[Any] = []
     if isinstance(value, types.MethodType):
         held = [value.__self__]
     elif isinstance(value, functools.partial):
         held = [*value.args, *value.keywords.values(), value.func]
-    elif isinstance(value, types.FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
     return any(isinstance(item, nn.Module) or _holds_modules(item) for item in held)
 
 

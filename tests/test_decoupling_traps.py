@@ -406,7 +406,7 @@ def test_hooks_are_no_part_of_a_merge() -> None:
         elc_fx.set_gate(net, 0)
         return net.eval()
 
-    for layer in ("0", "1", "2"):
+    for layer in ("0", "1", "2", "_0_region_input", "_2_region_output"):
         net = closed()
         net.get_submodule(layer).register_forward_pre_hook(lambda module, given: (2 * given[0],))
         with pytest.raises(elc_fx.NotAffineError, match=f"{layer}.*has hooks"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -298,3 +299,13 @@ def test_two_runs_do_not_work_in_one_folder(files: Path, tmp_path: Path, monkeyp
             elc_fx.finetune(network(), loader(32), epochs=1, folder=out / "work", progress=False)
     assert [path.name for path in (out / "work").iterdir()] == [".lock"]
     elc_fx.finetune(network(), loader(32), epochs=1, folder=out / "work", progress=False)
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: FileLock) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        elc_fx.finetune(network(), loader(32), epochs=1, folder=tmp_path, progress=False)
+    assert (tmp_path / "metrics.csv").exists()

@@ -128,7 +128,9 @@ def _merge_of(
 
 def _erase_markers(graph_module: fx.GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
-        if node.op == "call_module" and isinstance(module_of(graph_module, node), RegionInput):
+        if node.op == "call_module" and isinstance(marker := module_of(graph_module, node), RegionInput):
+            if has_hooks(marker):
+                raise NotAffineError(f"`{node.target}` has hooks, which the merged network would not have; remove them")
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph_module.graph.erase_node(node)
 
