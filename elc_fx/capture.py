@@ -15,7 +15,6 @@ import itertools
 import linecache
 import operator
 import sys
-import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -37,10 +36,10 @@ from elc_fx.graph import (
     calls_differently,
     function_name,
     has_hooks,
+    has_unknown_hooks,
     is_drop_path,
     is_identity,
     is_leaf,
-    materialisable,
     may_be_view,
     module_of,
     overwrites_unseen,
@@ -53,7 +52,6 @@ from elc_fx.tidying import give_input_by_position, make_batch_norms_modules, mak
 
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
 PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc", "torch.utils._pytree"}  # for others
-TRACING = threading.RLock()  # fx changes what calling a module does, for all threads
 ASKS_FOR_USER = {"is_tensor", "typename"}  # functions of torch
 
 
@@ -122,7 +120,7 @@ def capture(
         before, state = Attributes(root), tracer.state()
         watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
         try:
-            with TRACING, torch.random.fork_rng(devices=[]), torch.no_grad(), watch, _no_question_of_grad_mode():
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), watch, _no_question_of_grad_mode():
                 with calls or nullcontext():
                     graph = tracer.trace(root)
                 tracer.check_truthful(state)
@@ -191,7 +189,7 @@ def _for_sequential(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None
 def _cannot_be_entered(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module"
-    if has_hooks(module) and not materialisable(module):
+    if has_unknown_hooks(module):
         return "it has hooks"
     if module.training and (not is_leaf(module) or any(True for _ in module.buffers(recurse=False))):
         return "it is in training mode"

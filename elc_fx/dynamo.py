@@ -103,7 +103,7 @@ class MergedGraph:
     def _up_to_date(self, inputs: Sequence[Any]) -> Merged | None:
         """For the network that calls; None where from now on all run unmerged."""
         parameters = [inputs[i] for i in self.static]
-        merged: Merged | None = self.networks.get(_key(parameters))
+        merged: Merged | None = self.networks.get(self._key(parameters))
         if merged is None or merged.state.differs(parameters):
             merged = self._made_again(inputs, parameters, merged)
         if merged is not None:
@@ -133,9 +133,14 @@ class MergedGraph:
         return None
 
     def _remember(self, parameters: list[Tensor], weights: list[Tensor]) -> Merged:
-        self.latest = self.networks[_key(parameters)] = Merged(weights, State(parameters))
-        self.latest_key = weakref.ref(_key(parameters))
+        key = self._key(parameters)
+        self.latest = self.networks[key] = Merged(weights, State(parameters))
+        self.latest_key = weakref.ref(key)
         return self.latest
+
+    def _key(self, parameters: Sequence[Tensor]) -> object:
+        """What a network is known by."""
+        return next(iter(parameters), self.original)
 
     def _merge(self, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Tensor]]:
         """The merged graph, with further inputs, and what these are now."""
@@ -181,14 +186,6 @@ class State:
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-NONE = torch.empty(0)
-
-
-def _key(parameters: Sequence[Tensor]) -> Tensor:
-    """What a network is known by."""
-    return next(iter(parameters), NONE)
 
 
 def _why_not(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> str | None:

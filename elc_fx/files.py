@@ -54,7 +54,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise TrainingError(f"another run is at work in {folder}; wait for it, or give another folder") from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter where Python has no locks
         if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
             raise
         warnings.warn(f"{folder} cannot be locked ({error}): let no other run work in it", stacklevel=2)

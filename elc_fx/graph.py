@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -293,13 +295,10 @@ def calls_differently(module: nn.Module) -> bool:
     return any(not getattr(call, "__qualname__", "").startswith(fx.GraphModule.__qualname__) for call in own)
 
 
-def materialisable(module: nn.Module) -> bool:
-    """Whether the module's only hooks are those of torch.nn.utils.weight_norm or spectral_norm (before 2.x style)."""
-    from torch.nn.utils.spectral_norm import SpectralNorm
-    from torch.nn.utils.weight_norm import WeightNorm
-
+def has_unknown_hooks(module: nn.Module) -> bool:
+    """Whether it has other hooks than those of torch.nn.utils.weight_norm or spectral_norm (before 2.x style)."""
     others = any(getattr(module, hooks, None) for hooks in HOOKS if hooks != "_forward_pre_hooks")
-    return not others and all(type(h) in (WeightNorm, SpectralNorm) for h in module._forward_pre_hooks.values())
+    return others or any(type(h) not in (WeightNorm, SpectralNorm) for h in module._forward_pre_hooks.values())
 
 
 def runs_foreign_code(captured: fx.GraphModule, node: fx.Node) -> bool:

@@ -26,10 +26,9 @@ from elc_fx.capture import assign
 from elc_fx.constants import Constants
 from elc_fx.graph import (
     function_name,
-    has_hooks,
+    has_unknown_hooks,
     is_leaf,
     is_torchs,
-    materialisable,
     module_of,
     signature_of,
 )
@@ -134,7 +133,7 @@ class Interpreter:
         module = module_of(self.captured, node)
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             return None
-        if has_hooks(module) and not materialisable(module):
+        if has_unknown_hooks(module):
             return None
         written = self.constants.written
         if written and any(id(tensor) in written for tensor in (*module.parameters(), *module.buffers())):

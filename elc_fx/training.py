@@ -609,7 +609,7 @@ def _running(name: str) -> Iterator[None]:
         yield
     except (ElcError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # whatever its own layers raise
         if REFUSED in str(error):
             raise
         raise InvalidInputError(

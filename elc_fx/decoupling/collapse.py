@@ -29,7 +29,7 @@ from elc_fx.decoupling.nodes import (
 )
 from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError, TrainingModeError, listed
 from elc_fx.fusion import Fusion
-from elc_fx.graph import has_hooks, is_drop_path, is_identity, materialisable, module_of
+from elc_fx.graph import has_hooks, has_unknown_hooks, is_drop_path, is_identity, module_of
 from elc_fx.inputs import check_unwrapped
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import clone
@@ -142,7 +142,7 @@ class ClosedInterpreter(Interpreter):
         module, source = module_of(self.captured, node), node.args[0] if node.args else None
         if not isinstance(source, fx.Node):  # none of those that decouple inserts
             return super()._module(node)
-        if has_hooks(module) and not materialisable(module):
+        if has_unknown_hooks(module):
             self.refusals[node] = "it has hooks, which may change what it gives; remove them (prune.remove for pruning)"
             return None
         if isinstance(module, DecoupledConvolution):
