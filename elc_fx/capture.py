@@ -15,6 +15,7 @@ import itertools
 import linecache
 import operator
 import sys
+import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -47,7 +48,7 @@ from elc_fx.graph import (
     package_of,
 )
 from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask
-from elc_fx.randomness import generators
+from elc_fx.randomness import generators, randomness_of_the_caller
 from elc_fx.tidying import give_input_by_position, make_batch_norms_modules, make_dropouts_modules, tidy
 
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
@@ -115,30 +116,31 @@ def capture(
     if root in refused:
         raise CaptureError(refused[root].reason)
     cannot_be_entered, calls = dict(refused), None
-    while True:
-        tracer = _Tracer(refused, given, bind_defaults, leaves, trainable, calls)
-        before, state = Attributes(root), tracer.state()
-        watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
-        try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), watch, _no_question_of_grad_mode():
-                with calls or nullcontext():
-                    graph = tracer.trace(root)
-                tracer.check_truthful(state)
-        except Exception as error:
-            # Whatever user code raises when it meets a stand-in for a tensor means the same: it cannot be traced.
-            if calls is not None or not tracer.asked_for_type:
-                raise CaptureError(_reason(error)) from error
-        finally:
-            changed = before.restore()
-        if calls is None and tracer.asked_for_type:  # perhaps by torch: again, twice as slowly, knowing who asks
-            refused, calls = dict(cannot_be_entered), Calls()
-            continue
-        if all(module in refused for _, module in changed):
-            break
-        for name, module in changed:
-            if module is root:
-                raise CaptureError("its forward changes attributes of the module")
-            refused[module] = Refusal(name, "its forward changes attributes of the module")
+    with randomness_of_the_caller():  # which other calls wait for: torch.fx changes `nn.Module` itself, for all threads
+        while True:
+            tracer = _Tracer(refused, given, bind_defaults, leaves, trainable, calls)
+            before, state = Attributes(root), tracer.state()
+            watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
+            try:
+                with torch.no_grad(), watch, _no_question_of_grad_mode():
+                    with calls or nullcontext():
+                        graph = tracer.trace(root)
+                    tracer.check_truthful(state)
+            except Exception as error:
+                # Whatever user code raises when it meets a stand-in for a tensor means the same: it cannot be traced.
+                if calls is not None or not tracer.asked_for_type:
+                    raise CaptureError(_reason(error)) from error
+            finally:
+                changed = before.restore()
+            if calls is None and tracer.asked_for_type:  # perhaps by torch: again, twice as slowly, knowing who asks
+                refused, calls = dict(cannot_be_entered), Calls()
+                continue
+            if all(module in refused for _, module in changed):
+                break
+            for name, module in changed:
+                if module is root:
+                    raise CaptureError("its forward changes attributes of the module")
+                refused[module] = Refusal(name, "its forward changes attributes of the module")
     if unwritable := [name for name in map(str, _paths(graph)) if not all(map(_is_writable, name.split(".")))]:
         raise CaptureError(f"torch.fx cannot write code that reads {unwritable[0]!r}, for its name")
     graph._tracer_cls = None  # the result is unpickled by torch's own tracer
@@ -205,9 +207,11 @@ def _autocast_state() -> tuple[bool, ...]:
 @contextmanager
 def _no_question_of_grad_mode() -> Iterator[None]:
     """While tracing, `torch.is_grad_enabled()` has no answer for the model: the graph runs in either mode."""
-    original = torch.is_grad_enabled
+    original, traced_by = torch.is_grad_enabled, threading.get_ident()
 
     def answer() -> bool:
+        if threading.get_ident() != traced_by:
+            return original()
         asker = sys._getframe(1)
         if not asker.f_globals.get("__name__", "").startswith(ANSWERS_TYPE):
             raise _UntruthfulError(f"`{asker.f_code.co_name}` asks whether gradients are enabled")
@@ -313,6 +317,7 @@ class _Tracer(fx.Tracer):
         calls: Calls | None,
     ) -> None:
         super().__init__(param_shapes_constant=True)
+        self.thread = threading.get_ident()  # others may run models meanwhile, which are none of the tracer's business
         self.calls = calls
         self.asked_for_type = False
         self.leaves = leaves
@@ -360,6 +365,8 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         self._called.add(m)
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
@@ -444,7 +451,9 @@ class _Tracer(fx.Tracer):
         self._parameters = {n: p for n, p in self._parameters.items() if not p.node._erased}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if not isinstance(attr_val, nn.Parameter) or id(attr_val) not in self._names:
+        if not isinstance(attr_val, nn.Parameter) or threading.get_ident() != self.thread:
+            return attr_val
+        if id(attr_val) not in self._names:
             return attr_val
         name = self._names[id(attr_val)]
         if name not in self._parameters:
