@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elc_fx.graph import has_hooks
+from elc_fx.capture import Refusal
+from elc_fx.graph import has_hooks, is_leaf
 
 UNCOPYABLE = (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError)
 # What hands out children by other ways than their name.
@@ -49,27 +50,58 @@ REFLECTION = frozenset(
 )
 
 
-def replaceable_children(module: nn.Module) -> dict[str, nn.Module]:
-    """The children, and children of child lists, that may be replaced by another callable; by path."""
-    found: dict[str, nn.Module] = {}
-    if isinstance(module, torch.jit.ScriptModule) or has_hooks(module) or _has_code_from_outside(module):
-        return found
-    if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):
-        return {name: child for name, child in module.named_children() if _may_change(child)}
-    cls: Any = type(module)
-    called = called_only(cls)
-    if called is None or "forward" in vars(module):
-        return found
-    for name, child in module.named_children():
-        if name in called and called[name] == "called" and _may_change(child):
-            found[name] = child
-        elif called.get(name) == "elements called" and type(child) is nn.ModuleList:
-            found.update({f"{name}.{i}": element for i, element in enumerate(child) if _may_change(element)})
-    return found
+def replaceable_children(module: nn.Module) -> tuple[dict[str, nn.Module], list[Refusal]]:
+    """The children, and children of child lists, that may be replaced by another callable; why others may not.
+
+    By path from the module. Of torch's own layers, and of what has no parameters, nobody asks.
+    """
+    children = {name: child for name, child in module.named_children() if _is_worth_it(child)}
+    if not children:
+        return {}, []
+    uses = None
+    if (reason := _reason_for_all(module)) is None:
+        cls: Any = type(module)
+        uses = dict.fromkeys(children, "called") if cls.forward is nn.Sequential.forward else called_only(cls)
+        reason = f"the source of `{cls.__name__}` is missing, or does not show what becomes of them"
+    if uses is None:
+        return {}, [Refusal("", f"its children stay as they are: {reason}")]
+    found, refusals = dict[str, nn.Module](), list[Refusal]()
+    for name, child in children.items():
+        elements = [(f"{name}.{i}", e) for i, e in child.named_children()] if type(child) is nn.ModuleList else []
+        if uses.get(name) != ("elements called" if elements else "called"):
+            refusals.append(Refusal(name, f"`{type(module).__name__}` may do more with it than to call it"))
+            continue
+        for path, one in filter(lambda each: _is_worth_it(each[1]), elements or [(name, child)]):
+            if reason := _reason_for(one):
+                refusals.append(Refusal(path, reason))
+            else:
+                found[path] = one
+    return found, refusals
 
 
-def _may_change(child: nn.Module) -> bool:
-    return not isinstance(child, nn.ModuleList | nn.ModuleDict | torch.jit.ScriptModule) and not has_hooks(child)
+def _is_worth_it(child: nn.Module) -> bool:
+    return not is_leaf(child) and any(True for _ in child.parameters())
+
+
+def _reason_for_all(module: nn.Module) -> str | None:
+    """Why no child of the module may be replaced, whatever its source says."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module"
+    if has_hooks(module):
+        return "it has hooks, which may read them"
+    if "forward" in vars(module):
+        return "it has a `forward` of its own, whose source is not that of its class"
+    if _has_code_from_outside(module):
+        return f"code that may read them is not in the source of `{type(module).__name__}`"
+    return None
+
+
+def _reason_for(child: nn.Module) -> str | None:
+    if isinstance(child, torch.jit.ScriptModule):
+        return "it is a TorchScript module"
+    if isinstance(child, nn.ModuleList | nn.ModuleDict):
+        return f"it is a `{type(child).__name__}`"
+    return "it has hooks" if has_hooks(child) else None
 
 
 def _has_code_from_outside(module: nn.Module) -> bool:

@@ -137,10 +137,16 @@ class LosslessCompilation:
 
     def _compile_children(self, module: nn.Module, path: str) -> tuple[nn.Module, tuple[int, int]]:
         """A copy of a module that cannot be traced, with its children compiled where it does no more than call them."""
-        for name, child in replaceable_children(module).items():
-            if id(child) not in self.memo and not is_leaf(child) and self.holders[id(child)] < 2:
-                compiled, _ = self._compile(child, _join(path, name), None, bind_defaults=False)
-                self.memo[id(child)] = compiled
+        children, refusals = replaceable_children(module)
+        for name, child in children.items():
+            if id(child) in self.memo:
+                continue
+            if self.holders[id(child)] > 1:
+                refusals.append(Refusal(name, "several modules have it, or one by several names"))
+                continue
+            compiled, _ = self._compile(child, _join(path, name), None, bind_defaults=False)
+            self.memo[id(child)] = compiled
+        self.refused.extend(replace(r, where=_join(path, r.where) or "the model") for r in refusals)
         copied = clone(module, self.memo)
         return copied, (_layers(module), _layers(copied))
 

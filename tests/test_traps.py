@@ -2291,7 +2291,16 @@ def reads(model: OfBlock, y: Tensor) -> Tensor:
     return y * model.block[0].weight.norm()
 
 
-@pytest.mark.parametrize("how", ["hook", "shared", "patched class", "method", "partial"])
+STAYS = {
+    "hook": "the model: its children stay as they are: it has hooks",
+    "shared": "a.block: several modules have it",
+    "patched class": "the model: its children stay as they are: code that may read them is not in the source of `Patched`",
+    "method": "the model: its children stay as they are: code that may read them is not in the source of `WithFunction`",
+    "partial": "the model: its children stay as they are: code that may read them is not in the source of `WithFunction`",
+}
+
+
+@pytest.mark.parametrize("how", STAYS)
 def test_children_that_code_from_outside_may_read_stay(how: str) -> None:
     model: Any = {"shared": TwoOfBlock, "patched class": Patched}.get(how, WithFunction)()
     model = ready(model)
@@ -2305,6 +2314,12 @@ def test_children_that_code_from_outside_may_read_stay(how: str) -> None:
     compiled = elc_fx.compile(model)
     for x in (image(2, 3, 6, 6), -image(2, 3, 6, 6)):
         assert_same(compiled(x), model(x))
+    assert STAYS[how] in str(elc_fx.report_of(compiled))
+
+
+def test_the_report_says_why_children_stay() -> None:
+    report = elc_fx.report_of(elc_fx.compile(ready(ReadsBlock())))
+    assert [str(r) for r in report.refused] == ["block: `ReadsBlock` may do more with it than to call it"]
 
 
 class Recursive(WithFunction):
