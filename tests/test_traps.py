@@ -2292,11 +2292,11 @@ def reads(model: OfBlock, y: Tensor) -> Tensor:
 
 
 STAYS = {
-    "hook": "the model: its children stay as they are: it has hooks",
+    "hook": "its children stay as they are: it has hooks",
     "shared": "a.block: several modules have it",
-    "patched class": "the model: its children stay as they are: code that may read them is not in the source of `Patched`",
-    "method": "the model: its children stay as they are: code that may read them is not in the source of `WithFunction`",
-    "partial": "the model: its children stay as they are: code that may read them is not in the source of `WithFunction`",
+    "patched class": "its children stay as they are: code that may read them is not in the source of `Patched`",
+    "method": "its children stay as they are: code that may read them is not in the source of `WithFunction`",
+    "partial": "its children stay as they are: code that may read them is not in the source of `WithFunction`",
 }
 
 
