@@ -25,7 +25,7 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
     Contents are bytes: writers of torch and safetensors that run into a full disk abort, or raise errors of their own.
     Links stay links, and a file that was there keeps its permissions. Raises `OSError`.
     """
-    files = {file.resolve(): content for file, content in contents.items()}
+    files = {_real(file): content for file, content in contents.items()}
     unfinished = {file: file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp") for file in files}
     try:
         for file, content in files.items():
@@ -40,6 +40,13 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
     finally:
         for beside in unfinished.values():
             beside.unlink(missing_ok=True)
+
+
+def _real(file: Path) -> Path:
+    try:
+        return file.resolve()
+    except RuntimeError as error:  # what Python before 3.13 has for links that lead to each other
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(file)) from error
 
 
 @contextmanager

@@ -40,8 +40,10 @@ class Spec:
         """Raises InvalidInputError where the text is none of the three forms."""
         source, _, name = text.partition(":")
         if source.endswith(".py"):
-            module = ".".join(Path(source).with_suffix("").parts)
-            raise InvalidInputError(f"{text!r} is no model: a module is named without .py, such as {module}:{name}")
+            file = Path(source).with_suffix("")
+            inside = all(part.isidentifier() for part in file.parts)  # of this directory
+            way = f"{'.'.join(file.parts)}:{name}" if inside else f"{file.name}:{name}, with PYTHONPATH={file.parent}"
+            raise InvalidInputError(f"{text!r} is no model: a module is named without .py, such as {way}")
         if not name or not all(part.isidentifier() for part in source.split(".")):
             raise InvalidInputError(
                 f"{text!r} is no model; expected torchvision:NAME, timm:NAME or package.module:factory"

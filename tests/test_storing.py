@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -372,6 +373,14 @@ def test_recurrent_layers_and_attention(tmp_path: Path) -> None:
     loaded = elc_fx.load(tmp_path / "r.elc")
     assert same(small, loaded, x) and loaded.lstm._flat_weights[0] is loaded.lstm.weight_ih_l0
     assert list(loaded.state_dict()) == list(small.state_dict())
+
+
+def test_links_in_a_circle_cannot_be_written(tmp_path: Path, file: Path) -> None:
+    circle = [tmp_path / "a.elc", tmp_path / "b.elc"]
+    for link, other in itertools.permutations(circle):
+        link.symlink_to(other)
+    with pytest.raises(elc_fx.StorageError, match=r"a\.elc"):
+        elc_fx.save(elc_fx.load(file), circle[0])
 
 
 def test_threads_may_write_one_file_and_links_and_permissions_stay(tmp_path: Path, file: Path) -> None:
