@@ -67,12 +67,19 @@ def backend(
 
 
 @dataclass
+class Calls:
+    """How many of them a merge has served."""
+
+    served: int = 0
+
+
+@dataclass(frozen=True)
 class Merged:
-    """The merged weights of one network, and what they were made of. served: how many calls."""
+    """The merged weights of one network, and what they were made of."""
 
     weights: list[Tensor]
     state: State
-    served: int = 0
+    calls: Calls
 
 
 class MergedGraph:
@@ -107,15 +114,16 @@ class MergedGraph:
         if merged is None or merged.state.differs(parameters):
             merged = self._made_again(inputs, parameters, merged)
         if merged is not None:
-            merged.served += 1
+            merged.calls.served += 1
         return merged
 
     def _made_again(self, inputs: Sequence[Any], parameters: list[Tensor], before: Merged | None) -> Merged | None:
         """before: what the network had; for a new one, what the last one had if that is gone."""
+        calls = None if before is None else before.calls
         if before is None and self.latest_key() is None:
-            before = self.latest
-        if before is not None:
-            self.wasted = self.wasted + 1 if before.served < 2 else 0
+            calls = self.latest
+        if calls is not None:
+            self.wasted = self.wasted + 1 if calls.served < 2 else 0
         reason = "its parameters change with every call"
         if self.wasted < MOST_WASTED:
             try:
@@ -134,9 +142,9 @@ class MergedGraph:
 
     def _remember(self, parameters: list[Tensor], weights: list[Tensor]) -> Merged:
         key = self._key(parameters)
-        self.latest = self.networks[key] = Merged(weights, State(parameters))
-        self.latest_key = weakref.ref(key)
-        return self.latest
+        merged = self.networks[key] = Merged(weights, State(parameters), Calls())
+        self.latest, self.latest_key = merged.calls, weakref.ref(key)  # not the weights, which go with their network
+        return merged
 
     def _key(self, parameters: Sequence[Tensor]) -> object:
         """What a network is known by."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -361,10 +362,11 @@ def test_networks_of_one_class_are_all_merged_and_forgotten(
             assert_same(block(x), ready(Block(), seed)(x))
     assert len(merges) == len(blocks) and len(seen.graphs) == 1 and "unmerged" not in caplog.text
     networks = merges[0].networks
-    assert len(networks) == len(blocks)
+    last = weakref.ref(networks[next(blocks[-1].parameters())].weights[0])
+    assert len(networks) == len(blocks) and last() is not None
     del blocks[2:], block
     gc.collect()
-    assert len(networks) == 2
+    assert len(networks) == 2 and last() is None
     for _ in range(9):  # each new one is gone after one call
         blocks[1].load_state_dict(blocks[1].state_dict(), assign=True)
         blocks[1].wide[0].weight = nn.Parameter(blocks[1].wide[0].weight.clone())
