@@ -106,6 +106,19 @@ def test_a_pruned_network_is_compared_with_the_best_that_is_as_fast(results: Pat
     assert points() == "+1.00"
 
 
+def test_points_at_equal_flops_and_lost_by_each_method(results: Path) -> None:
+    stored = tables.stored()
+    (line,) = tables.flops_table(stored).splitlines()[2:]
+    assert line.split() == ["net", "50%", "87.00%", "(1)", "+0.00", "(2)"]
+    header, _, *lines = tables.ablation_table(stored).splitlines()
+    assert "net, 50%" in header
+    assert [" ".join(line.split()) for line in lines] == [
+        "elc -3.00 (2)",
+        "torch-pruning -3.00 (1)",
+        "grown cannot reach the budget",
+    ]
+
+
 def test_a_plot_of_the_same_rows_is_the_same_file(results: Path) -> None:
     files = results / "a.svg", results / "b.svg"
     for file in files:

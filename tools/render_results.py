@@ -75,6 +75,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "benchmark_headline": ("benchmark", lambda result: benchmark.headline_table(result["rows"], STYLE)),
     "benchmark_speed": ("benchmark", lambda result: benchmark.speed_table(result["rows"], STYLE)),
     "benchmark_versus": ("benchmark", lambda result: benchmark.versus_table(result["rows"], STYLE)),
+    "benchmark_flops": ("benchmark", lambda result: benchmark.flops_table(result["rows"], STYLE)),
+    "benchmark_ablations": ("benchmark", lambda result: benchmark.ablation_table(result["rows"], STYLE)),
     **{name: (name, partial(_latencies, name)) for name in benchmark.LATENCIES},
     "quantised": ("quantised", lambda result: quantise.table(result["rows"], STYLE)),
     "quantised_speed": ("quantised", lambda result: quantise.speed_table(result["rows"], STYLE)),

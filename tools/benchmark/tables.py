@@ -16,7 +16,8 @@ from benchmark.methods import BATCHES, FOR_TIME, METHODS, RUNTIMES
 from elc_fx.report.charts import INK, STYLE, picture
 
 Row = Mapping[str, Any]
-NOT_RUN = "not run"
+NOT_RUN, UNREACHABLE = "not run", "cannot reach the budget"
+PRUNED = "torch-pruning"
 # The others show what an idea buys.
 USED = ("elc", "features", "balanced", "shrinks", *FOR_TIME, "torch-pruning", "torch-pruning-8")
 # A file for each processor; where a network was timed on several, the first counts, then the last.
@@ -47,6 +48,10 @@ def show() -> None:
     print(accuracy_table(rows))
     print()
     print(versus_table(rows))
+    print()
+    print(flops_table(rows))
+    print()
+    print(ablation_table(rows))
     print()
     print(latency_table(timed(rows)))
     for network in sorted({row["network"] for row in rows}):
@@ -146,8 +151,42 @@ def versus_table(rows: Sequence[Row], style: str = "simple") -> str:
     return terminal.table(lines, ("network", "method", "FLOPs", "test accuracy", *TIMES), style)
 
 
+def flops_table(rows: Sequence[Row], style: str = "simple") -> str:
+    """At equal FLOPs: by how many points ours are above a pruned network; seeds in brackets."""
+    ours = [name for name in USED if name not in FOR_TIME and not name.startswith(PRUNED)]
+    groups, lines = _grouped(rows), []
+    for (network, method, budget, epochs), pruned in groups.items():
+        if method == PRUNED and "test" in pruned[0]:
+            others = (groups.get((network, name, budget, epochs)) for name in ours)
+            points = [_counted(own, _accuracy(pruned)) if own else "" for own in others]
+            lines.append([network, _share(budget), f"{_accuracy(pruned):.2%} ({len(pruned)})", *points])
+    return terminal.table(lines, ("network", "budget", PRUNED, *ours), style)
+
+
+def ablation_table(rows: Sequence[Row], style: str = "simple") -> str:
+    """What each method loses of the original's points where most were run of a network; seeds in brackets."""
+    groups, columns = _grouped(rows), sorted(_most_run(rows))
+    lines = []
+    for name in METHODS:
+        found = [groups.get((network, name, budget, epochs)) for network, budget, epochs in columns]
+        if name not in FOR_TIME and any(found):
+            cells = [_counted(own, own[0]["test"][0]) if own and "test" in own[0] else _absent(own) for own in found]
+            lines.append([name, *cells])
+    headers = [f"{network}, {_share(budget)}" for network, budget, _ in columns]
+    return terminal.table(lines, ("method", *headers), style)
+
+
+def _counted(own: Sequence[Row], other: float) -> str:
+    """By how many points the mean is above another accuracy, and of how many seeds it is."""
+    return f"{100 * (_accuracy(own) - other):+.2f} ({len(own)})"
+
+
+def _absent(own: Sequence[Row] | None) -> str:
+    return UNREACHABLE if own else NOT_RUN
+
+
 def _is_pruned(own: Sequence[Row]) -> bool:
-    return bool(own[0]["method"].startswith("torch-pruning"))
+    return bool(own[0]["method"].startswith(PRUNED))
 
 
 def _faster(
@@ -166,9 +205,8 @@ def _accuracy(rows: Sequence[Row]) -> float:
 def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
     lines = []
     groups = _grouped(rows)
-    counts = Counter((row["network"], row["budget"], row["epochs"]) for row in rows)
-    compared = {max((key for key in counts if key[0] == network), key=counts.__getitem__) for network, *_ in counts}
-    for network, budget, epochs in counts:
+    compared = _most_run(rows)
+    for network, budget, epochs in dict.fromkeys((row["network"], row["budget"], row["epochs"]) for row in rows):
         for name, method in METHODS.items():
             own = groups.get((network, name, budget, epochs), [])
             of = " of the time" if name in FOR_TIME else ""
@@ -178,10 +216,16 @@ def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
             if not own:
                 lines.append([*head, NOT_RUN])
             elif "unreachable" in own[0]:
-                lines.append([*head, "cannot reach the budget"])
+                lines.append([*head, UNREACHABLE])
             else:
                 lines.append([*head, *_cells(own), _trained_on(own)])
     return [[*line, *[""] * (len(ACCURACY) - len(line))] for line in lines]
+
+
+def _most_run(rows: Sequence[Row]) -> set[tuple[str, float, int]]:
+    """The budget and the epochs of each network with most rows."""
+    counts = Counter((row["network"], row["budget"], row["epochs"]) for row in rows)
+    return {max((key for key in counts if key[0] == network), key=counts.__getitem__) for network, *_ in counts}
 
 
 def _trained_on(rows: Sequence[Row]) -> str:
