@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
@@ -53,6 +54,7 @@ class LosslessCompilation:
         self.refused: list[Refusal] = []
         self.opaque: list[Refusal] = []
 
+    @torch.inference_mode(False)  # what is made in that mode could not be trained, nor run with gradients enabled
     def run(self, model: nn.Module, original: nn.Module | None = None) -> nn.Module:
         """A compiled copy of `model`, with its report. original: what the report compares it with, if not `model`."""
         original = model if original is None else original

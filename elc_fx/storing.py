@@ -97,6 +97,7 @@ def to_bytes(module: nn.Module) -> bytes:
     return _Writer(module).content()
 
 
+@torch.inference_mode(False)  # what is made in that mode could not be trained
 def load(file: str | Path) -> fx.GraphModule:
     """The network that `save` wrote, on the CPU, in eval mode. Nothing of the file is run or unpickled.
 

@@ -326,6 +326,10 @@ def test_decoupling_in_inference_mode_gives_a_network_that_trains() -> None:
     with torch.inference_mode():
         decoupled = elc_fx.decouple(model, plan, [x])
     decoupled(x.clone()).sum().backward()
+    elc_fx.set_gate(decoupled, 0)
+    with torch.inference_mode():
+        merged = elc_fx.merge(decoupled.eval())
+    merged(x.clone()).sum().backward()
 
 
 def test_a_module_may_be_called_plan() -> None:

@@ -375,6 +375,12 @@ def test_recurrent_layers_and_attention(tmp_path: Path) -> None:
     assert list(loaded.state_dict()) == list(small.state_dict())
 
 
+def test_what_is_loaded_in_inference_mode_trains(file: Path) -> None:
+    with torch.inference_mode():
+        small = elc_fx.load(file)
+    small(X).sum().backward()
+
+
 def test_links_in_a_circle_cannot_be_written(tmp_path: Path, file: Path) -> None:
     circle = [tmp_path / "a.elc", tmp_path / "b.elc"]
     for link, other in itertools.permutations(circle):

@@ -2147,8 +2147,8 @@ def test_compiling_in_inference_mode_or_without_gradients() -> None:
         with context():
             compiled = elc_fx.compile(model, (x,))
             assert_same(compiled(x), model(x))
-    compiled(x.requires_grad_()).sum().backward()
-    assert x.grad is not None
+        compiled(given := x.clone().requires_grad_()).sum().backward()
+        assert given.grad is not None
 
 
 def test_default_dtype_and_device_do_not_reach_the_result() -> None:

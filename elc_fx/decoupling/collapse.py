@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from elc_fx.affine import AffineMap, Geometry
@@ -42,6 +43,7 @@ from elc_fx.verification import verify_merge
 KEEPS_CHANNELS = (RegionInput, RingPad, DecoupledPadding)
 
 
+@torch.inference_mode(False)  # what is made in that mode could not be trained
 def merge(decoupled: DecoupledModule, *, verify: bool = True) -> fx.GraphModule:
     """A copy of a decoupled network in which every region of its plan is one convolution, its residual sum included.
 
