@@ -39,10 +39,12 @@ class Attributes:
         changed = []
         for name, module, attributes, containers in self.saved:
             now = vars(module)
-            same = len(now) == len(attributes) and all(now.get(k, self) is v for k, v in attributes.items())
-            if not same:
-                now.clear()
-                now.update(attributes)
+            others = {k: v for k, v in attributes.items() if now.get(k, self) is not v}
+            more = [k for k in now if k not in attributes]
+            same = not others and not more
+            now.update(others)  # and nothing else: another thread may be running the module
+            for key in more:
+                now.pop(key, None)
             for key, before in containers.items():
                 container = attributes[key]
                 if not _same(container, before):

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
@@ -48,7 +49,7 @@ from elc_fx.graph import (
     package_of,
 )
 from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask
-from elc_fx.randomness import generators, randomness_of_the_caller
+from elc_fx.randomness import alone, generators
 from elc_fx.tidying import give_input_by_position, make_batch_norms_modules, make_dropouts_modules, tidy
 
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
@@ -116,13 +117,13 @@ def capture(
     if root in refused:
         raise CaptureError(refused[root].reason)
     cannot_be_entered, calls = dict(refused), None
-    with randomness_of_the_caller():  # which other calls wait for: torch.fx changes `nn.Module` itself, for all threads
+    with alone(), torch.random.fork_rng(devices=[]):  # torch.fx changes `nn.Module` itself, for all threads
         while True:
             tracer = _Tracer(refused, given, bind_defaults, leaves, trainable, calls)
             before, state = Attributes(root), tracer.state()
             watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
             try:
-                with torch.no_grad(), watch, _no_question_of_grad_mode():
+                with torch.no_grad(), watch, _no_question_of_grad_mode(tracer.threads):
                     with calls or nullcontext():
                         graph = tracer.trace(root)
                     tracer.check_truthful(state)
@@ -205,12 +206,15 @@ def _autocast_state() -> tuple[bool, ...]:
 
 
 @contextmanager
-def _no_question_of_grad_mode() -> Iterator[None]:
-    """While tracing, `torch.is_grad_enabled()` has no answer for the model: the graph runs in either mode."""
-    original, traced_by = torch.is_grad_enabled, threading.get_ident()
+def _no_question_of_grad_mode(threads: set[int]) -> Iterator[None]:
+    """While tracing, `torch.is_grad_enabled()` has no answer for the model: the graph runs in either mode.
+
+    threads: those that trace.
+    """
+    original = torch.is_grad_enabled
 
     def answer() -> bool:
-        if threading.get_ident() != traced_by:
+        if threading.get_ident() not in threads:
             return original()
         asker = sys._getframe(1)
         if not asker.f_globals.get("__name__", "").startswith(ANSWERS_TYPE):
@@ -317,7 +321,7 @@ class _Tracer(fx.Tracer):
         calls: Calls | None,
     ) -> None:
         super().__init__(param_shapes_constant=True)
-        self.thread = threading.get_ident()  # others may run models meanwhile, which are none of the tracer's business
+        self.threads = {threading.get_ident()}  # that trace; what others run meanwhile is none of the tracer's business
         self.calls = calls
         self.asked_for_type = False
         self.leaves = leaves
@@ -365,8 +369,14 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if threading.get_ident() != self.thread:
-            return forward(*args, **kwargs)
+        if (thread := threading.get_ident()) not in self.threads:
+            if not any(issubclass(type(value), fx.Proxy) for value in pytree.tree_leaves((args, kwargs))):
+                return forward(*args, **kwargs)
+            self.threads.add(thread)  # the traced code hands work to threads of its own
+            try:
+                return self.call_module(m, forward, args, kwargs)
+            finally:
+                self.threads.discard(thread)
         self._called.add(m)
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
@@ -451,7 +461,7 @@ class _Tracer(fx.Tracer):
         self._parameters = {n: p for n, p in self._parameters.items() if not p.node._erased}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if not isinstance(attr_val, nn.Parameter) or threading.get_ident() != self.thread:
+        if not isinstance(attr_val, nn.Parameter) or threading.get_ident() not in self.threads:
             return attr_val
         if id(attr_val) not in self._names:
             return attr_val

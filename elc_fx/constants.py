@@ -16,7 +16,7 @@ from elc_fx.graph import (
     runs_foreign_code,
     unknown,
 )
-from elc_fx.randomness import DrawsError, WithoutDraws
+from elc_fx.randomness import generators, randomness_of_the_caller
 
 
 class Constants:
@@ -59,11 +59,10 @@ class Constants:
         call: Any = node.target
         if node.op == "call_method":
             call, args = getattr(args[0], name), args[1:]
-        try:
-            with WithoutDraws():
-                return call(*args, **kwargs)
-        except DrawsError:
-            return None
+        with randomness_of_the_caller():
+            before = generators()
+            value = call(*args, **kwargs)
+            return value if generators() == before else None
 
     def _overwritten_attributes(self) -> set[int]:
         """Identities of tensors that the graph may change, maybe through a view, and that are thus no constants."""

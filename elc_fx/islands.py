@@ -53,33 +53,32 @@ REFLECTION = frozenset(
 def replaceable_children(module: nn.Module) -> tuple[dict[str, nn.Module], list[Refusal]]:
     """The children, and children of child lists, that may be replaced by another callable; why others may not.
 
-    By path from the module. Of torch's own layers, and of what has no parameters, nobody asks.
+    By path from the module. Of what has no parameters it is not said.
     """
-    children = {name: child for name, child in module.named_children() if _is_worth_it(child)}
-    if not children:
-        return {}, []
-    uses = None
-    if (reason := _reason_for_all(module)) is None:
+    children = dict(module.named_children())
+    uses, reason = None, _reason_for_all(module)
+    if reason is None:
         cls: Any = type(module)
         uses = dict.fromkeys(children, "called") if cls.forward is nn.Sequential.forward else called_only(cls)
-        reason = f"the source of `{cls.__name__}` is missing, or does not show what becomes of them"
+        reason = f"the source of `{cls.__name__}` does not show what becomes of them"
     if uses is None:
-        return {}, [Refusal("", f"its children stay as they are: {reason}")]
+        said = any(map(_is_worth_saying, children.values()))
+        return {}, [Refusal("", f"its children stay as they are: {reason}")] if said else []
     found, refusals = dict[str, nn.Module](), list[Refusal]()
     for name, child in children.items():
         elements = [(f"{name}.{i}", e) for i, e in child.named_children()] if type(child) is nn.ModuleList else []
-        if uses.get(name) != ("elements called" if elements else "called"):
-            refusals.append(Refusal(name, f"`{type(module).__name__}` may do more with it than to call it"))
-            continue
-        for path, one in filter(lambda each: _is_worth_it(each[1]), elements or [(name, child)]):
-            if reason := _reason_for(one):
-                refusals.append(Refusal(path, reason))
-            else:
+        called = uses.get(name) == ("elements called" if elements else "called")
+        not_called = f"the source of `{type(module).__name__}` does not show that it is only called"
+        for path, one in elements if called and elements else [(name, child)]:
+            reason = _reason_for(one) if called else not_called
+            if reason is None:
                 found[path] = one
+            elif _is_worth_saying(one):
+                refusals.append(Refusal(path, reason))
     return found, refusals
 
 
-def _is_worth_it(child: nn.Module) -> bool:
+def _is_worth_saying(child: nn.Module) -> bool:
     return not is_leaf(child) and any(True for _ in child.parameters())
 
 

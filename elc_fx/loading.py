@@ -7,6 +7,8 @@ import importlib
 import inspect
 import operator
 import pickle
+import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -40,9 +42,12 @@ class Spec:
         """Raises InvalidInputError where the text is none of the three forms."""
         source, _, name = text.partition(":")
         if source.endswith(".py"):
-            file = Path(source).with_suffix("")
-            inside = all(part.isidentifier() for part in file.parts)  # of this directory
-            way = f"{'.'.join(file.parts)}:{name}" if inside else f"{file.name}:{name}, with PYTHONPATH={file.parent}"
+            file, factory = Path(source).with_suffix(""), name or "FACTORY"
+            way = f"{file.name}:{factory}, with PYTHONPATH={shlex.quote(str(file.parent))}"
+            if not file.name.isidentifier():
+                way = f"{re.sub('[^0-9A-Za-z_]', '_', file.name)}:{factory}, once the file has that name"
+            elif all(part.isidentifier() for part in file.parts):  # in this directory
+                way = f"{'.'.join(file.parts)}:{factory}"
             raise InvalidInputError(f"{text!r} is no model: a module is named without .py, such as {way}")
         if not name or not all(part.isidentifier() for part in source.split(".")):
             raise InvalidInputError(

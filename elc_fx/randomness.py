@@ -1,50 +1,68 @@
 """The random numbers that models and loaders draw: seeded where a result has to be the same each time, and put back.
 
-The generators are the process's: one thread at a time may do so.
+The generators are the process's, and so is what torch.fx changes while it traces: one thread at a time may do so.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 _BY_ONE_THREAD = threading.RLock()
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """Other threads wait for this to end, so it is for what is short: those that want it too, or have dynamo compile.
+
+    Dynamo's lock comes first, since backends of dynamo's, which it calls under its lock, may call elc_fx.
+    """
+    with _lock_of_dynamo(), _BY_ONE_THREAD:
+        yield
+
+
+def _lock_of_dynamo() -> AbstractContextManager[Any]:
+    """It traces as elc_fx does, by changing `nn.Module`. One thread alone can do without the seconds of its import."""
+    if "torch._dynamo" not in sys.modules and threading.active_count() == 1:
+        return nullcontext()
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
+
+
+@contextmanager
 def randomness_of_the_caller() -> Iterator[None]:
-    """Puts the generators of Python, numpy and torch back as they were. Other threads wait for it to end."""
-    with _BY_ONE_THREAD:
-        states = random.getstate(), np.random.get_state()
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    """Puts the generators of Python, numpy and torch back as they were."""
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    waiting = vars(torch.cuda._lazy_seed_tracker).copy()  # the seeds that CUDA gets when it begins
+    try:
         with torch.random.fork_rng(devices=devices):
             try:
                 yield
             finally:
                 random.setstate(states[0])
                 np.random.set_state(states[1])
-        if not devices:  # nobody drew from CUDA's yet: it begins, as it would have, with the seed that torch was given
-            torch.cuda.manual_seed_all(torch.initial_seed())
+    finally:
+        if not devices:
+            _seed_cuda_with(waiting)
 
 
-class DrawsError(Exception):
-    """An operation draws random numbers."""
-
-
-class WithoutDraws(TorchDispatchMode):
-    """While active, operations of torch that draw random numbers raise `DrawsError` instead; of this thread alone."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise DrawsError(str(func))
-        return func(*args, **(kwargs or {}))
+def _seed_cuda_with(waiting: dict[str, Any]) -> None:
+    """CUDA, whose generators nobody had drawn from, begins with the seeds that it was to begin with."""
+    if not torch.cuda.is_initialized():
+        vars(torch.cuda._lazy_seed_tracker).update(waiting)
+        return
+    torch.cuda.manual_seed_all(torch.initial_seed())
+    for call, _ in filter(None, waiting["call_order"]):
+        call()
 
 
 def generators() -> tuple[Any, ...]:
@@ -63,7 +81,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def reproducibly() -> Iterator[None]:
-    """Without gradients, and with the same random numbers each time; the generators are put back afterwards."""
-    with torch.no_grad(), randomness_of_the_caller():
+    """Alone, without gradients, and with the same random numbers each time; the generators are put back afterwards."""
+    with alone(), torch.no_grad(), randomness_of_the_caller():
         seed_all(0)
         yield

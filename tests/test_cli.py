@@ -234,6 +234,8 @@ def test_an_impossible_save_is_refused_before_the_model_is_even_built(workplace:
         (["mynets.py:net"], "without .py, such as mynets:net"),
         (["a/mynets.py:net"], "without .py, such as a.mynets:net"),
         (["../mynets.py:net"], "without .py, such as mynets:net, with PYTHONPATH=.."),
+        (["my-nets.py:net"], "without .py, such as my_nets:net, once the file has that name"),
+        (["mynets.py"], "without .py, such as mynets:FACTORY"),
     ],
 )
 def test_wrong_usage_ends_with_code_2(workplace: Path, arguments: list[str], message: str) -> None:

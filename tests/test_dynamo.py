@@ -17,7 +17,6 @@ from networks import assert_same, image, ready
 from torch import Tensor, fx, nn
 
 from elc_fx.dynamo import MergedGraph, backend
-from elc_fx.randomness import randomness_of_the_caller
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -322,25 +321,6 @@ def test_threads_with_networks_of_one_class_get_each_their_own_numbers(
     with ThreadPoolExecutor(2) as pool:
         for given, expected in zip(pool.map(call_it, [0, 1]), wanted, strict=True):
             assert_same(given, expected)
-
-
-def test_merging_waits_for_no_other_thread(seen: Seen) -> None:
-    """It runs under a lock of dynamo's, for which a thread of elc_fx's may wait: where that runs a compiled model."""
-
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.gain = nn.Conv2d(3, 4, 3), nn.Parameter(torch.rand(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x) * self.gain.view(4, 1, 1)  # a constant, which is computed
-
-    model, x = ready(Scaled()), image(2, 3, 9, 9)
-    fast = compiled(model, seen)
-    with ThreadPoolExecutor(1) as other, randomness_of_the_caller():
-        given = other.submit(torch.no_grad()(fast), x).result(timeout=60)
-    assert_same(given, model(x))
-    assert "mul" not in seen.graphs[-1].code
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import math
 import random
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -82,3 +83,17 @@ def test_noise_is_no_loss() -> None:
     small = [elc_fx.Planner(model, x, [x], progress=False).losses for model in (quiet, noisy)]
     assert max(small[0]) > 1e-4 and min(small[0]) < 1e-6
     assert all(a < 1e-6 for a, b in zip(small[1], small[0], strict=True) if b < 1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA has begun already")
+def test_cuda_begins_with_the_seed_that_it_was_given() -> None:
+    def waiting() -> object:
+        return torch.cuda._lazy_seed_tracker.manual_seed_all_cb
+
+    torch.cuda.manual_seed_all(7)
+    given = waiting()
+    model, x = Drawing().eval(), torch.randn(1, 3, 6, 6)
+    elc_fx.compile(model, x)
+    with pytest.raises(elc_fx.InvalidInputError):
+        elc_fx.compile(model, torch.randn(1, 2, 6, 6))
+    assert given is not None and waiting() is given

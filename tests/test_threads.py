@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import pytest
 import torch
 from networks import assert_same, image, ready
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import elc_fx
 
@@ -79,6 +80,90 @@ def test_a_compile_waits_for_that_of_another_thread() -> None:
 
         assert norms(elc_fx.compile(ready(Calling(meanwhile)))) == 0
         assert norms(calls[0].result(timeout=60)) == 0
+
+
+def test_dynamo_compiles_in_another_thread_when_tracing_has_ended() -> None:
+    """It traces by changing `nn.Module`, too: at once, each would undo what the other changed."""
+    model, x, calls = ready(blocks(1)), image(1, 4, 6, 6), list[Future[Tensor]]()
+    call, fast = nn.Module.__call__, torch.compile(model, backend="aot_eager")
+    with ThreadPoolExecutor(1) as other:
+
+        def meanwhile() -> None:
+            if not calls:
+                calls.append(other.submit(fast, x))
+                assert not wait(calls, timeout=0.2).done
+
+        assert norms(elc_fx.compile(ready(Calling(meanwhile)))) == 0
+        assert_same(calls[0].result(timeout=120), model(x))
+    assert nn.Module.__call__ is call
+
+
+def test_a_backend_of_dynamos_may_call_elc_fx_while_another_thread_does() -> None:
+    """A thread that holds dynamo's lock wants elc_fx's, and one that holds elc_fx's wants dynamo's."""
+    x, compiling, tracing = image(1, 4, 6, 6), threading.Event(), threading.Event()
+
+    def backend(graph_module: fx.GraphModule, _: object) -> nn.Module:
+        compiling.set()
+        tracing.wait(timeout=1)
+        return elc_fx.compile(graph_module.eval())
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            tracing.set()
+            return x + 1
+
+    child = torch.compile(blocks(1), backend="eager")
+    with ThreadPoolExecutor(1) as other:
+        call = other.submit(torch.no_grad()(torch.compile(ready(blocks(1)), backend=backend)), x)
+        assert compiling.wait(timeout=60)
+        elc_fx.compile(ready(nn.Sequential(Waits(), child)), x)
+        assert_same(call.result(timeout=120), ready(blocks(1))(x))
+
+
+class InThreads(nn.Module):
+    """Hands its work to threads of its own."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.others = layers, blocks(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.layers, x).result() + pool.submit(self.others, x).result()
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.calls = blocks(1), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layers(x) * self.calls
+
+
+def hooked() -> nn.Module:
+    layers = blocks(1)
+    layers.register_forward_hook(lambda module, args, output: output * 2 if type(output) is Tensor else output)
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "left", "reasons"),
+    [
+        (lambda: blocks(1), 0, []),
+        (hooked, 1, ["layers: it has hooks"]),
+        (Counting, 0, ["layers: its forward changes attributes of the module"]),
+    ],
+)
+def test_what_a_model_does_in_threads_is_traced_as_what_it_does_itself(
+    layers: Callable[[], nn.Module], left: int, reasons: list[str]
+) -> None:
+    x, model = image(1, 4, 6, 6), ready(InThreads(layers()))
+    compiled = elc_fx.compile(model)
+    assert norms(compiled) == left
+    assert [str(refusal) for refusal in elc_fx.report_of(compiled).opaque] == reasons
+    assert_same([compiled(x) for _ in range(3)], [model(x) for _ in range(3)])
 
 
 @pytest.mark.usefixtures("hasty")

@@ -2317,9 +2317,29 @@ def test_children_that_code_from_outside_may_read_stay(how: str) -> None:
     assert STAYS[how] in str(elc_fx.report_of(compiled))
 
 
+class BufferedConv(nn.Module):
+    """No parameters: what it convolves with is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(3, 3, 3, 3))
+        self.norm = nn.BatchNorm2d(3, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(F.conv2d(x, self.weight))
+        return y
+
+
+def test_children_without_parameters_are_compiled_too() -> None:
+    report = elc_fx.report_of(check(ready(OfBlock(BufferedConv())), image(2, 3, 6, 6)))
+    assert [region.name for region in report.merged] == ["block.conv2d"]
+
+
 def test_the_report_says_why_children_stay() -> None:
     report = elc_fx.report_of(elc_fx.compile(ready(ReadsBlock())))
-    assert [str(r) for r in report.refused] == ["block: `ReadsBlock` may do more with it than to call it"]
+    assert [str(r) for r in report.refused] == [
+        "block: the source of `ReadsBlock` does not show that it is only called"
+    ]
 
 
 class Recursive(WithFunction):
