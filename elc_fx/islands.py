@@ -53,16 +53,16 @@ REFLECTION = frozenset(
 def replaceable_children(module: nn.Module) -> tuple[dict[str, nn.Module], list[Refusal]]:
     """The children, and children of child lists, that may be replaced by another callable; why others may not.
 
-    By path from the module. Of what has no parameters it is not said.
+    By path from the module. Layers of torch's own stay as they are; of what has no parameters it is not said why.
     """
-    children = dict(module.named_children())
+    children = {name: child for name, child in module.named_children() if not is_leaf(child)}
     uses, reason = None, _reason_for_all(module)
     if reason is None:
         cls: Any = type(module)
         uses = dict.fromkeys(children, "called") if cls.forward is nn.Sequential.forward else called_only(cls)
         reason = f"the source of `{cls.__name__}` does not show what becomes of them"
     if uses is None:
-        said = any(map(_is_worth_saying, children.values()))
+        said = any(_has_parameters(child) for child in children.values())
         return {}, [Refusal("", f"its children stay as they are: {reason}")] if said else []
     found, refusals = dict[str, nn.Module](), list[Refusal]()
     for name, child in children.items():
@@ -70,16 +70,18 @@ def replaceable_children(module: nn.Module) -> tuple[dict[str, nn.Module], list[
         called = uses.get(name) == ("elements called" if elements else "called")
         not_called = f"the source of `{type(module).__name__}` does not show that it is only called"
         for path, one in elements if called and elements else [(name, child)]:
+            if is_leaf(one):
+                continue
             reason = _reason_for(one) if called else not_called
             if reason is None:
                 found[path] = one
-            elif _is_worth_saying(one):
+            elif _has_parameters(one):
                 refusals.append(Refusal(path, reason))
     return found, refusals
 
 
-def _is_worth_saying(child: nn.Module) -> bool:
-    return not is_leaf(child) and any(True for _ in child.parameters())
+def _has_parameters(child: nn.Module) -> bool:
+    return any(True for _ in child.parameters())
 
 
 def _reason_for_all(module: nn.Module) -> str | None:

@@ -2317,6 +2317,13 @@ def test_children_that_code_from_outside_may_read_stay(how: str) -> None:
     assert STAYS[how] in str(elc_fx.report_of(compiled))
 
 
+def test_layers_that_an_opaque_module_calls_stay_as_they_are() -> None:
+    model = ready(OfBlock(nn.Conv2d(3, 3, 3)))
+    compiled = elc_fx.compile(model)
+    assert isinstance(compiled, OfBlock) and type(compiled.block) is nn.Conv2d
+    assert not elc_fx.report_of(compiled).refused
+
+
 class BufferedConv(nn.Module):
     """No parameters: what it convolves with is a buffer."""
 
