@@ -49,7 +49,7 @@ from elc_fx.graph import (
     package_of,
 )
 from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask
-from elc_fx.randomness import alone, generators
+from elc_fx.randomness import alone, generators, randomness_of_the_caller
 from elc_fx.tidying import give_input_by_position, make_batch_norms_modules, make_dropouts_modules, tidy
 
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
@@ -117,7 +117,7 @@ def capture(
     if root in refused:
         raise CaptureError(refused[root].reason)
     cannot_be_entered, calls = dict(refused), None
-    with alone(), torch.random.fork_rng(devices=[]):  # torch.fx changes `nn.Module` itself, for all threads
+    with alone(), randomness_of_the_caller():  # torch.fx changes `nn.Module` itself, for all threads
         while True:
             tracer = _Tracer(refused, given, bind_defaults, leaves, trainable, calls)
             before, state = Attributes(root), tracer.state()
@@ -461,9 +461,8 @@ class _Tracer(fx.Tracer):
         self._parameters = {n: p for n, p in self._parameters.items() if not p.node._erased}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if not isinstance(attr_val, nn.Parameter) or threading.get_ident() not in self.threads:
-            return attr_val
-        if id(attr_val) not in self._names:
+        known = isinstance(attr_val, nn.Parameter) and id(attr_val) in self._names
+        if not known or threading.get_ident() not in self.threads:
             return attr_val
         name = self._names[id(attr_val)]
         if name not in self._parameters:

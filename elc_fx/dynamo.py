@@ -67,10 +67,10 @@ def backend(
 
 
 @dataclass
-class Calls:
-    """How many of them a merge has served."""
+class Served:
+    """How many calls merged weights have served."""
 
-    served: int = 0
+    calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Merged:
 
     weights: list[Tensor]
     state: State
-    calls: Calls
+    served: Served
 
 
 class MergedGraph:
@@ -114,16 +114,16 @@ class MergedGraph:
         if merged is None or merged.state.differs(parameters):
             merged = self._made_again(inputs, parameters, merged)
         if merged is not None:
-            merged.calls.served += 1
+            merged.served.calls += 1
         return merged
 
     def _made_again(self, inputs: Sequence[Any], parameters: list[Tensor], before: Merged | None) -> Merged | None:
         """before: what the network had; for a new one, what the last one had if that is gone."""
-        calls = None if before is None else before.calls
+        served = None if before is None else before.served
         if before is None and self.latest_key() is None:
-            calls = self.latest
-        if calls is not None:
-            self.wasted = self.wasted + 1 if calls.served < 2 else 0
+            served = self.latest
+        if served is not None:
+            self.wasted = self.wasted + 1 if served.calls < 2 else 0
         reason = "its parameters change with every call"
         if self.wasted < MOST_WASTED:
             try:
@@ -142,8 +142,8 @@ class MergedGraph:
 
     def _remember(self, parameters: list[Tensor], weights: list[Tensor]) -> Merged:
         key = self._key(parameters)
-        merged = self.networks[key] = Merged(weights, State(parameters), Calls())
-        self.latest, self.latest_key = merged.calls, weakref.ref(key)  # not the weights, which go with their network
+        merged = self.networks[key] = Merged(weights, State(parameters), Served())
+        self.latest, self.latest_key = merged.served, weakref.ref(key)  # not the weights, which go with their network
         return merged
 
     def _key(self, parameters: Sequence[Tensor]) -> object:

@@ -55,29 +55,40 @@ def replaceable_children(module: nn.Module) -> tuple[dict[str, nn.Module], list[
 
     By path from the module. Layers of torch's own stay as they are; of what has no parameters it is not said why.
     """
-    children = {name: child for name, child in module.named_children() if not is_leaf(child)}
-    uses, reason = None, _reason_for_all(module)
-    if reason is None:
-        cls: Any = type(module)
-        uses = dict.fromkeys(children, "called") if cls.forward is nn.Sequential.forward else called_only(cls)
-        reason = f"the source of `{cls.__name__}` does not show what becomes of them"
-    if uses is None:
-        said = any(_has_parameters(child) for child in children.values())
-        return {}, [Refusal("", f"its children stay as they are: {reason}")] if said else []
     found, refusals = dict[str, nn.Module](), list[Refusal]()
-    for name, child in children.items():
-        elements = [(f"{name}.{i}", e) for i, e in child.named_children()] if type(child) is nn.ModuleList else []
-        called = uses.get(name) == ("elements called" if elements else "called")
-        not_called = f"the source of `{type(module).__name__}` does not show that it is only called"
-        for path, one in elements if called and elements else [(name, child)]:
-            if is_leaf(one):
-                continue
-            reason = _reason_for(one) if called else not_called
-            if reason is None:
-                found[path] = one
-            elif _has_parameters(one):
-                refusals.append(Refusal(path, reason))
+    if reason := _reason_for_all(module):
+        if any(not is_leaf(child) and _has_parameters(child) for child in module.children()):
+            refusals.append(Refusal("", f"its children stay as they are: {reason}"))
+        return found, refusals
+    for path, child, called in _children(module):
+        if is_leaf(child):
+            continue
+        reason = _reason_for(child) if called else _not_shown(module, "that it is only called")
+        if reason is None:
+            found[path] = child
+        elif _has_parameters(child):
+            refusals.append(Refusal(path, reason))
     return found, refusals
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Path, child, and whether the module does no more than call it; of a list the elements, if that is so of them."""
+    uses = _uses_of_children(module) or {}
+    for name, child in module.named_children():
+        if type(child) is nn.ModuleList and uses.get(name) == "elements called":
+            yield from ((f"{name}.{i}", element, True) for i, element in child.named_children())
+        else:
+            yield name, child, uses.get(name) == "called"
+
+
+def _uses_of_children(module: nn.Module) -> dict[str, str] | None:
+    """As `called_only` of its class."""
+    cls: Any = type(module)
+    return dict.fromkeys(module._modules, "called") if cls.forward is nn.Sequential.forward else called_only(cls)
+
+
+def _not_shown(module: nn.Module, what: str) -> str:
+    return f"the source of `{type(module).__name__}` does not show {what}"
 
 
 def _has_parameters(child: nn.Module) -> bool:
@@ -85,7 +96,7 @@ def _has_parameters(child: nn.Module) -> bool:
 
 
 def _reason_for_all(module: nn.Module) -> str | None:
-    """Why no child of the module may be replaced, whatever its source says."""
+    """Why no child of the module may be replaced."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module"
     if has_hooks(module):
@@ -94,7 +105,7 @@ def _reason_for_all(module: nn.Module) -> str | None:
         return "it has a `forward` of its own, whose source is not that of its class"
     if _has_code_from_outside(module):
         return f"code that may read them is not in the source of `{type(module).__name__}`"
-    return None
+    return _not_shown(module, "what becomes of them") if _uses_of_children(module) is None else None
 
 
 def _reason_for(child: nn.Module) -> str | None:

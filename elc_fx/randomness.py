@@ -42,27 +42,29 @@ def randomness_of_the_caller() -> Iterator[None]:
     """Puts the generators of Python, numpy and torch back as they were."""
     states = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    waiting = vars(torch.cuda._lazy_seed_tracker).copy()  # the seeds that CUDA gets when it begins
-    try:
-        with torch.random.fork_rng(devices=devices):
-            try:
-                yield
-            finally:
-                random.setstate(states[0])
-                np.random.set_state(states[1])
-    finally:
-        if not devices:
-            _seed_cuda_with(waiting)
+    with _seeds_that_cuda_awaits(), torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
-def _seed_cuda_with(waiting: dict[str, Any]) -> None:
-    """CUDA, whose generators nobody had drawn from, begins with the seeds that it was to begin with."""
-    if not torch.cuda.is_initialized():
-        vars(torch.cuda._lazy_seed_tracker).update(waiting)
+@contextmanager
+def _seeds_that_cuda_awaits() -> Iterator[None]:
+    """If nobody has drawn from CUDA's generators yet, they begin with the seeds that they were to begin with."""
+    if torch.cuda.is_initialized():
+        yield
         return
-    torch.cuda.manual_seed_all(torch.initial_seed())
-    for call, _ in filter(None, waiting["call_order"]):
-        call()
+    awaited = vars(torch.cuda._lazy_seed_tracker).copy()
+    try:
+        yield
+    finally:
+        vars(torch.cuda._lazy_seed_tracker).update(awaited)
+        if torch.cuda.is_initialized():  # by now
+            torch.cuda.manual_seed_all(torch.initial_seed())
+            for call, _ in filter(None, awaited["call_order"]):
+                call()
 
 
 def generators() -> tuple[Any, ...]:
@@ -80,8 +82,15 @@ def seed_all(seed: int) -> None:
 
 
 @contextmanager
-def reproducibly() -> Iterator[None]:
-    """Alone, without gradients, and with the same random numbers each time; the generators are put back afterwards."""
-    with alone(), torch.no_grad(), randomness_of_the_caller():
+def seeded() -> Iterator[None]:
+    """Without gradients, and with the same random numbers each time; the generators are put back afterwards."""
+    with torch.no_grad(), randomness_of_the_caller():
         seed_all(0)
+        yield
+
+
+@contextmanager
+def reproducibly() -> Iterator[None]:
+    """`seeded`, and `alone`."""
+    with alone(), seeded():
         yield

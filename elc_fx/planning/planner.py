@@ -31,7 +31,7 @@ from elc_fx.planning.rehearsal import Rehearsal
 from elc_fx.planning.sensitivity import Calibration, Loss, Sensitivity
 from elc_fx.planning.solve import Pair, Problem, Solution, solve
 from elc_fx.planning.stored import StoredTable
-from elc_fx.randomness import randomness_of_the_caller, seed_all
+from elc_fx.randomness import seeded
 
 LONGEST_PLANNED = 6  # layers or blocks in a row that a planned candidate may replace: measuring all runs takes long
 LARGEST_PLANNED = 5  # kernel
@@ -129,9 +129,7 @@ class Planner:
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:
         """What modules draw is the same each time; what they keep, and the generators, are then as they were."""
-        own = self.graph.graph_module
-        with unchanged(own), torch.no_grad(), randomness_of_the_caller(), without_autocast_cache():
-            seed_all(0)
+        with unchanged(self.graph.graph_module), seeded(), without_autocast_cache():  # others need not wait so long
             yield
 
     def plan(self, budget: Budget) -> Plan:

@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 NOT_RUN, UNREACHABLE = "not run", "cannot reach the budget"
 PRUNED = "torch-pruning"
 # The others show what an idea buys.
-USED = ("elc", "features", "balanced", "shrinks", *FOR_TIME, "torch-pruning", "torch-pruning-8")
+USED = ("elc", "features", "balanced", "shrinks", *FOR_TIME, PRUNED, f"{PRUNED}-8")
 # A file for each processor; where a network was timed on several, the first counts, then the last.
 LATENCIES = ("benchmark_latency", "benchmark_latency_amd", "benchmark_latency_intel", "benchmark_latency_xeon")
 COLUMNS = [(runtime, batch) for runtime in RUNTIMES for batch in BATCHES]
@@ -156,7 +156,7 @@ def flops_table(rows: Sequence[Row], style: str = "simple") -> str:
     ours = [name for name in USED if name not in FOR_TIME and not name.startswith(PRUNED)]
     groups, lines = _grouped(rows), []
     for (network, method, budget, epochs), pruned in groups.items():
-        if method == PRUNED and "test" in pruned[0]:
+        if method == PRUNED and not _missing(pruned):
             others = (groups.get((network, name, budget, epochs)) for name in ours)
             points = [_counted(own, _accuracy(pruned)) if own else "" for own in others]
             lines.append([network, _share(budget), f"{_accuracy(pruned):.2%} ({len(pruned)})", *points])
@@ -168,10 +168,9 @@ def ablation_table(rows: Sequence[Row], style: str = "simple") -> str:
     groups, columns = _grouped(rows), sorted(_most_run(rows))
     lines = []
     for name in METHODS:
-        found = [groups.get((network, name, budget, epochs)) for network, budget, epochs in columns]
+        found = [groups.get((network, name, budget, epochs), []) for network, budget, epochs in columns]
         if name not in FOR_TIME and any(found):
-            cells = [_counted(own, own[0]["test"][0]) if own and "test" in own[0] else _absent(own) for own in found]
-            lines.append([name, *cells])
+            lines.append([name, *(_missing(own) or _counted(own, own[0]["test"][0]) for own in found)])
     headers = [f"{network}, {_share(budget)}" for network, budget, _ in columns]
     return terminal.table(lines, ("method", *headers), style)
 
@@ -181,8 +180,11 @@ def _counted(own: Sequence[Row], other: float) -> str:
     return f"{100 * (_accuracy(own) - other):+.2f} ({len(own)})"
 
 
-def _absent(own: Sequence[Row] | None) -> str:
-    return UNREACHABLE if own else NOT_RUN
+def _missing(own: Sequence[Row]) -> str | None:
+    """Why there is no accuracy, or None."""
+    if not own:
+        return NOT_RUN
+    return UNREACHABLE if "unreachable" in own[0] else None
 
 
 def _is_pruned(own: Sequence[Row]) -> bool:
@@ -213,12 +215,8 @@ def _accuracies(rows: Sequence[Row]) -> list[list[Any]]:
             head = [network, f"{_share(budget)}{of}", name, epochs * method.epochs]
             if not own and (name in FOR_TIME or (network, budget, epochs) not in compared):
                 continue
-            if not own:
-                lines.append([*head, NOT_RUN])
-            elif "unreachable" in own[0]:
-                lines.append([*head, UNREACHABLE])
-            else:
-                lines.append([*head, *_cells(own), _trained_on(own)])
+            missing = _missing(own)
+            lines.append([*head, *([missing] if missing else [*_cells(own), _trained_on(own)])])
     return [[*line, *[""] * (len(ACCURACY) - len(line))] for line in lines]
 
 
