@@ -102,7 +102,8 @@ def main(
     drawn = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     test, train = known.taken(drawn[:held_out]), known.taken(drawn[held_out : held_out + images])
     batches = list(train.taken(slice(calibration)).inputs().split(128))
-    planner = elc_fx.Planner(model, batches[0][:1], batches)
+    # Losses are measured to plan only.
+    planner = elc_fx.Planner(model, batches[0][:1], batches, loss="uniform" if plan else "auto")
     chosen = _stored_plan(plan) if plan else planner.plan(elc_fx.Budget(flops=budget))
     fitted = planner.collapse(chosen)
     left = [name for name in dict.fromkeys(variant or VARIANTS) if name not in {row["variant"] for row in rows}]

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 import elc_fx
 from benchmark import HELD_OUT, pruning
 from cifar_models import load
 from elc_fx import data as pictures
+from elc_fx.activations import activation_name, activation_of
 from elc_fx.planning.latency import Backend
 
 RUNTIMES: list[str] = list(get_args(Backend))
@@ -101,8 +103,25 @@ _merges = partial(Task.plan, allow=lambda candidate: candidate.merges)
 _shrinks = partial(Task.plan, allow=lambda candidate: not candidate.merges)
 
 
-def fitted(task: Task, plan: elc_fx.Plan) -> nn.Module:
+def fitted(task: Task, plan: elc_fx.Plan) -> fx.GraphModule:
     return task.planner(loss="uniform").collapse(plan)
+
+
+def _with_slopes(task: Task, plan: elc_fx.Plan) -> fx.GraphModule:
+    """What ReLUs give for negative values is learned as well: a factor for each channel, 0 at first."""
+    network = fitted(task, plan)
+    ShapeProp(network).propagate(task.x)
+    for number, node in enumerate(list(network.graph.nodes)):
+        activation = activation_of(network, node)
+        if activation is None or activation_name(activation).lower() != "relu":
+            continue
+        network.add_submodule(f"slopes_{number}", nn.PReLU(node.meta["tensor_meta"].shape[1], init=0.0))
+        with network.graph.inserting_after(node):
+            sloped = network.graph.call_module(f"slopes_{number}", (node.args[0],))
+        node.replace_all_uses_with(sloped)
+        network.graph.erase_node(node)
+    network.recompile()
+    return network
 
 
 def _decoupled(task: Task, plan: elc_fx.Plan) -> nn.Module:
@@ -141,6 +160,12 @@ METHODS = {
         "as elc, and trained to give at the end of each region what the original gives there, too",
         _planned,
         fitted,
+        {"features": 10.0},
+    ),
+    "slopes": Method(
+        "as features, with a learned slope below 0 for each channel (PReLU) instead of each ReLU",
+        _planned,
+        _with_slopes,
         {"features": 10.0},
     ),
     "balanced": Method("as elc; the layers are limited too, to the square root of the budget", _balanced, fitted),
