@@ -17,6 +17,7 @@ import operator
 import sys
 import threading
 import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -48,9 +49,9 @@ from elc_fx.graph import (
     overwritten_argument,
     package_of,
 )
-from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask
+from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask, reads_training
 from elc_fx.randomness import alone, generators, randomness_of_the_caller
-from elc_fx.tidying import give_input_by_position, make_batch_norms_modules, make_dropouts_modules, tidy
+from elc_fx.tidying import caller_of, give_input_by_position, make_batch_norms_modules, make_dropouts_modules, tidy
 
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
 PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc", "torch.utils._pytree"}  # for others
@@ -72,14 +73,21 @@ class Refusal:
 class Capture:
     """The graph of a model, sharing its modules, and the submodules that stayed opaque.
 
-    inputs: the example of each placeholder, in order; None where none were given. eval_only: the modules whose own
-    code does something else in training mode, of which a trainable graph has recorded what it does in eval mode.
+    inputs: the example of each placeholder, in order; None where none were given. eval_only: what does something else
+    in training mode, of which a trainable graph has recorded what it does in eval mode.
     """
 
     graph_module: fx.GraphModule
     opaque: tuple[Refusal, ...]
     inputs: tuple[Any, ...] | None
     eval_only: tuple[Refusal, ...]
+
+    def warn_of_eval_only(self, stacklevel: int) -> None:
+        """Warns where the graph will do in training mode what the model does in eval mode only."""
+        for refusal in self.eval_only:
+            where = f"`{refusal.where}`: " if refusal.where else ""
+            what = f"{where}{refusal.reason}; the network to train does in training, too, what that does in eval mode"
+            warnings.warn(what, stacklevel=stacklevel + 1)
 
 
 class CaptureError(ElcError):
@@ -155,12 +163,16 @@ def capture(
     tidy(captured, kept=DROPOUT_MODULES if trainable else ())
     opaque = tuple(refusal for module, refusal in refused.items() if tracer.used(module))
     entered = [(name, m) for name, m in root.named_modules() if m is root or tracer.entered(m)] if trainable else []
-    eval_only = tuple(
+    eval_only = [
         Refusal(name, f"`{type(module).__name__}.{method}` branches on self.training")
         for name, module in entered
         if module not in follow and (method := branches_on_training(module))
-    )
-    return Capture(captured, opaque, None if given is None else tuple(tracer.examples), eval_only)
+    ]
+    for node in captured.graph.nodes if trainable else ():
+        if function_name(node) == "batch_norm" and reads_training(module := root.get_submodule(caller_of(node))):
+            reason = f"it normalises with fixed statistics, where `{type(module).__name__}` reads self.training"
+            eval_only.append(Refusal(node.name, reason))
+    return Capture(captured, opaque, None if given is None else tuple(tracer.examples), tuple(eval_only))
 
 
 def _paths(graph: fx.Graph) -> Iterator[Any]:

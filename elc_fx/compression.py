@@ -23,7 +23,7 @@ from elc_fx.planning.plan import Plan
 from elc_fx.planning.planner import Planner
 from elc_fx.randomness import randomness_of_the_caller, seed_all
 from elc_fx.report import Report
-from elc_fx.training import FinetuneConfig, Finetuning, check_trainable
+from elc_fx.training import FinetuneConfig, Finetuning, check_folder, check_trainable
 
 
 def compress(
@@ -50,8 +50,11 @@ def compress(
         raise InvalidInputError("calibration is missing: give batches of the training set")
     if finetune is not None and finetune.gates:
         check_trainable(model)
-    with randomness_of_the_caller():
-        seed_all(0)  # a loader that shuffles gives the same batches when a killed run begins again
+    if finetune is not None and finetune.folder is not None:
+        check_folder(Path(finetune.folder))  # before anything is planned
+    loaders = calibration, finetune and finetune.train_data
+    with randomness_of_the_caller(*loaders):
+        seed_all(0, *loaders)  # one that shuffles gives the same batches when a killed run begins again
         plan, network = _planned(model, example_inputs, budget, plan, calibration, finetune, backend)
         if finetune is not None and not plan.candidates:  # then there is nothing whose features could be compared
             finetune = replace(finetune, features=0.0)

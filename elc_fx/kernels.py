@@ -1,13 +1,13 @@
-"""What training has to be kept from in torch: a cache of weights, and a faulty kernel."""
+"""What training and planning have to be kept from in torch: the caller's autocast, and a faulty kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -24,6 +24,16 @@ def without_autocast_cache() -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(before)
         torch.clear_autocast_cache()
+
+
+@contextmanager
+def without_autocast(network: nn.Module) -> Iterator[None]:
+    """Inside of the caller's autocast too, the network computes in its own type."""
+    devices = {parameter.device.type for parameter in network.parameters()}
+    with ExitStack() as stack:
+        for device in filter(torch.amp.is_autocast_available, devices):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class SoundConvolutions(TorchFunctionMode):

@@ -122,13 +122,19 @@ def may_ask(module: nn.Module) -> bool:
 
 def branches_on_training(module: nn.Module) -> str | None:
     """The name of a method in which the module's own code decides by `self.training`, if there is one."""
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("torch.") or cls is object:
-            continue
-        for function in _functions_of(cls):
-            if function.__name__ not in ("__init__", "train", "eval") and _decides_by_training(function.__code__):
-                return function.__name__
-    return None
+    return next((f.__name__ for f in _own_methods(module) if _decides_by_training(f.__code__)), None)
+
+
+def reads_training(module: nn.Module) -> bool:
+    """Whether the module's own code reads `self.training`, or leaves it to a `forward` of torch's."""
+    used = {f.__name__: f for f in reversed(_own_methods(module))}  # none that is overridden
+    return any({"training", "forward"} & {*code.co_names} for f in used.values() for code in _nested(f.__code__))
+
+
+def _own_methods(module: nn.Module) -> list[types.FunctionType]:
+    """What a module's `forward` may run of its classes but torch's, those first that override others."""
+    classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") and cls is not object]
+    return [f for cls in classes for f in _functions_of(cls) if f.__name__ not in ("__init__", "train", "eval")]
 
 
 def _decides_by_training(code: types.CodeType) -> bool:

@@ -38,9 +38,10 @@ def _lock_of_dynamo() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def randomness_of_the_caller() -> Iterator[None]:
-    """Puts the generators of Python, numpy and torch back as they were."""
+def randomness_of_the_caller(*loaders: Any) -> Iterator[None]:
+    """Puts the generators of Python, numpy and torch back as they were, and those that loaders have of their own."""
     states = random.getstate(), np.random.get_state()
+    own = [(generator, generator.get_state()) for generator in _generators_of(*loaders)]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with _seeds_that_cuda_awaits(), torch.random.fork_rng(devices=devices):
         try:
@@ -48,6 +49,8 @@ def randomness_of_the_caller() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+            for generator, state in own:
+                generator.set_state(state)
 
 
 @contextmanager
@@ -75,10 +78,24 @@ def generators() -> tuple[Any, ...]:
     return *states, random.getstate(), numpy_state[1].tobytes(), numpy_state[2]
 
 
-def seed_all(seed: int) -> None:
+def seed_all(seed: int, *loaders: Any) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    for generator in _generators_of(*loaders):
+        generator.manual_seed(seed)
+
+
+def parts_of_loader(loader: Any) -> list[Any]:
+    """A loader of batches, and what it has samplers and data from."""
+    sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    return [loader, sampler, batches, getattr(batches, "sampler", None), getattr(loader, "dataset", None)]
+
+
+def _generators_of(*loaders: Any) -> list[torch.Generator]:
+    """Those that loaders draw from besides the global ones."""
+    found = (getattr(part, "generator", None) for loader in loaders for part in parts_of_loader(loader))
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from elc_fx.graph import (
     overwritten_argument,
     signature_of,
 )
+from elc_fx.questions import reads_training
 
 
 def tidy(captured: fx.GraphModule, kept: tuple[type[nn.Module], ...] = ()) -> None:
@@ -73,10 +74,18 @@ def make_dropouts_modules(captured: fx.GraphModule) -> None:
         captured.graph.erase_node(node)
 
 
-def make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> set[nn.Module]:
-    """A subclass of torch's batch norm whose forward was traced, with its statistics fixed, becomes torch's again.
+def caller_of(node: fx.Node) -> str:
+    """The path of the module in whose `forward` an operation was recorded; "" for the root."""
+    stack: Any = node.meta.get("nn_module_stack") or {"": ("", None)}
+    path, _ = next(reversed(stack.values()))
+    return str(path)
 
-    Returns those that did.
+
+def make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> set[nn.Module]:
+    """F.batch_norm on what a batch norm has, with statistics that tracing has fixed, becomes torch's module again.
+
+    As in subclasses whose forward was traced. Not where the code never asks for the mode, and so has them fixed in
+    training, too. Returns the batch norms that did.
     """
     made: set[nn.Module] = set()
     for node in list(captured.graph.nodes):
@@ -96,6 +105,8 @@ def make_batch_norms_modules(captured: fx.GraphModule, root: nn.Module) -> set[n
             (cls for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(owner, cls)), None
         )
         if plain_class is None or not path or arguments.get("training", False) is not False:
+            continue
+        if not reads_training(root.get_submodule(caller_of(node))):
             continue
         parent, _, name = path.rpartition(".")
         holder = captured.get_submodule(parent)

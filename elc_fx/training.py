@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ from elc_fx.losses import distance, of_classes
 from elc_fx.memory import REFUSED
 from elc_fx.packages import required
 from elc_fx.planning.stored import described
-from elc_fx.randomness import randomness_of_the_caller, seed_all
+from elc_fx.randomness import parts_of_loader, randomness_of_the_caller, seed_all
 
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
 
 MOMENTUM = 0.9
+TOO_FEW = "more than 1 value per channel"  # what a batch norm says that is to train on one sample
+IGNORED = -100  # the class of what has none, as torch's cross entropy has it by default
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class FinetuneConfig:
 
     Args:
         train_data: batches (inputs, target), anew in each epoch: a `DataLoader`, or another iterable. Inputs are a
-            tensor, a sequence of arguments or a mapping of them; without a loss of your own, the target holds classes.
+            tensor, a sequence of arguments or a mapping of them; without a loss of your own, the target holds classes
+            (−100 for none).
         epochs: passes over `train_data`.
         validation: batches held out from the training set. The epoch that did best on it, with closed gates, is what
             remains.
@@ -116,27 +120,30 @@ class FinetuneConfig:
             raise InvalidInputError(f"loss is {self.loss!r}, expected a function (output, target) → tensor")
         if self.folder is not None and not isinstance(self.folder, str | Path):
             raise InvalidInputError(f"folder is {self.folder!r}, expected a path")
-        if not isinstance(self.train_data, Iterable):
-            raise InvalidInputError(
-                f"train_data is a {type(self.train_data).__name__}, expected a DataLoader or batches (inputs, target)"
-            )
-        if self.validation is not None and (
-            not isinstance(self.validation, Iterable) or isinstance(self.validation, Iterator)
+        for name, batches in (
+            ("train_data", self.train_data),
+            ("validation", () if self.validation is None else self.validation),
         ):
-            raise InvalidInputError(
-                f"validation is a {type(self.validation).__name__}, expected a DataLoader or a list of batches, which "
-                "can be gone through in every epoch"
-            )
+            if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
+                raise InvalidInputError(
+                    f"{name} is a {type(batches).__name__}, expected a DataLoader or a list of batches "
+                    "(inputs, target), which can be gone through in every epoch"
+                )
         if self.tensorboard and self.folder is None:
             raise InvalidInputError("tensorboard needs a folder to write to")
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same where a run goes on."""
         left_out = ("train_data", "validation", "loss", "folder", "tensorboard", "progress")
+        settings: dict[str, Any] = {}
+        for setting in fields(self):
+            if setting.name not in left_out:
+                value = getattr(self, setting.name)
+                settings[setting.name] = float(value) if isinstance(setting.default, float) else value  # 1 is 1.0
         loss = getattr(self.loss, "__qualname__", type(self.loss).__name__)
         if isinstance(self.loss, nn.Module):
             loss = described(self.loss) + fingerprint(self.loss)
-        return {name: value for name, value in vars(self).items() if name not in left_out} | {"loss": loss}
+        return settings | {"loss": loss}
 
 
 def finetune(
@@ -193,10 +200,10 @@ class Finetuning:
         self.structure = [structure_of(network), structure_of(teacher), fingerprint(teacher)]
         self.dtype = number_type(network)
         self.teacher = None if teacher is None else clone(teacher, {}).to(self.device).eval().requires_grad_(False)
-        self.batches = self._shared(config.train_data)
+        self.batches = self._shared("train_data", config.train_data)
         # Evenly shared batches would be filled up with samples that then count twice.
         self.accelerator.dataloader_config.even_batches = False
-        self.validation = None if config.validation is None else self._shared(config.validation)
+        self.validation = None if config.validation is None else self._shared("validation", config.validation)
         self.steps_per_epoch = _length(self.batches)
         self.total = config.epochs * self.steps_per_epoch
         self.state = _State()
@@ -216,30 +223,33 @@ class Finetuning:
         """Keeps other runs out of the folder. The first process does it for those that train together."""
         with contextlib.ExitStack() as stack:
             if self.folder is not None and self.accelerator.is_main_process:
-                try:
+                with _writing_to(self.folder):
                     stack.enter_context(alone_in(self.folder))
-                except OSError as error:
-                    raise TrainingError(f"checkpoints cannot be kept in {self.folder}: {error}") from error
             yield
 
     def _run(self) -> History:
         home = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        check_trainable(self.network)
+        last = None
+        if self.folder is not None:
+            last = Checkpoint.read(self.folder, self._identity(), self.device)
+        self.features = self._features()  # or an error, before anything of the network is changed
         network = self.network.to(self.device)
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        check_trainable(network)
-        self.optimizer = optimizer_of(parameters, self.config.learning_rate, self.config.weight_decay)
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = optimizer_of(self.parameters, self.config.learning_rate, self.config.weight_decay)
         self.gates = self._gate_schedule()
         self.gate_names = {f"{name}.gate" for name in decoupling_nodes(network)}
         self.average = None
         if self.config.ema is not None:
             self.average = {k: v.detach().clone() for k, v in tensors_of(network).items()}
-        self._resume()
-        self.features = self._features()
+        if self.folder is not None and last is not None:
+            self._resume(last, self.folder)
         self.optimizer.zero_grad()  # of what the caller did before
         # With one process there is nothing to prepare, and Accelerate would cast to what the caller's own one casts to.
         self.trained = self.accelerator.prepare(network) if self.accelerator.num_processes > 1 else network
         try:
-            with randomness_of_the_caller(), without_autocast_cache(), SoundConvolutions(), _Bar(self) as bar:
+            drawn = randomness_of_the_caller(self.batches, self.validation)
+            with drawn, without_autocast_cache(), SoundConvolutions(), _Bar(self) as bar:
                 for number in range(len(self.state.history), self.config.epochs):
                     if self._impatient():
                         break
@@ -261,11 +271,10 @@ class Finetuning:
     # One epoch
 
     def _epoch(self, number: int, bar: Any) -> None:
-        seed_all(self.config.seed + number)
-        for generator in _generators(self.batches):
-            generator.manual_seed(self.config.seed + number)
-        if hasattr(self.batches, "set_epoch"):
-            self.batches.set_epoch(number)
+        seed_all(self.config.seed + number, self.batches)
+        for part in parts_of_loader(self.batches):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(number)
         self.trained.train()
         total, images, start = torch.zeros((), device=self.device), 0, time.perf_counter()
         steps = 0
@@ -277,7 +286,9 @@ class Finetuning:
             images += _size(inputs)
             speed = images / (time.perf_counter() - start)
             bar(number, steps, total, speed)
-        mean = float(self.accelerator.reduce(total / max(steps, 1), "mean"))
+        if not steps:
+            raise InvalidInputError(f"train_data gives no batches in epoch {number + 1}")
+        mean = float(self.accelerator.reduce(total / steps, "mean"))
         if not math.isfinite(mean):
             raise TrainingError(
                 f"the loss is {mean} in epoch {number + 1}; give a learning_rate below {self.config.learning_rate}, "
@@ -302,7 +313,7 @@ class Finetuning:
         if self.features is not None:
             loss = loss + self.config.features * self.features.distance()
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip)
+        self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.steps += 1
@@ -348,7 +359,7 @@ class Finetuning:
 
     def _task_loss(self, output: Any, target: Any) -> Tensor:
         if self.config.loss is not None:
-            return self.config.loss(output, target)
+            return _one_number(self.config.loss(output, target))
         if not isinstance(output, Tensor) or not isinstance(target, Tensor):
             raise InvalidInputError(
                 f"the network gives a {type(output).__name__} and the data a {type(target).__name__} as target; "
@@ -359,17 +370,16 @@ class Finetuning:
                 f"the network gives {list(output.shape)} and the target is {target.dtype} {list(target.shape)}, "
                 "neither a class nor a distribution of classes for each; pass a loss of your own"
             )
-        on_cpu = target.device.type == "cpu"  # elsewhere a look at the numbers makes the whole device wait
-        if (
-            on_cpu
-            and not target.is_floating_point()
-            and not 0 <= int(target.min()) <= int(target.max()) < output.shape[1]
-        ):
+        if target.is_floating_point():
+            return F.cross_entropy(output.float(), target)
+        # Elsewhere a look at the numbers makes the whole device wait.
+        known = target[target != IGNORED] if target.device.type == "cpu" else target[:0]
+        if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < output.shape[1]:
             raise InvalidInputError(
-                f"classes go from {int(target.min())} to {int(target.max())}, and the network gives "
-                f"{output.shape[1]} scores"
+                f"classes go from {int(known.min())} to {int(known.max())}, and the network gives {output.shape[1]} "
+                f"scores; {IGNORED} is what has no class"
             )
-        return F.cross_entropy(output.float(), target if target.is_floating_point() else target.long())
+        return F.cross_entropy(output.float(), target.long(), ignore_index=IGNORED)
 
     def _set_rates(self) -> None:
         share = share_of_rate(self.state.steps, self.total, self.config.warmup)
@@ -438,11 +448,11 @@ class Finetuning:
                 output = self._output(self.network, inputs)
             if self.config.loss is None and _classes(output, target) and output.dim() == 2:
                 wanted = target.argmax(1) if target.is_floating_point() else target
-                right = (output.argmax(1) == wanted).float().sum()
+                right, count = (output.argmax(1) == wanted).sum(), (wanted != IGNORED).sum()
             else:
-                right = -self._task_loss(output, target) * _size(inputs)
-            count = _size(inputs)
-            total += torch.stack([right.float(), torch.tensor(float(count), device=self.device)])
+                count = torch.tensor(_size(inputs), device=self.device)
+                right = -self._task_loss(output, target) * count
+            total += torch.stack([right.float(), count.float()])
         self.network.train()
         if current is not None:
             _load(self.network, current)
@@ -450,7 +460,7 @@ class Finetuning:
         score = float(total[0] / total[1]) if total[1] else math.nan
         if not math.isfinite(score):
             raise TrainingError(
-                f"the network scores {score} on the validation data" if total[1] else "validation holds no batches"
+                f"the network scores {score} on the validation data" if total[1] else "validation holds no samples"
             )
         return score
 
@@ -463,24 +473,33 @@ class Finetuning:
 
     # Data
 
-    def _shared(self, batches: Iterable[Any]) -> Any:
-        """The batches of this process, on its device."""
-        if isinstance(batches, DataLoader):
-            return self.accelerator.prepare_data_loader(batches)
-        if self.accelerator.num_processes > 1:
-            raise InvalidInputError("with several processes the data has to be a DataLoader, so that each gets a share")
-        return batches
+    def _shared(self, name: str, batches: Iterable[Any]) -> Any:
+        """The batches of this process."""
+        if self.accelerator.num_processes == 1:  # then what Accelerate makes of a loader would only lose its own ways
+            return batches
+        if not isinstance(batches, DataLoader) or type(batches).__iter__ is not DataLoader.__iter__:
+            raise InvalidInputError(
+                f"{name} is a {type(batches).__name__}; with several processes it has to be a DataLoader that iterates "
+                "as torch's does, so that each process gets a share"
+            )
+        return self.accelerator.prepare_data_loader(batches)
 
     def _parts(self, batch: Any) -> tuple[Any, Any]:
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
-        inputs, target = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), (batch[0], batch[1]))
+        named = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0]  # pytree does not know all mappings
+        inputs, target = pytree.tree_map_only(Tensor, self._trainable, (named, batch[1]))
         if not _size(inputs):
             raise InvalidInputError("a batch of the data has no samples")
         inputs = of_type(inputs, self.dtype)
         if self.channels_last:
             inputs = pytree.tree_map_only(Tensor, _channels_last, inputs)
         return inputs, target
+
+    def _trainable(self, value: Tensor) -> Tensor:
+        """On the device, and not of `torch.inference_mode`, which nothing can be trained on."""
+        value = value.to(self.device, non_blocking=True)
+        return value.clone() if value.is_inference() else value
 
     # Checkpoints
 
@@ -502,24 +521,20 @@ class Finetuning:
                 self.optimizer.state_dict(),
                 {name: tensors for name, tensors in weights.items() if tensors is not None},
             )
-            try:
+            with _writing_to(self.folder):
                 checkpoint.write(self.folder)
-            except OSError as error:
-                raise TrainingError(f"a checkpoint cannot be written to {self.folder}: {error}") from error
             if self.config.tensorboard:
                 _write_events(self.folder, self.state.history[-1])
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        if self.folder is None or (last := Checkpoint.read(self.folder, self._identity(), self.device)) is None:
-            return
+    def _resume(self, last: Checkpoint, folder: Path) -> None:
         _load(self.network, last.weights["network"])
         self.average, self.best = last.weights.get("average"), last.weights.get("best")
         self.optimizer.load_state_dict(last.optimizer)
         self.state = _State(last.history)
         self._catch_up(last.steps)
         if self.accelerator.is_main_process and last.history:  # which a kill may have kept from being written
-            write_whole({self.folder / METRICS: metrics(last.history)})
+            write_whole({folder / METRICS: metrics(last.history)})
 
 
 class _Bar:
@@ -550,6 +565,22 @@ class _Bar:
         done = f"epoch {epoch + 1}/{run.config.epochs}: loss {float(total) / steps:.4f}"
         text = f"{done}{gate}{score}, {speed:,.0f} images/s"
         self.progress.update(self.task, completed=run.state.steps, description=text)
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"checkpoints cannot be kept in {folder}: {error}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `TrainingError` where checkpoints cannot be kept."""
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -612,8 +643,9 @@ def _running(name: str) -> Iterator[None]:
     except Exception as error:  # whatever its own layers raise
         if REFUSED in str(error):
             raise
+        out = "; drop_last=True of a DataLoader leaves out a last batch of one" if TOO_FEW in str(error) else ""
         raise InvalidInputError(
-            f"{name} does not run on a batch of the data: {type(error).__name__}: {error}"
+            f"{name} does not run on a batch of the data: {type(error).__name__}: {error}{out}"
         ) from error
 
 
@@ -647,18 +679,24 @@ def _samples(batches: Any) -> int | None:
     return len(whole) if isinstance(whole, Sized) else None
 
 
-def _generators(batches: Any) -> list[torch.Generator]:
-    """Those that a loader draws from besides the global one."""
-    owners = (
-        batches,
-        getattr(batches, "sampler", None),
-        getattr(getattr(batches, "batch_sampler", None), "sampler", None),
-    )
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
-
-
 def _length(batches: Any) -> int:
-    if not isinstance(batches, Sized) or not len(batches):
-        raise InvalidInputError("train_data has no length, or is empty; give a DataLoader or a list of batches")
-    return len(batches)
+    try:
+        length = len(batches)
+    except TypeError:  # a DataLoader has one only if its dataset has
+        length = 0
+    if not length:
+        raise InvalidInputError(
+            "train_data has no length, or is empty; give a list of batches, a DataLoader, or one whose dataset has a "
+            "`__len__`"
+        )
+    return length
+
+
+def _one_number(loss: Any) -> Tensor:
+    """What a loss function gives, if one can train on it."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"a tensor of {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise InvalidInputError(f"the loss function gives {given}, expected a tensor with one number, such as a mean")
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise InvalidInputError("what the loss function gives has no gradient: it is detached from the output")
+    return loss.reshape(())

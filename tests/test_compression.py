@@ -138,6 +138,34 @@ def test_a_folder_keeps_losses_plan_and_checkpoint(teacher: nn.Module, tmp_path:
     assert torch.equal(first(x), second(x))
 
 
+def test_the_same_call_goes_on_where_a_loader_has_a_generator_of_its_own(teacher: nn.Module, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    data = DataLoader(Pictures(64), 16, shuffle=True, generator=generator)
+    state = generator.get_state()
+    given: dict[str, Any] = {"finetune": elc_fx.FinetuneConfig(data, epochs=1, folder=tmp_path, progress=False)}
+    results = [elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, **given) for _ in range(2)]
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(results[0](x), results[1](x))
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_planned(teacher: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    given: dict[str, Any] = {"finetune": tuning(folder=tmp_path / "file" / "run")}
+    with pytest.raises(elc_fx.TrainingError, match="checkpoints cannot be kept"):
+        elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, **given)
+
+
+def test_what_a_module_does_in_training_only_is_told_when_it_is_collapsed(teacher: nn.Module) -> None:
+    class Noise(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.randn_like(x) if self.training else x
+
+    noisy = nn.Sequential(Noise(), teacher).eval()
+    with pytest.warns(UserWarning, match="`Noise.forward` branches on self.training"):
+        elc_fx.compile(noisy, image(), mode="decouple", budget=HALF, finetune=tuning())
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

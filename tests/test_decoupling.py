@@ -586,18 +586,48 @@ def test_a_batch_norm_whose_statistics_stay_fixed_is_told() -> None:
             self.register_buffer("var", torch.ones(4))
 
         def forward(self, x: Tensor) -> Tensor:
-            z: Tensor = self.b(nn.functional.batch_norm(self.a(x), self.mean, self.var).relu())
+            y = nn.functional.batch_norm(self.a(x), self.mean, self.var, training=self.training)
+            z: Tensor = self.b(y.relu())
             return z
 
     x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
     model = net(Bare())
-    with pytest.warns(UserWarning, match="fixed statistics"):
-        elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["*:3x3"]))
+    plan = elc_fx.Plan.of(model, x, collapse=["*:3x3"])
+    for made in (lambda: elc_fx.decouple(model, plan), lambda: collapsed(model, plan, x)):
+        with pytest.warns(UserWarning, match="`batch_norm`: it normalises with fixed statistics, where `Bare` reads"):
+            made()
     model = net(Own())
     decoupled = decouple(model, elc_fx.Plan(()))
     trained = copy.deepcopy(model).train()
     close(decoupled.train()(x), trained(x))
     close(decoupled.get_submodule("0.norm").running_mean, trained[0].norm.running_mean)  # type: ignore
+
+
+def collapsed(model: nn.Module, plan: elc_fx.Plan, x: Tensor) -> nn.Module:
+    return elc_fx.Planner(model, x, [x], loss="uniform", progress=False).collapse(plan)
+
+
+class FixedNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class FixesNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm
+        return nn.functional.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias)
+
+
+@pytest.mark.parametrize("norm", [lambda: FixedNorm(4), FixesNorm])
+@pytest.mark.filterwarnings("error")
+def test_a_batch_norm_whose_statistics_are_fixed_in_training_stays_so(norm: Any) -> None:
+    model, x = net(conv(), norm(), conv(), nn.ReLU(), conv()), torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    decoupled = decouple(model, elc_fx.Plan.of(model, x, collapse=["2..4:3x3"])).train()
+    close(decoupled(x), copy.deepcopy(model).train()(x))
 
 
 @pytest.mark.parametrize(

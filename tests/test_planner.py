@@ -635,6 +635,7 @@ def test_the_collapsed_network_computes_with_its_own_weights_inside_of_autocast(
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
             collapsed = made.collapse(made.plan(elc_fx.Budget(flops=0.45)))
             found.append(collapsed(x))
+        assert {value.dtype for value in collapsed.state_dict().values()} == {torch.float32, torch.int64}
     assert torch.equal(*found)
 
 

@@ -11,13 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from collections import UserDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from training_run import Pictures, decoupled, loader, network
 
 import elc_fx
@@ -26,6 +29,12 @@ from elc_fx.kernels import SoundConvolutions
 
 SCRIPT = Path(__file__).parent / "training_run.py"
 PICTURE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield Pictures(4)[0]
 
 
 def trained_teacher() -> nn.Module:
@@ -138,6 +147,11 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_do() -> None:
         ({"ema": 1.5}, "ema"),
         ({"train_data": 3}, "train_data"),
         ({"train_data": []}, "empty"),
+        ({"train_data": iter(loader())}, "gone through in every epoch"),
+        ({"train_data": DataLoader(Endless(), 4)}, "__len__"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, "a tensor of .16., expected a tensor with one number"),
+        ({"loss": lambda output, target: 0.5}, "a float"),
+        ({"loss": lambda output, target: output.detach().mean()}, "detached"),
         ({"train_data": [torch.zeros(1, 3, 8, 8)]}, "pair"),
         ({"tensorboard": True}, "folder"),
         ({"gate_order": "sideways"}, "gate_order"),
@@ -603,6 +617,102 @@ def test_gradients_of_before_are_left_behind() -> None:
     for one in trained:
         elc_fx.finetune(one, batches, epochs=1, bf16=False, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(*(one.parameters() for one in trained), strict=True))
+
+
+def test_gradients_that_frozen_parameters_have_do_not_count() -> None:
+    trained = [network(), network()]
+    for one in trained:
+        one[0].requires_grad_(False)
+    trained[1][0].weight.grad = torch.full_like(trained[1][0].weight, 1e4)
+    batches = list(loader(32))
+    for one in trained:
+        elc_fx.finetune(one, batches, epochs=1, bf16=False, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(*(one.parameters() for one in trained), strict=True))
+
+
+class Sees(nn.Module):
+    """Keeps the first number of each input, and halves its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.seen = network(), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(float(x.flatten()[0]))
+        return self.inner(x.mul_(0.5))  # type: ignore[no-any-return]
+
+
+def test_a_loader_of_a_class_of_its_own_is_gone_through_as_it_says() -> None:
+    class Sevens(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            return ((torch.full_like(x, 7), y) for x, y in super().__iter__())
+
+    student = Sees()
+    elc_fx.finetune(student, Sevens(Pictures(32), 16), epochs=1, progress=False)
+    assert student.seen == [7, 7]
+
+
+@pytest.mark.parametrize("kind", [UserDict, types.MappingProxyType])
+def test_mappings_that_are_no_dicts_are_trained_on_as_dicts_are(kind: Any) -> None:
+    results = []
+    for made in (dict, kind):
+        batches = [(made({"x": PICTURE.double()}), torch.arange(4))]
+        before = batches[0][0]["x"].clone()
+        history = elc_fx.finetune(Sees(), batches, validation=batches, epochs=1, progress=False)
+        assert torch.equal(batches[0][0]["x"], before)
+        results.append((history.epochs[0].loss, history.epochs[0].score))
+    assert results[0] == results[1]
+
+
+def test_an_epoch_without_batches_is_told() -> None:
+    class Once(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            taken = list(super().__iter__())
+            self[:] = [None] * 0
+            return iter(taken)
+
+        def __len__(self) -> int:
+            return 2
+
+    with pytest.raises(elc_fx.InvalidInputError, match="no batches in epoch 2"):
+        elc_fx.finetune(network(), Once(loader(32)), epochs=2, progress=False)
+
+
+def test_targets_made_in_inference_mode_are_trained_on() -> None:
+    with torch.inference_mode():
+        soft = network()(PICTURE).softmax(1)
+    elc_fx.finetune(network(), [(PICTURE.clone(), soft)], epochs=1, progress=False)
+
+
+def test_what_has_no_class_does_not_count() -> None:
+    labels, some = torch.arange(4), torch.tensor([0, -100, 2, -100])
+    results = []
+    for x, y in ((PICTURE, some), (PICTURE[[0, 2]], labels[[0, 2]])):
+        model = network()  # whose batch norms, in eval mode, would tell nothing of the others
+        model.train = lambda mode=True, model=model: nn.Module.train(model, False)  # type: ignore
+        history = elc_fx.finetune(model, [(x, y)], validation=[(x, y)], epochs=1, progress=False, bf16=False)
+        results.append((history.epochs[0].loss, history.epochs[0].score))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_a_refused_folder_leaves_the_gates_as_they_were(tmp_path: Path) -> None:
+    elc_fx.finetune(network(), loader(32), epochs=1, folder=tmp_path, progress=False)
+    student = decoupled(network())
+    with pytest.raises(elc_fx.TrainingError, match="another run"):
+        elc_fx.finetune(student, loader(32), epochs=1, folder=tmp_path, progress=False)
+    assert set(elc_fx.gates(student).values()) == {1.0}
+
+
+def test_a_whole_number_is_the_same_option_as_that_number(tmp_path: Path) -> None:
+    for share in (1, 1.0):
+        options: dict[str, Any] = {"distillation": share, "folder": tmp_path, "progress": False}
+        elc_fx.finetune(network(), loader(32), teacher=network(), epochs=1, **options)
+
+
+def test_a_batch_of_one_that_cannot_be_trained_on_names_the_way_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten())
+    with pytest.raises(elc_fx.InvalidInputError, match="drop_last=True"):
+        elc_fx.finetune(model, [(PICTURE[:1], torch.zeros(1, dtype=torch.long))], epochs=1, progress=False)
 
 
 class Shorter(list[Any]):

@@ -18,7 +18,6 @@ from torch import fx, nn
 
 from elc_fx.activations import activation_of, line_for_gaussian
 from elc_fx.affine import Padding
-from elc_fx.capture import Capture
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.nodes import (
     DecoupledActivation,
@@ -102,7 +101,7 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
                     f"{before:,} FLOPs become {after:,}",
                     stacklevel=2,
                 )
-        _warn_of_eval_in_training(captured)
+        captured.warn_of_eval_only(stacklevel=3)
         read = _attributes_read(captured.graph_module)
         rewriter = _Rewriter(graph)
         for candidate, region, windows in located:
@@ -125,23 +124,6 @@ def _calls(graph_module: fx.GraphModule) -> Counter[str]:
     modules = {path: graph_module.get_submodule(path) for path in calls}
     inside = Counter(part for module in modules.values() for part in module.modules() if part is not module)
     return Counter({path: count + inside[modules[path]] for path, count in calls.items()})
-
-
-def _warn_of_eval_in_training(captured: Capture) -> None:
-    """Warns where the graph will do in training mode what the model does in eval mode only."""
-    for refusal in captured.eval_only:
-        where = f"`{refusal.where}`: " if refusal.where else ""
-        warnings.warn(
-            f"{where}{refusal.reason}; the decoupled network does in training, too, what that does in eval mode",
-            stacklevel=3,
-        )
-    for node in captured.graph_module.graph.nodes:
-        if node.op == "call_function" and function_name(node) == "batch_norm":
-            warnings.warn(
-                f"`{node.name}` normalises with fixed statistics in training too, as tracing in eval mode recorded it; "
-                "a batch norm module would follow train()",
-                stacklevel=3,
-            )
 
 
 def _attributes_read(graph_module: fx.GraphModule) -> set[str]:

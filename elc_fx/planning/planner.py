@@ -20,7 +20,7 @@ from torch import fx, nn
 from elc_fx.arguments import check_whole
 from elc_fx.attributes import unchanged
 from elc_fx.errors import InvalidInputError, PlanError
-from elc_fx.kernels import without_autocast_cache
+from elc_fx.kernels import without_autocast
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.budget import Budget, cost_text, real_number
 from elc_fx.planning.candidates import Candidate, serial_graph
@@ -129,7 +129,8 @@ class Planner:
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:
         """What modules draw is the same each time; what they keep, and the generators, are then as they were."""
-        with unchanged(self.graph.graph_module), seeded(), without_autocast_cache():  # others need not wait so long
+        # What the caller's autocast gives would be fitted in its type. Others need not wait as long as for `alone`.
+        with unchanged(self.graph.graph_module), seeded(), without_autocast(self.graph.graph_module):
             yield
 
     def plan(self, budget: Budget) -> Plan:
@@ -300,6 +301,7 @@ class Planner:
         if not isinstance(plan, Plan):
             raise InvalidInputError(f"plan is a {type(plan).__name__}, expected an elc_fx.Plan")
         choices = [Choice(candidate, region) for candidate, region, _ in plan.locate(self.graph)]
+        self.graph.captured.warn_of_eval_only(stacklevel=3)
         _, fitted_to = self.calibrations
         fits = Sensitivity(self.graph, fitted_to, None, progress=self.progress)
         with self._leaving_no_trace():
