@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import io
 import json
 import os
 import sys
@@ -271,6 +272,8 @@ def diff_command(
     with _one_line_errors(debug):
         if b is not None and plan is not None:
             raise typer.BadParameter("it stands in the place of B; give one of the two", param_hint="--plan")
+        if b is None and weights_b is not None:
+            raise typer.BadParameter("there is no B", param_hint="--weights-b")
         for file in draw or ():
             if file.suffix not in DRAWINGS:
                 raise typer.BadParameter(f"{file} does not end in {', '.join(DRAWINGS)}", param_hint="--draw")
@@ -456,6 +459,9 @@ def demo_command(
 
 def main() -> None:
     """The console script. What the working directory holds can be imported, as with `python -m`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # some encodings lack arrows and signs
+            stream.reconfigure(errors="replace")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     app(prog_name="elc-fx")

@@ -25,6 +25,7 @@ from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.graph import written_arguments
 from elc_fx.inputs import ExampleInputs, fresh
 from elc_fx.randomness import reproducibly
+from elc_fx.runtimes import Deployed
 
 aten = torch.ops.aten
 
@@ -99,7 +100,8 @@ def compare(a: nn.Module, b: nn.Module, example_inputs: _Given) -> Comparison:
     example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments. Both models run
     from the same state of the random generators; in float64 (copies of them) where their parameters are real numbers
     and their code allows it, else as they are. Raises TrainingModeError where batch norm or dropout would train, and
-    InvalidInputError where a model does not take the inputs, or the outputs are not of one structure and shape.
+    InvalidInputError where a model does not take the inputs, runs in a runtime outside of torch, or the outputs are not
+    of one structure and shape.
     """
     for model in (a, b):
         _require_eval(model)
@@ -117,7 +119,7 @@ def measure(model: nn.Module, example_inputs: _Given) -> Measurement:
 
     example_inputs: as for `compare`. Works on the meta device too. Attention is counted as the matrix products it
     consists of, whichever kernel the device would choose; the products inside recurrent layers are not counted.
-    Raises TrainingModeError where batch norm or dropout would train.
+    Raises TrainingModeError where batch norm or dropout would train, and InvalidInputError as `compare` does.
     """
     _require_eval(model)
     return run(_with_own_buffers(model), ExampleInputs.of(model, example_inputs))[1]
@@ -163,6 +165,10 @@ def _with_own_buffers(model: nn.Module) -> nn.Module:
 
 def run(model: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
     """The model's output on copies of the inputs, and what it cost."""
+    if away := next((module.runtime for module in model.modules() if isinstance(module, Deployed)), None):
+        raise InvalidInputError(
+            f"the model runs in {away}, where its layers cannot be seen; pass what compile returns without a backend"
+        )
     args, kwargs = fresh((examples.args, examples.kwargs))
     layers = _Layers(tree_leaves((args, kwargs)))
     flops = FlopCounterMode(display=False)

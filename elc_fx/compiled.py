@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from elc_fx.annotated import AnnotatedModule
 from elc_fx.report import Report
 
@@ -12,4 +14,6 @@ class CompiledModule(AnnotatedModule):
     """An ordinary GraphModule with a report."""
 
     elc_fx_kept = REPORT
-    elc_fx_report: Report | None = None  # a compiled part of a model that cannot be traced has none of its own
+    # Of a compiled part of a model that cannot be traced, which has none of its own. TorchScript asks for the types of
+    # what is annotated.
+    elc_fx_report = cast("Report | None", None)

@@ -176,7 +176,8 @@ def _read(path: Path, split: Split, shape: tuple[int, int, int] | None) -> Image
             pickled = {name for name in names if re.fullmatch(PICKLES[split], name.name)}
             wanted = pickled | {name for name in names if name.name == META} if pickled else set(labels)
             contents = {name: entries[name]() for name in names if name in wanted}
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        # A RuntimeError is zipfile's for what is encrypted, or compressed in a way that it does not know.
         kinds = "" if path.is_dir() else " as a tar or zip archive"
         raise DataError(f"{path} cannot be read{kinds}: {type(error).__name__}: {error}") from error
     if pickled:
@@ -194,10 +195,12 @@ def _read(path: Path, split: Split, shape: tuple[int, int, int] | None) -> Image
 def _labels(pictures: Sequence[PurePosixPath], split: Split) -> dict[PurePosixPath, str]:
     """The class of each picture of a split, by the folder that it is in."""
     parts = {name: tuple(part for part in name.parts if part not in (".", "/")) for name in pictures}
-    while parts and len({own[0] for own in parts.values()}) == 1 and all(len(own) > 2 for own in parts.values()):
-        if next(iter(parts.values()))[0].lower() in _named_for_splits():
+    while inside := {name: own for name, own in parts.items() if len(own) > 1}:  # others are beside all folders
+        folders = {own[0] for own in inside.values()}
+        named = _named_for_splits() & {folder.lower() for folder in folders}
+        if named or len(folders) > 1 or min(map(len, inside.values())) == 2:
             break
-        parts = {name: own[1:] for name, own in parts.items()}  # an enclosing folder
+        parts = {name: own[1:] for name, own in inside.items()}  # an enclosing folder
     tops = {own[0].lower() for own in parts.values() if len(own) > 2}
     groups = [group for group in FOLDERS[split] if tops & set(group)]
     if groups:

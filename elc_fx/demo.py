@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from elc_fx.api import compile, report_of
 from elc_fx.comparison import Comparison, compare
+from elc_fx.errors import InvalidInputError
 from elc_fx.files import write_whole
 from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
@@ -259,8 +260,13 @@ class DemoResult:
 def run(epochs: int = EPOCHS, seed: int = 0, folder: Path | None = None) -> DemoResult:
     """All three networks; progress bars on stderr. The same seed gives the same networks.
 
-    folder: where the reports are written, as HTML; None for nowhere.
+    folder: where the reports are written, as HTML; None for nowhere. Raises `InvalidInputError` where that cannot be.
     """
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInputError(f"reports cannot be written to {folder}: {error}") from error
     digits = Digits.load()
     with _one_thread():
         exact = merged_exactly(digits, epochs, seed)
@@ -271,7 +277,6 @@ def run(epochs: int = EPOCHS, seed: int = 0, folder: Path | None = None) -> Demo
     pages = []
     for one in compressed if folder is not None else ():
         assert folder is not None
-        folder.mkdir(parents=True, exist_ok=True)
         pages.append(folder / f"{one.name.split()[1]}.html")
         title = f"{one.name} at half of its FLOPs"
         write_whole({pages[-1]: page(one.summary(), one.report, one.diff, title=title).encode()})

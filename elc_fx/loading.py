@@ -23,6 +23,10 @@ from torch import Tensor, nn
 from elc_fx.errors import ElcError, InvalidInputError, listed
 from elc_fx.packages import required
 
+_DAMAGED = (  # what reading may raise
+    *(AssertionError, EOFError, OSError, RuntimeError, LookupError, TypeError, ValueError),
+    SafetensorError,
+)
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -151,7 +155,7 @@ def _state_dict(file: Path) -> Mapping[str, Any]:
             f"{file} holds more than weights, or is no file of torch.save; only weights are read: store the state dict "
             "alone, torch.save(model.state_dict(), file)"
         ) from error
-    except (EOFError, OSError, RuntimeError, SafetensorError, LookupError, TypeError, ValueError) as error:
+    except _DAMAGED as error:
         raise LoadingError(
             f"{file} cannot be read; it is damaged, or of neither torch.save nor safetensors: "
             f"{type(error).__name__}: {error}"

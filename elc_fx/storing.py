@@ -201,7 +201,8 @@ class _Writer:
             "name": type(self.module).__name__,
             "nodes": [self._node(node) for node in self.module.graph.nodes],
             "modules": self._modules(),
-            "attributes": self._attributes(),
+            "attributes": (attributes := self._attributes()),
+            "transient": sorted(attributes.keys() - self.module.state_dict().keys()),
             "tensors": self.described,
             "report": None if report is None else report.to_dict(),
         }
@@ -321,6 +322,11 @@ class _Reader:
         graph.lint()
         result = CompiledModule(root, graph, _identifier(self.described["name"]))
         _check(result, read)
+        for path in self.described.get("transient", ()):  # which files of before do not tell
+            holder, _, name = str(path).rpartition(".")
+            if path not in read or name not in (home := result.get_submodule(holder))._buffers:
+                raise _UnknownError(f"it has no buffer {path!r:.80}")
+            home._non_persistent_buffers_set.add(name)
         for module in result.modules():
             if type(module) is nn.Module or module is result:
                 module.training = False

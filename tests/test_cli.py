@@ -177,6 +177,15 @@ def test_files_that_are_no_weights_are_refused(workplace: Path, content: Any, me
     assert message in error_of(run("compile", "mynets:net", "--weights", file), 1)
 
 
+def test_whatever_reading_a_damaged_file_raises_is_told(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError  # as torch does for some damaged files of its old format
+
+    torch.save({}, workplace / "weights.pth")
+    monkeypatch.setattr(torch, "load", load)
+    assert "it is damaged" in error_of(run("compile", "mynets:net", "--weights", "weights.pth"), 1)
+
+
 def test_a_broken_safetensors_file_is_refused(workplace: Path) -> None:
     (workplace / "weights.safetensors").write_bytes(b"garbage")
     assert "cannot be read" in error_of(run("compile", "mynets:net", "--weights", "weights.safetensors"), 1)
@@ -242,6 +251,10 @@ def test_wrong_usage_ends_with_code_2(workplace: Path, arguments: list[str], mes
     assert message in error_of(run("compile", *arguments), 2)
 
 
+def test_weights_of_a_network_that_is_not_there_are_wrong_usage(workplace: Path) -> None:
+    assert "--weights-b: there is no B" in error_of(run("diff", "mynets:net", "--weights-b", "net.pth"), 2)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -287,15 +300,16 @@ def test_help_teaches_by_examples() -> None:
     assert "compile" in bare.stderr
 
 
-def shell(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+def shell(*arguments: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A real process; PYTHONPATH leads to this checkout, should the package not be installed."""
     root = str(Path(__file__).resolve().parents[1])
     return subprocess.run(
         [sys.executable, "-m", "elc_fx", *arguments],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": root, **environment},
         capture_output=True,
         text=True,
+        encoding=environment.get("PYTHONIOENCODING"),
         timeout=120,
     )
 
@@ -310,6 +324,13 @@ def test_in_a_shell_the_working_directory_can_be_imported(workplace: Path) -> No
     result = shell("compile", "mynets:number", directory=workplace)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "elc-fx: error: mynets:number gives a int, expected a torch.nn.Module"
+
+
+@pytest.mark.parametrize("command", ["explain", "diff"])
+def test_in_a_shell_signs_that_its_encoding_lacks_are_replaced(command: str, workplace: Path) -> None:
+    arguments = command, "mynets:net", "--input", "1x3x8x8"
+    result = shell(*arguments, directory=workplace, PYTHONIOENCODING="cp1252")
+    assert result.returncode == 0 and "3×3 3?4" in result.stdout
 
 
 def test_in_a_shell_the_version_is_printed(workplace: Path) -> None:

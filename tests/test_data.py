@@ -1,6 +1,8 @@
 """Data sets in every layout, damaged ones, and the networks of tools/cifar_models.py."""
 
+import itertools
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -191,6 +193,9 @@ def _pictures(root: Path, *names: str) -> Path:
         (("train/cats/more/0.png", "train/dogs/1.png"), ["cats", "dogs"], None),
         (("pass/0.png", "test/1.png"), ["pass", "test"], None),
         (("enclosing/train/a/0.png", "enclosing/test/b/1.png"), ["a"], ["b"]),
+        (("enclosing/train/a/0.png", "enclosing/test/b/1.png", "logo.png"), ["a"], ["b"]),
+        (("enclosing/a/0.png", "enclosing/b/1.png", "logo.png"), ["a", "b"], None),
+        (("a/0.png", "a/more/1.png"), ["a"], None),
         (("a/0.tif", "b/1.gif", ".ipynb_checkpoints/2.png", "b/._1.png"), ["a", "b"], None),
     ],
 )
@@ -212,6 +217,18 @@ def test_links_to_folders_are_followed_and_circles_are_not(tmp_path: Path) -> No
 def test_zip(folders: Path, tmp_path: Path) -> None:
     archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", folders)
     _check(loaded(Path(archive)))
+
+
+@pytest.mark.parametrize("changed", [{8: 1}, {10: 99}], ids=["encrypted", "unknown compression"])
+def test_a_zip_that_python_cannot_read_is_told(changed: dict[int, int], folders: Path, tmp_path: Path) -> None:
+    archive = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", folders))
+    content = bytearray(archive.read_bytes())
+    headers = [found.start() for found in re.finditer(rb"PK\x01\x02", content)]
+    for header, (place, byte) in itertools.product(headers, changed.items()):
+        content[header + place] = byte
+    archive.write_bytes(content)
+    with pytest.raises(data.DataError, match="cannot be read as a tar or zip archive"):
+        data.load(archive)
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])

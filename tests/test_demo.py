@@ -98,6 +98,16 @@ def test_times_are_of_the_models_in_their_order() -> None:
     assert slow.lower_quartile <= slow.median <= slow.upper_quartile
 
 
+def test_reports_that_cannot_be_written_are_told_before_anything_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "trained_network", None)
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "file")])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "elc-fx: error: reports cannot be written to" in result.stderr and "--debug" not in result.stderr
+
+
 def test_zero_epochs_are_refused() -> None:
     result = CliRunner().invoke(app, ["demo", "--epochs", "0"])
     assert result.exit_code == 2

@@ -144,6 +144,15 @@ def test_torchscript_is_left_as_it_is() -> None:
     assert len(inside.report.merged) == 1 and inside.no_candidates is None
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.script:FutureWarning", "ignore:.*jit.script:DeprecationWarning")
+def test_what_compile_and_merge_return_can_be_scripted() -> None:
+    model = randomize_(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 3))).eval()
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, X, collapse=["0..3"]))
+    elc_fx.set_gate(decoupled, 0)
+    for made in (elc_fx.compile(model, X), elc_fx.merge(decoupled)):
+        torch.testing.assert_close(torch.jit.script(made)(X), made(X))
+
+
 def test_what_merges_exactly_needs_no_decoupling() -> None:
     explanation = elc_fx.explain(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval(), torch.randn(2, 3))
     assert len(explanation.report.merged) == 1 and not explanation.candidates and not explanation.alone

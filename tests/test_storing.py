@@ -343,6 +343,26 @@ def test_a_file_of_a_later_format_is_told(file: Path) -> None:
         elc_fx.load(forged(file, lambda d: d.update(format=99)))
 
 
+def test_buffers_are_in_the_state_dict_as_they_were(tmp_path: Path) -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 3)
+            self.register_buffer("mean", torch.ones(1, 3, 1, 1), persistent=False)
+            self.register_buffer("scale", torch.full((1, 3, 1, 1), 2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer((x - self.mean) / self.scale)  # type: ignore[no-any-return]
+
+    for model in (Centred(), nn.Sequential(Centred(), nn.ReLU())):
+        before = elc_fx.compile(model.eval())
+        elc_fx.save(before, tmp_path / "net.elc")
+        after = elc_fx.load(tmp_path / "net.elc")
+        assert list(after.state_dict()) == list(before.state_dict())
+        assert dict(after.named_buffers()).keys() == dict(before.named_buffers()).keys()
+        assert any(name.endswith("mean") for name, _ in after.named_buffers())
+
+
 def test_a_network_in_training_mode_loads_in_eval_mode(tmp_path: Path) -> None:
     small = elc_fx.compile(ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))), X)
     elc_fx.save(small.train(), tmp_path / "n.elc")
