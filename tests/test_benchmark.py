@@ -82,6 +82,8 @@ def test_networks_of_the_same_layers_take_the_same_time(results: Path) -> None:
     stored = [{**row("elc", 0.88), **plan}, {**row("elc", 0.89), **plan, "epochs": 10}]
     short, long = tables.speed_table(stored).splitlines()[2:]
     assert short.endswith("2.00×") and long.endswith("2.00×")
+    assert tables._layers({**row("features", 0.9), **plan}) == tables._layers(stored[0])
+    assert tables._layers({**row("slopes", 0.9), **plan}) != tables._layers(stored[0])  # other activations
 
 
 def test_times_of_what_a_row_was_before_it_was_run_again_do_not_count(results: Path) -> None:
@@ -125,6 +127,12 @@ def test_a_plot_of_the_same_rows_is_the_same_file(results: Path) -> None:
         tables.plot("net", tables.stored(), file)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert "times as fast: eager, batch 1" in files[0].read_text()
+
+
+def test_a_plot_has_every_method_that_was_run(results: Path) -> None:
+    several = [name for name in METHODS if name not in FOR_TIME]
+    tables.plot("net", [row(name, 0.8) for name in several], results / "all.svg")
+    assert all(f">{name}<" in (results / "all.svg").read_text() for name in several)
 
 
 @pytest.fixture
@@ -199,6 +207,16 @@ def test_a_plan_for_the_time_of_many_images_makes_its_network(
     rows.train(method=["elc-eager-64"], **{**task, "budget": 0.7})
     stored = json.loads((tmp_path / "results" / "net-elc-eager-64-0.7-1-0.json").read_text())
     assert stored["plan"]["candidates"] and stored["after"]["flops"] < stored["before"]["flops"]
+
+
+def test_slopes_begin_as_relus(task: dict[str, Any]) -> None:
+    made = methods.Task(task["weights"], task["data"], task["budget"], task["seed"], task["runs"])
+    plan, x = made.plan(loss="uniform"), made.calibration[0]
+    plain, sloped = methods.fitted(made, plan), methods._with_slopes(made, plan)
+    assert torch.equal(plain(x), sloped(x))
+    kinds = [type(sloped.get_submodule(str(n.target))) for n in sloped.graph.find_nodes(op="call_module")]
+    assert torch.nn.PReLU in kinds and torch.nn.ReLU not in kinds
+    assert not [node for node in sloped.graph.nodes if "relu" in str(node.target) and node.op == "call_function"]
 
 
 def test_a_budget_out_of_reach_is_a_row_too(task: dict[str, Any], tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ class Task:
 class Method:
     """What it is, how its network is planned and made, and what of the training differs.
 
-    plan: gives None where nothing is planned. epochs: times those of the others.
+    plan: gives None where nothing is planned. epochs: times those of the others. activations: what it has instead of
+    those of the original.
     """
 
     what: str
@@ -80,6 +81,7 @@ class Method:
     network: Callable[[Task, Any], nn.Module]
     options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 1
+    activations: str = ""
 
 
 def _unplanned(task: Task) -> None:
@@ -167,6 +169,7 @@ METHODS = {
         _planned,
         _with_slopes,
         {"features": 10.0},
+        activations="PReLU",
     ),
     "balanced": Method("as elc; the layers are limited too, to the square root of the budget", _balanced, fitted),
     "torch-pruning": Method("channels pruned by Torch-Pruning", _unplanned, partial(_pruned, None)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections import Counter, defaultdict
@@ -82,8 +83,8 @@ def _speedups(rows: Sequence[Row], name: str = LATENCIES[0]) -> dict[tuple[str, 
 
 def _layers(row: Row) -> str:
     """Equal for networks of the same layers, which take the same time."""
-    plan = row.get("plan")
-    return f"{row['network']} {json.dumps(plan['candidates'], sort_keys=True)}" if plan else _stem(row)
+    plan, activations = row.get("plan"), METHODS[row["method"]].activations
+    return f"{row['network']} {activations} {json.dumps(plan['candidates'], sort_keys=True)}" if plan else _stem(row)
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
@@ -290,7 +291,8 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
     figure, axes = pyplot.subplots(
         -(-count // wide), wide, figsize=(3.4 * wide, 2.8 * -(-count // wide)), squeeze=False, sharey=True
     )
-    colours = dict(zip(METHODS, matplotlib.colormaps["tab20"].colors, strict=False))
+    run = [name for name in METHODS if any(row["method"] == name for row in rows)]  # of any network: one colour each
+    colours = dict(zip(run, itertools.cycle(matplotlib.colormaps["tab20"].colors), strict=False))
     for axis, column in zip(axes.flat, [None, *columns], strict=False):
         for name, colour in colours.items():
             points = []
