@@ -48,6 +48,7 @@ from elc_fx.graph import (
     overwrites_unseen,
     overwritten_argument,
     package_of,
+    signature_of,
 )
 from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask, reads_training
 from elc_fx.randomness import alone, generators, randomness_of_the_caller
@@ -169,7 +170,8 @@ def capture(
         if module not in follow and (method := branches_on_training(module))
     ]
     for node in captured.graph.nodes if trainable else ():
-        if function_name(node) == "batch_norm" and reads_training(module := root.get_submodule(caller_of(node))):
+        fixed = function_name(node) == "batch_norm" and signature_of(node).get("training", False) is False
+        if fixed and reads_training(module := root.get_submodule(caller_of(node))):
             reason = f"it normalises with fixed statistics, where `{type(module).__name__}` reads self.training"
             eval_only.append(Refusal(node.name, reason))
     return Capture(captured, opaque, None if given is None else tuple(tracer.examples), tuple(eval_only))

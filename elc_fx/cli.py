@@ -459,9 +459,8 @@ def demo_command(
 
 def main() -> None:
     """The console script. What the working directory holds can be imported, as with `python -m`."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # some encodings lack arrows and signs
-            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # some encodings lack arrows and signs
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     app(prog_name="elc-fx")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from elc_fx.api import compile, report_of
 from elc_fx.comparison import Comparison, compare
 from elc_fx.errors import InvalidInputError
-from elc_fx.files import write_whole
+from elc_fx.files import make_folder, write_whole
 from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
 from elc_fx.report.diff import Diff, diff
@@ -264,7 +264,7 @@ def run(epochs: int = EPOCHS, seed: int = 0, folder: Path | None = None) -> Demo
     """
     if folder is not None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise InvalidInputError(f"reports cannot be written to {folder}: {error}") from error
     digits = Digits.load()

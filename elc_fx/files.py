@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,13 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
     finally:
         for beside in unfinished.values():
             beside.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes it, if it is not there. Raises `OSError` where nothing can be written to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _real(file: Path) -> Path:

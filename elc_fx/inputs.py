@@ -122,6 +122,11 @@ def fresh(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(memory_format=torch.preserve_format), inputs)
 
 
+def of_dicts(values: Any) -> Any:
+    """The same with dicts for all mappings, of which pytree knows some only."""
+    return pytree.tree_map(lambda v: of_dicts(dict(v)) if isinstance(v, Mapping) else v, values)
+
+
 def number_type(network: nn.Module) -> torch.dtype | None:
     """That of the first parameter, if it is one of floating point numbers."""
     weight = next(network.parameters(), None)

@@ -29,7 +29,7 @@ def without_autocast_cache() -> Iterator[None]:
 @contextmanager
 def without_autocast(network: nn.Module) -> Iterator[None]:
     """Inside of the caller's autocast too, the network computes in its own type."""
-    devices = {parameter.device.type for parameter in network.parameters()}
+    devices = {value.device.type for value in (*network.parameters(), *network.buffers())}
     with ExitStack() as stack:
         for device in filter(torch.amp.is_autocast_available, devices):
             stack.enter_context(torch.autocast(device, enabled=False))

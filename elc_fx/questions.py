@@ -112,29 +112,44 @@ def may_ask(module: nn.Module) -> bool:
 
     Errs on the side of yes. What torch's own functions ask does not count, nor what is asked of `self`'s attributes.
     """
-    own = [value for value in vars(module).values() if not isinstance(value, str | int | float | dict | list | tuple)]
-    functions = [f for value in own for f in _functions_of(value)]
-    cls = type(module)
+    cls, functions = type(module), _own_functions(module)
     if cls not in _classes:
         _classes[cls] = _any_asks([getattr(cls, "forward", None)], cls)
     return _classes[cls] or (bool(functions) and _any_asks(functions, cls))
 
 
+def _own_functions(module: nn.Module) -> list[types.FunctionType]:
+    """Those among its attributes, and of the objects there."""
+    own = [value for value in vars(module).values() if not isinstance(value, str | int | float | dict | list | tuple)]
+    return [f for value in own for f in _functions_of(value)]
+
+
 def branches_on_training(module: nn.Module) -> str | None:
     """The name of a method in which the module's own code decides by `self.training`, if there is one."""
-    return next((f.__name__ for f in _own_methods(module) if _decides_by_training(f.__code__)), None)
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.") or cls is object:
+            continue
+        for function in _functions_of(cls):
+            if function.__name__ not in ("__init__", "train", "eval") and _decides_by_training(function.__code__):
+                return function.__name__
+    return None
 
 
 def reads_training(module: nn.Module) -> bool:
-    """Whether the module's own code reads `self.training`, or leaves it to a `forward` of torch's."""
-    used = {f.__name__: f for f in reversed(_own_methods(module))}  # none that is overridden
-    return any({"training", "forward"} & {*code.co_names} for f in used.values() for code in _nested(f.__code__))
+    """Whether `training` is read, or a `forward` called, in code that the module's `forward` may run by itself.
+
+    Errs on the side of yes.
+    """
+    cls = type(module)
+    code = getattr(cls.forward, "__code__", None)
+    if code is None or _is_torch(code):  # which reads it, or runs a `forward` that it decorates
+        return True
+    codes = _codes([cls.forward, *_own_functions(module)], cls)
+    return any({"training", "forward"} & {*code.co_names, *filter(_is_text, code.co_consts)} for code in codes)
 
 
-def _own_methods(module: nn.Module) -> list[types.FunctionType]:
-    """What a module's `forward` may run of its classes but torch's, those first that override others."""
-    classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") and cls is not object]
-    return [f for cls in classes for f in _functions_of(cls) if f.__name__ not in ("__init__", "train", "eval")]
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _decides_by_training(code: types.CodeType) -> bool:
@@ -165,6 +180,11 @@ def _functions_of(value: Any) -> Iterator[types.FunctionType]:
 
 def _any_asks(functions: list[Any], owner: type) -> bool:
     """Whether any of the functions, or of those that they name, asks; `owner` has their methods."""
+    return any(q.variable != "self" for code in _codes(functions, owner) for q in questions_of(code))
+
+
+def _codes(functions: list[Any], owner: type) -> Iterator[types.CodeType]:
+    """Of functions and those that they name, but torch's; `owner` has their methods."""
     queue = [f for value in functions for f in _functions_of(value)]
     seen: set[int] = set()
     while queue:
@@ -177,8 +197,7 @@ def _any_asks(functions: list[Any], owner: type) -> bool:
         if _is_torch(function.__code__):
             continue
         codes = list(_nested(function.__code__))
-        if any(question.variable != "self" for code in codes for question in questions_of(code)):
-            return True
+        yield from codes
         names = {name for code in codes for name in code.co_names}
         for name in names:
             named = function.__globals__.get(name)
@@ -186,7 +205,6 @@ def _any_asks(functions: list[Any], owner: type) -> bool:
                 queue.extend(f for n in names for f in _functions_of(vars(named).get(n)))
             queue.extend(_functions_of(named))
             queue.extend(_functions_of(getattr(owner, name, None)))
-    return False
 
 
 def _content(cell: Any) -> Any:

@@ -202,7 +202,7 @@ class _Writer:
             "nodes": [self._node(node) for node in self.module.graph.nodes],
             "modules": self._modules(),
             "attributes": (attributes := self._attributes()),
-            "transient": sorted(attributes.keys() - self.module.state_dict().keys()),
+            "transient": sorted(path for path in attributes if self._is_transient(path)),
             "tensors": self.described,
             "report": None if report is None else report.to_dict(),
         }
@@ -275,6 +275,11 @@ class _Writer:
                 raise StorageError(f"`{node.target}` is a {type(value).__name__}, expected a tensor")
             described[str(node.target)] = self._tensor(value, str(node.target))
         return described
+
+    def _is_transient(self, path: str) -> bool:
+        """Whether a buffer is left out of the state dict."""
+        holder, _, name = path.rpartition(".")
+        return name in self.module.get_submodule(holder)._non_persistent_buffers_set
 
     def _tensor(self, tensor: Tensor | None, path: str) -> str | None:
         if tensor is None:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields
@@ -31,9 +30,9 @@ from elc_fx.decoupling.gates import ORDERS, SHAPES, GateSchedule, decoupling_nod
 from elc_fx.decoupling.nodes import DecoupledActivation
 from elc_fx.errors import ElcError, InvalidInputError, TrainingError
 from elc_fx.features import Features
-from elc_fx.files import alone_in, write_whole
+from elc_fx.files import alone_in, make_folder, write_whole
 from elc_fx.history import METRICS, Epoch, History, metrics
-from elc_fx.inputs import fresh, number_type, of_type
+from elc_fx.inputs import fresh, number_type, of_dicts, of_type
 from elc_fx.islands import clone
 from elc_fx.kernels import SoundConvolutions, without_autocast_cache
 from elc_fx.losses import distance, of_classes
@@ -120,15 +119,17 @@ class FinetuneConfig:
             raise InvalidInputError(f"loss is {self.loss!r}, expected a function (output, target) → tensor")
         if self.folder is not None and not isinstance(self.folder, str | Path):
             raise InvalidInputError(f"folder is {self.folder!r}, expected a path")
-        for name, batches in (
-            ("train_data", self.train_data),
-            ("validation", () if self.validation is None else self.validation),
+        if not isinstance(self.train_data, Iterable):
+            raise InvalidInputError(
+                f"train_data is a {type(self.train_data).__name__}, expected a DataLoader or batches (inputs, target)"
+            )
+        if self.validation is not None and (
+            not isinstance(self.validation, Iterable) or isinstance(self.validation, Iterator)
         ):
-            if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
-                raise InvalidInputError(
-                    f"{name} is a {type(batches).__name__}, expected a DataLoader or a list of batches "
-                    "(inputs, target), which can be gone through in every epoch"
-                )
+            raise InvalidInputError(
+                f"validation is a {type(self.validation).__name__}, expected a DataLoader or a list of batches, which "
+                "can be gone through in every epoch"
+            )
         if self.tensorboard and self.folder is None:
             raise InvalidInputError("tensorboard needs a folder to write to")
 
@@ -212,6 +213,7 @@ class Finetuning:
             with self._alone():  # or an error, before anything else is done
                 pass
         self.best: dict[str, Tensor] | None = None
+        self.trained: Any = None
 
     def run(self) -> History:
         """All epochs that are left."""
@@ -230,24 +232,11 @@ class Finetuning:
     def _run(self) -> History:
         home = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         check_trainable(self.network)
-        last = None
-        if self.folder is not None:
-            last = Checkpoint.read(self.folder, self._identity(), self.device)
-        self.features = self._features()  # or an error, before anything of the network is changed
+        last = None if self.folder is None else Checkpoint.read(self.folder, self._identity(), self.device)
+        self.features = self._features()
         network = self.network.to(self.device)
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = optimizer_of(self.parameters, self.config.learning_rate, self.config.weight_decay)
-        self.gates = self._gate_schedule()
-        self.gate_names = {f"{name}.gate" for name in decoupling_nodes(network)}
-        self.average = None
-        if self.config.ema is not None:
-            self.average = {k: v.detach().clone() for k, v in tensors_of(network).items()}
-        if self.folder is not None and last is not None:
-            self._resume(last, self.folder)
-        self.optimizer.zero_grad()  # of what the caller did before
-        # With one process there is nothing to prepare, and Accelerate would cast to what the caller's own one casts to.
-        self.trained = self.accelerator.prepare(network) if self.accelerator.num_processes > 1 else network
         try:
+            self._begin(last)
             drawn = randomness_of_the_caller(self.batches, self.validation)
             with drawn, without_autocast_cache(), SoundConvolutions(), _Bar(self) as bar:
                 for number in range(len(self.state.history), self.config.epochs):
@@ -268,6 +257,26 @@ class Finetuning:
         network.to(home).eval()
         return History(tuple(self.state.history))
 
+    def _begin(self, last: Checkpoint | None) -> None:
+        """Where the last checkpoint was, if there is one. Errors come before anything of the network is changed."""
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = optimizer_of(self.parameters, self.config.learning_rate, self.config.weight_decay)
+        if last is not None:
+            try:
+                self.optimizer.load_state_dict(last.optimizer)
+            except ValueError as error:
+                raise TrainingError(f"the checkpoint in {self.folder} is of a run of other parameters") from error
+        self.gates = self._gate_schedule()
+        self.gate_names = {f"{name}.gate" for name in decoupling_nodes(self.network)}
+        self.average = None
+        if self.config.ema is not None:
+            self.average = {k: v.detach().clone() for k, v in tensors_of(self.network).items()}
+        if last is not None:
+            self._resume(last)
+        self.optimizer.zero_grad()  # of what the caller did before
+        # With one process there is nothing to prepare, and Accelerate would cast to what the caller's own one casts to.
+        self.trained = self.accelerator.prepare(self.network) if self.accelerator.num_processes > 1 else self.network
+
     # One epoch
 
     def _epoch(self, number: int, bar: Any) -> None:
@@ -287,7 +296,10 @@ class Finetuning:
             speed = images / (time.perf_counter() - start)
             bar(number, steps, total, speed)
         if not steps:
-            raise InvalidInputError(f"train_data gives no batches in epoch {number + 1}")
+            raise InvalidInputError(
+                f"train_data gives no batches in epoch {number + 1}; give what can be gone through again, such as a "
+                "DataLoader"
+            )
         mean = float(self.accelerator.reduce(total / steps, "mean"))
         if not math.isfinite(mean):
             raise TrainingError(
@@ -312,6 +324,8 @@ class Finetuning:
         loss = self._loss(output, target, wanted)
         if self.features is not None:
             loss = loss + self.config.features * self.features.distance()
+        if not loss.requires_grad:
+            raise InvalidInputError("the loss has no gradient: what its function gives is detached from the output")
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
@@ -372,14 +386,17 @@ class Finetuning:
             )
         if target.is_floating_point():
             return F.cross_entropy(output.float(), target)
+        target = target.long()
+        labelled = target != IGNORED
         # Elsewhere a look at the numbers makes the whole device wait.
-        known = target[target != IGNORED] if target.device.type == "cpu" else target[:0]
+        known = target[labelled] if target.device.type == "cpu" else target[:0]
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < output.shape[1]:
             raise InvalidInputError(
                 f"classes go from {int(known.min())} to {int(known.max())}, and the network gives {output.shape[1]} "
                 f"scores; {IGNORED} is what has no class"
             )
-        return F.cross_entropy(output.float(), target.long(), ignore_index=IGNORED)
+        total = F.cross_entropy(output.float(), target, ignore_index=IGNORED, reduction="sum")
+        return total / labelled.sum().clamp_min(1)
 
     def _set_rates(self) -> None:
         share = share_of_rate(self.state.steps, self.total, self.config.warmup)
@@ -447,7 +464,7 @@ class Finetuning:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 output = self._output(self.network, inputs)
             if self.config.loss is None and _classes(output, target) and output.dim() == 2:
-                wanted = target.argmax(1) if target.is_floating_point() else target
+                wanted = target.argmax(1) if target.is_floating_point() else target.long()
                 right, count = (output.argmax(1) == wanted).sum(), (wanted != IGNORED).sum()
             else:
                 count = torch.tensor(_size(inputs), device=self.device)
@@ -487,8 +504,10 @@ class Finetuning:
     def _parts(self, batch: Any) -> tuple[Any, Any]:
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
-        named = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0]  # pytree does not know all mappings
-        inputs, target = pytree.tree_map_only(Tensor, self._trainable, (named, batch[1]))
+        from accelerate.utils import send_to_device
+
+        target = send_to_device(batch[1], self.device, non_blocking=True)
+        inputs, target = pytree.tree_map_only(Tensor, self._trainable, (of_dicts(batch[0]), target))
         if not _size(inputs):
             raise InvalidInputError("a batch of the data has no samples")
         inputs = of_type(inputs, self.dtype)
@@ -527,14 +546,14 @@ class Finetuning:
                 _write_events(self.folder, self.state.history[-1])
         self.accelerator.wait_for_everyone()
 
-    def _resume(self, last: Checkpoint, folder: Path) -> None:
+    def _resume(self, last: Checkpoint) -> None:
         _load(self.network, last.weights["network"])
         self.average, self.best = last.weights.get("average"), last.weights.get("best")
-        self.optimizer.load_state_dict(last.optimizer)
         self.state = _State(last.history)
         self._catch_up(last.steps)
-        if self.accelerator.is_main_process and last.history:  # which a kill may have kept from being written
-            write_whole({folder / METRICS: metrics(last.history)})
+        if self.folder is not None and self.accelerator.is_main_process and last.history:
+            # A kill may have kept them from being written.
+            write_whole({self.folder / METRICS: metrics(last.history)})
 
 
 class _Bar:
@@ -578,9 +597,7 @@ def _writing_to(folder: Path) -> Iterator[None]:
 def check_folder(folder: Path) -> None:
     """Raises `TrainingError` where checkpoints cannot be kept."""
     with _writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        make_folder(folder)
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -697,6 +714,4 @@ def _one_number(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"a tensor of {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise InvalidInputError(f"the loss function gives {given}, expected a tensor with one number, such as a mean")
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        raise InvalidInputError("what the loss function gives has no gradient: it is detached from the output")
     return loss.reshape(())

@@ -622,6 +622,42 @@ class FixesNorm(nn.Module):
         return nn.functional.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias)
 
 
+def normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    return nn.functional.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum or 0.0, norm.eps
+    )
+
+
+class NormByHelper(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return normalised(x, self)
+
+
+class DecoratedNorm(nn.BatchNorm2d):
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class NormByName(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        mode = getattr(self, "training")  # noqa: B009
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, mode, self.momentum or 0.0, self.eps
+        )
+
+
+class PlainNorm(nn.BatchNorm2d):
+    pass
+
+
+@pytest.mark.parametrize("norm", [NormByHelper, DecoratedNorm, NormByName, PlainNorm])
+def test_a_batch_norm_follows_train_however_it_learns_of_it(norm: Any) -> None:
+    model, x = net(conv(), norm(4), conv(), nn.ReLU(), conv()), torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    decoupled = decouple(model, elc_fx.Plan.of(model, x, collapse=["2..4:3x3"])).train()
+    close(decoupled(x), copy.deepcopy(model).train()(x))
+
+
 @pytest.mark.parametrize("norm", [lambda: FixedNorm(4), FixesNorm])
 @pytest.mark.filterwarnings("error")
 def test_a_batch_norm_whose_statistics_are_fixed_in_training_stays_so(norm: Any) -> None:

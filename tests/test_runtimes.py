@@ -75,7 +75,6 @@ def test_an_input_that_is_not_used_is_borne(backend: Any) -> None:
         fast(1, inputs[1])
 
 
-@torch.no_grad()
 def test_costs_of_what_runs_elsewhere_are_not_said_to_be_nothing() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(1, 3, 8, 8)
     away = elc_fx.compile(model, x, backend="onnxruntime")
@@ -84,6 +83,7 @@ def test_costs_of_what_runs_elsewhere_are_not_said_to_be_nothing() -> None:
             called()
 
 
+@torch.no_grad()
 def test_inductor_is_torch_compile() -> None:
     torch._dynamo.reset()
     model, x = network(), picture(1, 3, 8, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -147,7 +148,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_do() -> None:
         ({"ema": 1.5}, "ema"),
         ({"train_data": 3}, "train_data"),
         ({"train_data": []}, "empty"),
-        ({"train_data": iter(loader())}, "gone through in every epoch"),
+        ({"train_data": iter(loader())}, "no batches in epoch 2; give what can be gone through again"),
         ({"train_data": DataLoader(Endless(), 4)}, "__len__"),
         ({"loss": nn.CrossEntropyLoss(reduction="none")}, "a tensor of .16., expected a tensor with one number"),
         ({"loss": lambda output, target: 0.5}, "a float"),
@@ -664,6 +665,43 @@ def test_mappings_that_are_no_dicts_are_trained_on_as_dicts_are(kind: Any) -> No
     assert results[0] == results[1]
 
 
+def test_mappings_inside_of_inputs_and_targets_count() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, given: Any) -> Any:
+            return self.inner(given["x"])
+
+    batch = [UserDict(x=PICTURE.double())], UserDict(label=torch.arange(4))
+    loss: Any = lambda output, target: nn.functional.cross_entropy(output, target["label"])  # noqa: E731
+    elc_fx.finetune(Nested(), [batch], loss=loss, epochs=1, progress=False)
+
+
+def test_what_can_be_gone_through_again_need_not_be_a_list() -> None:
+    class Prefetcher:
+        def __init__(self) -> None:
+            self.batches = list(loader(32))
+
+        def __len__(self) -> int:
+            return len(self.batches)
+
+        def __iter__(self) -> Any:
+            self.left = iter(self.batches)
+            return self
+
+        def __next__(self) -> Any:
+            return next(self.left)
+
+    assert len(elc_fx.finetune(network(), Prefetcher(), epochs=2, progress=False).epochs) == 2
+
+
+def test_a_loss_without_gradient_is_borne_where_the_teacher_gives_one() -> None:
+    options: dict[str, Any] = {"epochs": 1, "progress": False, "loss": lambda output, target: torch.zeros(())}
+    elc_fx.finetune(network(), loader(32), teacher=trained_teacher(), **options)
+
+
 def test_an_epoch_without_batches_is_told() -> None:
     class Once(list[Any]):
         def __iter__(self) -> Iterator[Any]:
@@ -693,6 +731,35 @@ def test_what_has_no_class_does_not_count() -> None:
         history = elc_fx.finetune(model, [(x, y)], validation=[(x, y)], epochs=1, progress=False, bf16=False)
         results.append((history.epochs[0].loss, history.epochs[0].score))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_a_batch_in_which_nothing_has_a_class_is_borne() -> None:
+    batches = list(loader(32))
+    batches[0][1].fill_(-100)
+    history = elc_fx.finetune(network(), batches, validation=batches, epochs=1, progress=False)
+    assert math.isfinite(history.epochs[0].loss)
+
+
+def test_a_class_of_bytes_is_not_taken_for_none() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 200)).eval()
+    targets = [torch.full((4,), 156, dtype=kind) for kind in (torch.uint8, torch.int64)]
+    histories = [
+        elc_fx.finetune(copy.deepcopy(model), [(PICTURE, y)], validation=[(PICTURE, y)], epochs=1, progress=False)
+        for y in targets
+    ]
+    assert histories[0].epochs[0].loss == histories[1].epochs[0].loss > 0
+    assert histories[0].epochs[0].score == histories[1].epochs[0].score
+
+
+def test_a_checkpoint_of_a_run_of_other_parameters_is_told_and_changes_nothing(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"epochs": 1, "folder": tmp_path, "progress": False, "features": 1.0}
+    elc_fx.finetune(decoupled(network()), loader(32), teacher=network(), **options)
+    student = decoupled(network())
+    student.get_submodule("0").requires_grad_(False)
+    with pytest.raises(elc_fx.TrainingError, match="other parameters"):
+        elc_fx.finetune(student, loader(32), teacher=network(), **options)
+    assert set(elc_fx.gates(student).values()) == {1.0}
+    assert not any(module._forward_hooks for module in student.modules())
 
 
 def test_a_refused_folder_leaves_the_gates_as_they_were(tmp_path: Path) -> None:

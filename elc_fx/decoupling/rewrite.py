@@ -37,6 +37,7 @@ from elc_fx.graph import function_name, label, module_of
 from elc_fx.inputs import batch_values, batches_of, fresh, number_type, of_type
 from elc_fx.interpret import Operation
 from elc_fx.islands import clone
+from elc_fx.kernels import without_autocast
 from elc_fx.origins import names_and_shapes, origins_of, remember
 from elc_fx.planning.candidates import Candidate, check_model
 from elc_fx.planning.plan import Plan
@@ -101,7 +102,7 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
                     f"{before:,} FLOPs become {after:,}",
                     stacklevel=2,
                 )
-        captured.warn_of_eval_only(stacklevel=3)
+        captured.warn_of_eval_only(stacklevel=2)
         read = _attributes_read(captured.graph_module)
         rewriter = _Rewriter(graph)
         for candidate, region, windows in located:
@@ -399,7 +400,7 @@ def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> N
     for node in nodes:
         node.fit = LineFit(len(node.slope), node.dims)
     try:
-        with torch.no_grad(), randomness_of_the_caller():
+        with torch.no_grad(), randomness_of_the_caller(), without_autocast(decoupled):
             for batch in batches_of(calibration):
                 _run(decoupled, batch)
                 count += 1
