@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from elc_fx.errors import ElcError, InvalidInputError, listed
 from elc_fx.packages import required
 
-_DAMAGED = (  # what reading may raise
-    *(AssertionError, EOFError, OSError, RuntimeError, LookupError, TypeError, ValueError),
-    SafetensorError,
-)
+# What reading a damaged file raises.
+_DAMAGED = (AssertionError, EOFError, OSError, RuntimeError, SafetensorError, LookupError, TypeError, ValueError)
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 

@@ -145,11 +145,7 @@ def reads_training(module: nn.Module) -> bool:
     if code is None or _is_torch(code):  # which reads it, or runs a `forward` that it decorates
         return True
     codes = _codes([cls.forward, *_own_functions(module)], cls)
-    return any({"training", "forward"} & {*code.co_names, *filter(_is_text, code.co_consts)} for code in codes)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return any(word in (*code.co_names, *code.co_consts) for code in codes for word in ("training", "forward"))
 
 
 def _decides_by_training(code: types.CodeType) -> bool:

@@ -19,7 +19,7 @@ import operator
 import pkgutil
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -201,8 +201,8 @@ class _Writer:
             "name": type(self.module).__name__,
             "nodes": [self._node(node) for node in self.module.graph.nodes],
             "modules": self._modules(),
-            "attributes": (attributes := self._attributes()),
-            "transient": sorted(path for path in attributes if self._is_transient(path)),
+            "attributes": self._attributes(),
+            "transient": sorted(set(self._transient())),
             "tensors": self.described,
             "report": None if report is None else report.to_dict(),
         }
@@ -276,10 +276,12 @@ class _Writer:
             described[str(node.target)] = self._tensor(value, str(node.target))
         return described
 
-    def _is_transient(self, path: str) -> bool:
-        """Whether a buffer is left out of the state dict."""
-        holder, _, name = path.rpartition(".")
-        return name in self.module.get_submodule(holder)._non_persistent_buffers_set
+    def _transient(self) -> Iterator[str]:
+        """The buffers among the attributes that are left out of the state dict."""
+        for node in self.module.graph.find_nodes(op="get_attr"):
+            holder, _, name = str(node.target).rpartition(".")
+            if name in self.module.get_submodule(holder)._non_persistent_buffers_set:
+                yield str(node.target)
 
     def _tensor(self, tensor: Tensor | None, path: str) -> str | None:
         if tensor is None:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,7 @@ class Finetuning:
     def __init__(self, network: nn.Module, config: FinetuneConfig, teacher: nn.Module | None = None) -> None:
         from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs  # seconds to import
         from accelerate.state import GradientState
+        from accelerate.utils import send_to_device
 
         if not isinstance(network, nn.Module):
             raise InvalidInputError(f"network is a {type(network).__name__}, expected a torch.nn.Module")
@@ -196,6 +198,7 @@ class Finetuning:
             cpu=not torch.cuda.is_available(),
         )
         self.device = self.accelerator.device
+        self.to_device = partial(send_to_device, device=self.device, non_blocking=True)
         self.bf16 = computes_in_bf16(self.device) if config.bf16 is None else config.bf16
         self.channels_last = self.device.type == "cpu" or self.bf16
         self.structure = [structure_of(network), structure_of(teacher), fingerprint(teacher)]
@@ -504,21 +507,15 @@ class Finetuning:
     def _parts(self, batch: Any) -> tuple[Any, Any]:
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise InvalidInputError(f"a batch is a {type(batch).__name__}, expected a pair (inputs, target)")
-        from accelerate.utils import send_to_device
-
-        target = send_to_device(batch[1], self.device, non_blocking=True)
-        inputs, target = pytree.tree_map_only(Tensor, self._trainable, (of_dicts(batch[0]), target))
+        moved = self.to_device((of_dicts(batch[0]), batch[1]))
+        # Nothing can be trained on tensors of `torch.inference_mode`.
+        inputs, target = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, moved)
         if not _size(inputs):
             raise InvalidInputError("a batch of the data has no samples")
         inputs = of_type(inputs, self.dtype)
         if self.channels_last:
             inputs = pytree.tree_map_only(Tensor, _channels_last, inputs)
         return inputs, target
-
-    def _trainable(self, value: Tensor) -> Tensor:
-        """On the device, and not of `torch.inference_mode`, which nothing can be trained on."""
-        value = value.to(self.device, non_blocking=True)
-        return value.clone() if value.is_inference() else value
 
     # Checkpoints
 

@@ -641,7 +641,7 @@ class DecoratedNorm(nn.BatchNorm2d):
 
 class NormByName(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
-        mode = getattr(self, "training")  # noqa: B009
+        mode = getattr(self, "training")  # noqa: B009, the name as a text is what is tested
         return nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, mode, self.momentum or 0.0, self.eps
         )
