@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -85,7 +86,7 @@ class Method:
 
 
 def _unplanned(task: Task) -> None:
-    """What is pruned has no plan."""
+    """What is pruned, or left as it is, has no plan."""
 
 
 def _planned_for_time(backend: Backend, images: int, task: Task) -> elc_fx.Plan:
@@ -144,6 +145,10 @@ def _pruned(multiple: int | None, task: Task, plan: None) -> nn.Module:
     return pruning.pruned(task.model, task.x, task.budget, pruning.chosen(), train, multiple)
 
 
+def _unchanged(task: Task, plan: None) -> nn.Module:
+    return copy.deepcopy(task.model)
+
+
 FOR_TIME = {
     f"elc-{backend}" + (f"-{images}" if images > 1 else ""): Method(
         f"the same; the budget is a share of the time under {backend}, images at once: {images}",
@@ -182,5 +187,6 @@ METHODS = {
     "merges": Method(
         "planned without layers whose kernels shrink by themselves: all that goes is depth", _merges, fitted
     ),
+    "unchanged": Method("the original, trained on in the same way, at any budget", _unplanned, _unchanged),
     "grown": Method("without kernel control: merged kernels keep all that the kernels add up to", _grown, fitted),
 }
