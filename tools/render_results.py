@@ -51,7 +51,6 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "zoo_summary": ("zoo_sweep", lambda result: zoo_sweep.summary(result["rows"]) + "."),
     "cifar_lossless": ("cifar_lossless", lambda result: cifar_lossless.table(result["rows"], STYLE)),
     "compile_zoo": ("compile_zoo", lambda result: bench_compile.zoo_table(result, STYLE)),
-    "compile_zoo_total": ("compile_zoo", lambda result: bench_compile.zoo_table(result | {"rows": []}, STYLE)),
     "compile_chains": ("compile_chains", lambda result: bench_compile.chains_table(result, STYLE)),
     "compile_memory": ("compile_memory", lambda result: bench_compile.memory_table(result, STYLE)),
     "decouple_flops": ("decouple_flops", lambda result: bench_decouple.flops_table(result["rows"], STYLE)),
