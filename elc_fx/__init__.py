@@ -2,37 +2,39 @@
 
 from elc_fx.activations import register_activation
 from elc_fx.api import compile, draw, report_of
-from elc_fx.capture import CaptureError, Refusal
 from elc_fx.comparison import Comparison, Measurement, compare, measure
 from elc_fx.decoupling.collapse import merge
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import GateSchedule, gates, set_gate
 from elc_fx.decoupling.rewrite import decouple
 from elc_fx.errors import (
+    CaptureError,
     ElcError,
+    ExportError,
     GateNotClosedError,
     InvalidInputError,
+    LatencyError,
     MissingPackageError,
     NotAffineError,
+    OutOfMemoryError,
     PlanError,
+    Refusal,
+    RuntimeFailedError,
+    StorageError,
     TrainingError,
     TrainingModeError,
     VerificationError,
 )
 from elc_fx.explanation import Explanation, explain
-from elc_fx.exporting import ExportError
 from elc_fx.fusion import MergedRegion
 from elc_fx.history import History
-from elc_fx.memory import OutOfMemoryError
 from elc_fx.planning.budget import Budget, Costs
 from elc_fx.planning.candidates import Candidate, Candidates, candidates
-from elc_fx.planning.latency import LatencyError
 from elc_fx.planning.plan import Plan, Prediction
 from elc_fx.planning.planner import Planner, pareto, plan
 from elc_fx.report import Report
 from elc_fx.report.diff import Change, Diff, diff
-from elc_fx.runtimes import RuntimeFailedError
-from elc_fx.storing import StorageError, load, save
+from elc_fx.storing import load, save
 from elc_fx.training import FinetuneConfig, finetune
 
 __version__ = "0.1.0"

@@ -17,7 +17,6 @@ import operator
 import sys
 import threading
 import traceback
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -31,7 +30,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
 from elc_fx.attributes import Attributes
-from elc_fx.errors import ElcError
+from elc_fx.errors import CaptureError, Refusal, warn
 from elc_fx.graph import (
     DROPOUT_MODULES,
     KNOWN_PACKAGES,
@@ -60,17 +59,6 @@ ASKS_FOR_USER = {"is_tensor", "typename"}  # functions of torch
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """What did not happen at a place, and why, for people to read."""
-
-    where: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
-
-
-@dataclass(frozen=True)
 class Capture:
     """The graph of a model, sharing its modules, and the submodules that stayed opaque.
 
@@ -83,16 +71,11 @@ class Capture:
     inputs: tuple[Any, ...] | None
     eval_only: tuple[Refusal, ...]
 
-    def warn_of_eval_only(self, stacklevel: int) -> None:
+    def warn_of_eval_only(self) -> None:
         """Warns where the graph will do in training mode what the model does in eval mode only."""
         for refusal in self.eval_only:
             where = f"`{refusal.where}`: " if refusal.where else ""
-            what = f"{where}{refusal.reason}; the network to train does in training, too, what that does in eval mode"
-            warnings.warn(what, stacklevel=stacklevel + 1)
-
-
-class CaptureError(ElcError):
-    """The module's own `forward` cannot be traced truthfully; the message is the reason."""
+            warn(f"{where}{refusal.reason}; the network to train does in training, too, what that does in eval mode")
 
 
 class _UntruthfulError(Exception):

@@ -7,7 +7,7 @@ from networkx.utils import UnionFind
 from torch import fx
 
 from elc_fx.affine import AffineMap, Geometry
-from elc_fx.capture import Refusal
+from elc_fx.errors import Refusal
 from elc_fx.graph import allocates, function_name, label, overwritten_argument, runs_foreign_code, signature_of, tuples
 from elc_fx.interpret import CPU, Feature, Interpreter, Operation
 from elc_fx.regions import Branch, Chain, Join, nodes_of

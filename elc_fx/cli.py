@@ -26,7 +26,7 @@ import elc_fx
 from elc_fx import data as pictures
 from elc_fx import demo, exporting, job
 from elc_fx.api import DRAWINGS
-from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.errors import ElcError, ExportError, InvalidInputError
 from elc_fx.loading import Spec, load_weights
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.sensitivity import SAMPLES
@@ -557,9 +557,9 @@ def _require_writable(file: Path | None) -> None:
     if file is None:
         return
     if not file.parent.is_dir():
-        raise exporting.ExportError(f"cannot write {file}: there is no directory {file.parent}")
+        raise ExportError(f"cannot write {file}: there is no directory {file.parent}")
     if file.is_dir():
-        raise exporting.ExportError(f"cannot write {file}: it is a directory")
+        raise ExportError(f"cannot write {file}: it is a directory")
 
 
 def _model(spec: Spec, weights: Path | None, dtype: Dtype | None) -> nn.Module:

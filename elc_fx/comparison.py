@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from torch.utils.weak import WeakIdRef
 from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.graph import written_arguments
 from elc_fx.inputs import ExampleInputs, fresh
+from elc_fx.islands import UNCOPYABLE, clone
 from elc_fx.randomness import reproducibly
 from elc_fx.runtimes import Deployed
 
@@ -146,7 +146,7 @@ def _runs_in_float64(models: Sequence[nn.Module], examples: ExampleInputs) -> li
         return None
     doubled = _mapped(examples, lambda value: value.double() if value.is_floating_point() else value)
     try:
-        return [run(copy.deepcopy(model).double(), doubled) for model in models]
+        return [run(clone(model, {}).double(), doubled) for model in models]
     except Exception:  # whatever is wrong besides the dtype is raised when they run as they are
         return None
 
@@ -158,8 +158,8 @@ def _runs_as_they_are(models: Sequence[nn.Module], examples: ExampleInputs) -> l
 def _with_own_buffers(model: nn.Module) -> nn.Module:
     """A copy that shares the parameters, so that a forward that keeps state keeps it elsewhere; else the model."""
     try:
-        return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    except (AttributeError, RuntimeError, TypeError):  # what deepcopy raises on locks, and on tensors with a history
+        return clone(model, {id(parameter): parameter for parameter in model.parameters()})  # type: ignore[no-any-return]
+    except UNCOPYABLE:
         return model
 
 

@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.errors import DataError, InvalidInputError
 
 Split = Literal["train", "test"]
 Entries = Mapping[PurePosixPath, Callable[[], bytes]]  # how to read each file, by its name inside the data set
@@ -48,10 +48,6 @@ META = "batches.meta"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, with which most networks are trained
 SCORED_BATCH = 250
 MOST_BYTES = 8 * 2**30  # of pixels; all images are held in memory
-
-
-class DataError(ElcError, ValueError):
-    """A data set is missing, in an unknown layout, damaged, or does not fit the model."""
 
 
 @dataclass(frozen=True)

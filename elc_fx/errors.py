@@ -1,8 +1,13 @@
-"""The errors that elc_fx raises on purpose. All derive from `ElcError`."""
+"""The errors that elc_fx raises on purpose, which all derive from `ElcError`; and its warnings."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+PASSED_BY = ("elc_fx", "torch", "contextlib")  # on the way from the code of a user to what a warning is about
 
 
 class ElcError(Exception):
@@ -39,6 +44,57 @@ class GateNotClosedError(ElcError, RuntimeError):
 
 class TrainingError(ElcError, RuntimeError):
     """Training cannot go on: the loss is not finite, or a checkpoint is of another run or damaged."""
+
+
+class CaptureError(ElcError):
+    """The module's own `forward` cannot be traced truthfully; the message is the reason."""
+
+
+class ExportError(ElcError):
+    """torch.export refuses the model, or its file cannot be written or read."""
+
+
+class StorageError(ElcError):
+    """A network cannot be saved, or a file is no network that elc_fx saved; the message says what is in the way."""
+
+
+class RuntimeFailedError(ElcError, RuntimeError):
+    """A runtime does not take a network, or not these inputs; the message has the runtime's own reason."""
+
+
+class LatencyError(ElcError, RuntimeError):
+    """A layer or network cannot be run by the backend whose latency is asked for."""
+
+
+class OutOfMemoryError(ElcError, MemoryError):
+    """There is not enough memory for a network beside the one that it is made of, which is left as it was."""
+
+
+class DataError(ElcError, ValueError):
+    """A data set is missing, in an unknown layout, damaged, or does not fit the model."""
+
+
+class LoadingError(ElcError):
+    """A model or its weights cannot be had; the message says what was looked for, and what is there instead."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What did not happen at a place, and why, for people to read."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+def warn(message: str) -> None:
+    """A warning that points to the line that called elc_fx, however deep inside of it the warning is raised."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PASSED_BY:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def listed(items: Iterable[str], most: int = 3) -> str:

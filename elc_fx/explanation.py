@@ -10,9 +10,8 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from elc_fx.capture import CaptureError, Refusal
 from elc_fx.compiled import REPORT
-from elc_fx.errors import listed
+from elc_fx.errors import CaptureError, Refusal, listed
 from elc_fx.graph import label
 from elc_fx.inputs import ExampleInputs
 from elc_fx.lossless import LAYERS, LosslessCompilation

@@ -16,16 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from elc_fx.errors import ElcError, MissingPackageError
+from elc_fx.errors import ExportError, MissingPackageError
 from elc_fx.files import write_whole
 from elc_fx.origins import all_origins
 from elc_fx.packages import required
 
 ORIGINS = "elc_fx_origins.json"  # beside the program, in the same file
-
-
-class ExportError(ElcError):
-    """torch.export refuses the model, or its file cannot be written or read."""
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ import os
 import shutil
 import tempfile
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from elc_fx.errors import TrainingError
+from elc_fx.errors import TrainingError, warn
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems that have none
 PATIENCE = 10.0  # seconds; the workers of a data loader may live some seconds longer than a run that was killed
@@ -72,7 +71,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:  # the latter where Python has no locks
         if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
             raise
-        warnings.warn(f"{folder} cannot be locked ({error}): let no other run work in it", stacklevel=2)
+        warn(f"{folder} cannot be locked ({error}): let no other run work in it")
     try:
         yield
     finally:

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from elc_fx.affine import AffineMap, Geometry, flat_padding, grown_and_cropped, paddings, regroup, transposed_weight
-from elc_fx.capture import Refusal
-from elc_fx.errors import NotAffineError, VerificationError
+from elc_fx.affine import (
+    AffineMap,
+    Geometry,
+    append_ones,
+    flat_padding,
+    grown_and_cropped,
+    pad_zeros,
+    regroup,
+    transposed_weight,
+)
+from elc_fx.errors import NotAffineError, Refusal, VerificationError
 from elc_fx.graph import constants, label, module_of
 from elc_fx.interpret import Operation
 from elc_fx.origins import origins_of, remember
 from elc_fx.partition import is_same_padding, needs_explicit_padding
 from elc_fx.regions import Merge, Regroup, Step
+from elc_fx.verification import verify_merge
 
 CONV_MODULES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE_MODULES: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-
-Merged: TypeAlias = Callable[[Tensor], Tensor]  # what is to stand in the place of a region
-Check: TypeAlias = Callable[[fx.GraphModule, Merge, fx.Node, Sequence[fx.Node], Merged, AffineMap], None]
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,14 @@ class MergedRegion:
 class Fusion:
     """Carries out merges in a captured graph, one region after the other.
 
-    check: is called with each merge before the nodes that it replaces are gone, and raises if something is wrong.
+    verify: each merge is compared with the nodes that it replaces, before they are gone.
     made: the modules that are new; all others still belong to the caller's model.
     """
 
-    def __init__(self, captured: fx.GraphModule, check: Check | None = None) -> None:
+    def __init__(self, captured: fx.GraphModule, verify: bool = True) -> None:
         self.captured = captured
         self.graph = captured.graph
-        self.check = check
+        self.verify = verify
         self.made: set[nn.Module] = set()
         self.merged: list[MergedRegion] = []
         self.refusals: list[Refusal] = []
@@ -149,13 +154,13 @@ class Fusion:
         source = self._now(merge.source)
         nodes = sorted(merge.nodes(), key=lambda node: self.position[node])
         layer = self._like_the_original(layer_of(stored, dtype), operations)
-        if self.check is not None:
+        if self.verify:
 
             def merged(x: Tensor) -> Any:
                 return layer(padded(merge.geometry, x))
 
             try:
-                self.check(self.captured, merge, source, nodes, merged, stored)
+                verify_merge(self.captured, merge, source, nodes, merged, stored)
             except VerificationError as error:
                 if not any(op.geometry.fill for op in operations):
                     raise
@@ -169,7 +174,7 @@ class Fusion:
                 self._insert_rank_check(source, rank)
             for condition in merge.geometry.sizes:
                 self._insert_size_check(source, *condition)
-            value = padded(merge.geometry, source, self._call)
+            value = padded(merge.geometry, fx.Proxy(source)).node
             value = self.graph.call_module(self._register(layer, operations, merge), (value,))
         self._place(value, first)
         self._record(merge, operations, nodes)
@@ -184,21 +189,15 @@ class Fusion:
     def _insert_rank_check(self, source: fx.Node, rank: int) -> None:
         """An error for inputs with more or fewer axes, which the layers would have read in another way."""
         message = f"elc_fx merged layers for inputs of {rank} axes; compile with example_inputs for others"
-        axes = self.graph.call_method("dim", (source,))
-        self.graph.call_function(torch._assert, (self.graph.call_function(operator.eq, (axes, rank)), message))
+        value: Any = fx.Proxy(source)
+        torch._assert(value.dim() == rank, message)
 
     def _insert_size_check(self, source: fx.Node, axis: int, a: int, b: int, stride: int) -> None:
         """An error for the sizes at which the branches that were merged did not fit each other."""
-        size = self.graph.call_method("size", (source, axis + 2))
-        counts = [
-            self.graph.call_function(operator.floordiv, (self.graph.call_function(operator.add, (size, c)), stride))
-            for c in (a, b)
-        ]
+        value: Any = fx.Proxy(source)
+        size = value.size(axis + 2)
         message = f"the merged branches differ in size for this input: along axis {axis + 2}, stride {stride}"
-        self.graph.call_function(torch._assert, (self.graph.call_function(operator.eq, tuple(counts)), message))
-
-    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        return self.graph.call_function(function, args, kwargs)
+        torch._assert((size + a) // stride == (size + b) // stride, message)
 
     def _like_the_original(self, layer: nn.Module, operations: list[Operation]) -> nn.Module:
         """Device, memory format and requires_grad of the layers that are merged."""
@@ -251,27 +250,20 @@ class Fusion:
         )
 
 
-def _now(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
+def padded(geometry: Geometry, x: Any) -> Any:
+    """What the layer of a geometry reads: x with a channel of ones, or padded as torch's layers cannot.
 
-
-def padded(geometry: Geometry, source: Any, call: Callable[..., Any] = _now) -> Any:
-    """What the layer of a geometry reads: `source` with a channel of ones, or padded as torch's layers cannot.
-
-    call: calls a function, for a tensor as `source`, or puts the call into a graph, for a node.
+    x: [N, in_channels, *spatial]; or an `fx.Proxy`, which records the same calls in its graph.
     """
     if geometry.ones:
-        source = call(F.pad, source, [0, 0] * geometry.dims + [0, 1], value=1.0)
-    if needs_explicit_padding(geometry):
-        if geometry.padding_mode == "zeros":
-            for step in paddings(geometry.padding):
-                source = call(F.pad, source, flat_padding(step))
-            return source
-        grow, crop = grown_and_cropped(geometry.padding)
-        source = call(F.pad, source, flat_padding(grow), geometry.padding_mode)
-        if any(sides != (0, 0) for sides in crop):
-            source = call(F.pad, source, flat_padding(crop))
-    return source
+        x = append_ones(x, geometry.dims)
+    if not needs_explicit_padding(geometry):
+        return x
+    if geometry.padding_mode == "zeros":
+        return pad_zeros(x, geometry.padding)
+    grow, crop = grown_and_cropped(geometry.padding)
+    x = F.pad(x, flat_padding(grow), geometry.padding_mode)
+    return pad_zeros(x, crop) if any(map(any, crop)) else x
 
 
 def layer_of(affine: AffineMap, dtype: torch.dtype) -> nn.Module:

@@ -296,9 +296,16 @@ def calls_differently(module: nn.Module) -> bool:
 
 
 def has_unknown_hooks(module: nn.Module) -> bool:
-    """Whether it has other hooks than those of torch.nn.utils.weight_norm or spectral_norm (before 2.x style)."""
+    """Whether it has other hooks than those of torch.nn.utils.weight_norm or spectral_norm (before 2.x style).
+
+    And those of its weight alone: what others compute, such as a bias, is not looked up.
+    """
     others = any(getattr(module, hooks, None) for hooks in HOOKS if hooks != "_forward_pre_hooks")
-    return others or any(type(h) not in (WeightNorm, SpectralNorm) for h in module._forward_pre_hooks.values())
+    return others or not all(_computes_weight(hook) for hook in module._forward_pre_hooks.values())
+
+
+def _computes_weight(hook: Any) -> bool:
+    return type(hook) in (WeightNorm, SpectralNorm) and hook.name == "weight"
 
 
 def runs_foreign_code(captured: fx.GraphModule, node: fx.Node) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from elc_fx.errors import InvalidInputError
+from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,22 @@ def check_unwrapped(model: Any) -> None:
         raise InvalidInputError(f"the model is in a {type(model).__name__}; pass the one inside of it, `model.module`")
 
 
+NO_EXAMPLES = "does not run on the example_inputs"
+NO_CALIBRATION = "a calibration batch does not fit the model"
+
+
 @contextmanager
-def running_on_examples(name: str) -> Iterator[None]:
-    """Whatever a network's own code raises is an `InvalidInputError`: the inputs and it do not go together."""
+def running(problem: str) -> Iterator[None]:
+    """Whatever a network's own code raises is an `InvalidInputError`: what it is given and it do not go together.
+
+    But for errors that say what is wrong already, and memory that has run out. problem: what the message begins with.
+    """
     try:
         yield
     except Exception as error:
-        raise InvalidInputError(
-            f"{name} does not run on the example_inputs: {type(error).__name__}: {error}"
-        ) from error
+        if isinstance(error, ElcError) or is_out_of_memory(error):
+            raise
+        raise InvalidInputError(f"{problem}: {type(error).__name__}: {error}") from error
 
 
 def batches_of(calibration: Any) -> Iterable[Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elc_fx.capture import Refusal
+from elc_fx.errors import Refusal
 from elc_fx.graph import has_hooks, is_leaf
 
 UNCOPYABLE = (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError)

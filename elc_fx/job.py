@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from elc_fx.api import compile, report_of
 from elc_fx.checkpoints import fingerprint
 from elc_fx.comparison import Comparison, compare
 from elc_fx.compression import compress
-from elc_fx.errors import InvalidInputError, TrainingError
+from elc_fx.errors import DataError, ExportError, InvalidInputError, StorageError, TrainingError, warn
 from elc_fx.files import alone_in, write_whole
 from elc_fx.history import METRICS, metrics
 from elc_fx.memory import within_memory
@@ -34,7 +33,6 @@ from elc_fx.report import Report
 from elc_fx.report.charts import Point
 from elc_fx.report.diff import Diff, diff
 from elc_fx.report.page import page
-from elc_fx.storing import StorageError
 from elc_fx.training import FinetuneConfig
 
 CALIBRATION_BATCH = 128
@@ -170,7 +168,7 @@ def run(
     assert images is not None  # or a DataError
     train, kept = images.split(held_out)
     if not len(train) or not len(kept):
-        raise pictures.DataError(
+        raise DataError(
             f"{data} has {len(images)} training images; held_out={held_out} leaves {len(train)} to train on and "
             f"{len(kept)} to choose by"
         )
@@ -180,7 +178,7 @@ def run(
     test = pictures.load(data, "test", tuple(images.pixels.shape[1:]), mean, deviation)  # type: ignore[arg-type]
     if test is not None and test.classes != images.classes:
         only = sorted(set(images.classes) ^ set(test.classes))
-        raise pictures.DataError(f"{data}: training and test images differ in their classes: {', '.join(only[:5])}")
+        raise DataError(f"{data}: training and test images differ in their classes: {', '.join(only[:5])}")
     what = {
         "budget": str(budget),
         "plan": None if plan is None else plan.to_json(),
@@ -198,10 +196,9 @@ def run(
         say(f"the model is right on {known:.1%} of the images that are held out")
         chance = 1 / len(images.classes)
         if known < chance + min(chance / 2, (1 - chance) / 10):
-            warnings.warn(
+            warn(
                 f"the model is right on {known:.1%} of the images, hardly more than chance: is that how they were "
-                "normalised when it was trained (--mean, --std), and are these its weights and its classes?",
-                stacklevel=2,
+                "normalised when it was trained (--mean, --std), and are these its weights and its classes?"
             )
         say("measuring losses, planning, training")
         drawn = train.taken(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)))
@@ -237,7 +234,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(alone_in(folder / WORK))
         except OSError as error:
-            raise exporting.ExportError(f"cannot write to {folder}: {error}") from error
+            raise ExportError(f"cannot write to {folder}: {error}") from error
         yield
 
 
@@ -248,14 +245,14 @@ def check_classes(model: nn.Module, x: torch.Tensor, images: pictures.Images) ->
             output = model(x)
         except Exception as error:  # whatever the model runs into
             shape = "×".join(map(str, x.shape[1:]))
-            raise pictures.DataError(
+            raise DataError(
                 f"the model does not take images of {shape}: {error}; --size brings them to what it takes: 3x224x224, "
                 "or 1x28x28 for grey"
             ) from error
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
-        raise pictures.DataError("the model gives no scores [N, classes]; call elc_fx.compile from Python")
+        raise DataError("the model gives no scores [N, classes]; call elc_fx.compile from Python")
     if output.shape[1] != len(images.classes):
-        raise pictures.DataError(
+        raise DataError(
             f"the model gives {output.shape[1]} scores, and the data has {len(images.classes)} classes: "
             f"{', '.join(images.classes[:10])}"
         )
@@ -267,7 +264,7 @@ def _check_apart(folder: Path, data: Path) -> None:
     if out == given or out in given.parents or given in out.parents:
         raise InvalidInputError(f"the result would go to {folder} and the data is {data}; give a folder apart from it")
     if folder.exists() and not folder.is_dir():
-        raise exporting.ExportError(f"cannot write to {folder}: it is a file")
+        raise ExportError(f"cannot write to {folder}: it is a file")
     there = [name for name in RESULTS if (folder / name).exists()]
     if there and not (folder / WORK / JOB).exists() and "report.json" not in there:
         raise InvalidInputError(f"{folder} holds a {there[0]} that is not of a run like this; give another folder")
@@ -287,7 +284,7 @@ def _claim(folder: Path, what: dict[str, Any]) -> None:
                 )
         write_whole({file: json.dumps(what, indent=1).encode()})
     except OSError as error:
-        raise exporting.ExportError(f"cannot write to {folder}: {error}") from error
+        raise ExportError(f"cannot write to {folder}: {error}") from error
     except ValueError as error:
         raise TrainingError(f"{file} cannot be read: {error}; delete {file.parent} to begin anew") from error
 
@@ -348,4 +345,4 @@ def _write(
         for name in {"model.onnx", "model.elc"} - contents.keys():
             (result.folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise exporting.ExportError(f"cannot write to {result.folder}: {error}") from error
+        raise ExportError(f"cannot write to {result.folder}: {error}") from error

@@ -20,16 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from elc_fx.errors import ElcError, InvalidInputError, listed
+from elc_fx.errors import InvalidInputError, LoadingError, listed
 from elc_fx.packages import required
 
 # What reading a damaged file raises.
 _DAMAGED = (AssertionError, EOFError, OSError, RuntimeError, SafetensorError, LookupError, TypeError, ValueError)
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-
-
-class LoadingError(ElcError):
-    """A model or its weights cannot be had; the message says what was looked for, and what is there instead."""
 
 
 @dataclass(frozen=True)

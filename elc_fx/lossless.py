@@ -14,19 +14,19 @@ from torch.nn.parameter import is_lazy
 
 from elc_fx.affine import Ints
 from elc_fx.attributes import unchanged
-from elc_fx.capture import CaptureError, Refusal, capture
+from elc_fx.capture import capture
 from elc_fx.chains import find_chains
 from elc_fx.comparison import Measurement, run
 from elc_fx.compiled import REPORT, CompiledModule
-from elc_fx.errors import InvalidInputError, VerificationError
+from elc_fx.errors import CaptureError, InvalidInputError, Refusal, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
 from elc_fx.graph import is_leaf, module_of
-from elc_fx.inputs import ExampleInputs, running_on_examples
+from elc_fx.inputs import NO_EXAMPLES, ExampleInputs, running
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import clone, replaceable_children
 from elc_fx.partition import MergePlanner
 from elc_fx.report import Report, Totals
-from elc_fx.verification import verify_merge, verify_outputs, verify_trace
+from elc_fx.verification import verify_outputs, verify_trace
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -35,7 +35,7 @@ def merge_all(interpreter: Interpreter, *, verify: bool) -> tuple[Fusion, list[R
     """Carries out the merges of the graph that was read, in place; with what was not merged, and why."""
     chains, joins, refusals = find_chains(interpreter)
     planner = MergePlanner(interpreter)
-    fusion = Fusion(interpreter.captured, verify_merge if verify else None)
+    fusion = Fusion(interpreter.captured, verify)
     for step in planner.plan(chains, joins):
         fusion.apply(step)
     return fusion, [*refusals, *planner.refusals, *fusion.refusals]
@@ -170,7 +170,7 @@ def _join(path: str, name: str) -> str:
 
 def _measured(module: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
     """Output and costs on the example inputs. Raises `InvalidInputError` if the module does not run on them."""
-    with unchanged(module), running_on_examples(type(module).__name__):
+    with unchanged(module), running(f"{type(module).__name__} {NO_EXAMPLES}"):
         return run(module, examples)
 
 

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from elc_fx.errors import ElcError
+from elc_fx.errors import OutOfMemoryError
 
 REFUSED = "can't allocate memory"  # what torch's CPU allocator says, in a plain RuntimeError
 
 
-class OutOfMemoryError(ElcError, MemoryError):
-    """There is not enough memory for a network beside the one that it is made of, which is left as it was."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is not enough memory, on a CPU or a GPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or REFUSED in str(error)
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def within_memory(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and REFUSED not in str(error):
+        if not is_out_of_memory(error):
             raise
         tensors = [*model.parameters(), *model.buffers()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20

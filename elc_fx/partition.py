@@ -13,8 +13,7 @@ from typing import TypeAlias
 from torch import fx
 
 from elc_fx.affine import Geometry, Ints
-from elc_fx.capture import Refusal
-from elc_fx.errors import NotAffineError
+from elc_fx.errors import NotAffineError, Refusal
 from elc_fx.graph import label
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.regions import (

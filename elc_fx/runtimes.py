@@ -10,17 +10,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.errors import ElcError, InvalidInputError, RuntimeFailedError
 from elc_fx.exporting import onnx_bytes
 from elc_fx.packages import required
 
 Runtime = Literal["inductor", "onnxruntime", "openvino"]
 PACKAGES = {"onnxruntime": "elc_fx[onnx]", "openvino": "elc_fx[openvino]"}
 Run: TypeAlias = Callable[[Sequence[Any]], Sequence[Any]]  # numpy arrays, in the order of the network's inputs
-
-
-class RuntimeFailedError(ElcError, RuntimeError):
-    """A runtime does not take a network, or not these inputs; the message has the runtime's own reason."""
 
 
 def onnxruntime_run(stored: bytes) -> Run:

@@ -23,7 +23,7 @@ from elc_fx.capture import Capture, capture
 from elc_fx.chains import find_chains
 from elc_fx.errors import NotAffineError
 from elc_fx.graph import is_drop_path, is_identity, module_of
-from elc_fx.inputs import ExampleInputs, fresh, running_on_examples
+from elc_fx.inputs import NO_EXAMPLES, ExampleInputs, fresh, running
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.pooling import MAX_POOLS, max_pooling_of, put_poolings_first
 from elc_fx.randomness import reproducibly
@@ -247,7 +247,7 @@ class SerialGraph:
         """
         captured = serial_capture(model, examples.bound(model))
         args, kwargs = fresh((examples.args, examples.kwargs))
-        with unchanged(model), reproducibly(), running_on_examples(type(model).__name__):
+        with unchanged(model), reproducibly(), running(f"{type(model).__name__} {NO_EXAMPLES}"):
             expected = model(*args, **kwargs)
         return cls(captured, verify_trace(captured, expected))
 

@@ -31,7 +31,14 @@ def run_recording(captured: Capture, what: Callable[[Tensor], T]) -> tuple[Any, 
 
 
 class PlainInterpreter(fx.Interpreter):
-    """Hands lists and dicts on as the code of the graph does: torch's own gives its nodes' immutable ones."""
+    """Hands lists and dicts on as the code of the graph does: torch's own gives its nodes' immutable ones.
+
+    Errors say what the model's own code says, and no more.
+    """
+
+    def __init__(self, module: fx.GraphModule, garbage_collect_values: bool = True) -> None:
+        super().__init__(module, garbage_collect_values)
+        self.extra_traceback = False
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         return _plain(super().map_nodes_to_values(args, n))
@@ -52,7 +59,6 @@ def _plain(value: Any) -> Any:
 class _Recorder(PlainInterpreter):
     def __init__(self, graph_module: fx.GraphModule, what: Callable[[Tensor], Any]) -> None:
         super().__init__(graph_module)
-        self.extra_traceback = False  # an error says what the model's own code says, and no more
         self.what = what
         self.found: dict[fx.Node, Any] = {}
 

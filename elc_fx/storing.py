@@ -32,7 +32,7 @@ from torch.fx.graph import CodeGen
 
 from elc_fx import capture
 from elc_fx.compiled import REPORT, CompiledModule
-from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.errors import InvalidInputError, StorageError
 from elc_fx.files import write_whole
 from elc_fx.graph import has_hooks, module_of
 from elc_fx.report import Report
@@ -62,10 +62,6 @@ CONSTANTS: dict[str, type] = {
     "layout": torch.layout,
     "memory_format": torch.memory_format,
 }
-
-
-class StorageError(ElcError):
-    """A network cannot be saved, or a file is no network that elc_fx saved; the message says what is in the way."""
 
 
 def save(module: nn.Module, file: str | Path) -> None:

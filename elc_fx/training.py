@@ -29,15 +29,14 @@ from elc_fx.arguments import check_from_zero, check_positive, check_share, check
 from elc_fx.checkpoints import Checkpoint, fingerprint, structure_of, tensors_of
 from elc_fx.decoupling.gates import ORDERS, SHAPES, GateSchedule, decoupling_nodes
 from elc_fx.decoupling.nodes import DecoupledActivation
-from elc_fx.errors import ElcError, InvalidInputError, TrainingError
+from elc_fx.errors import InvalidInputError, TrainingError
 from elc_fx.features import Features
 from elc_fx.files import alone_in, make_folder, write_whole
 from elc_fx.history import METRICS, Epoch, History, metrics
-from elc_fx.inputs import fresh, number_type, of_dicts, of_type
+from elc_fx.inputs import fresh, number_type, of_dicts, of_type, running
 from elc_fx.islands import clone
 from elc_fx.kernels import SoundConvolutions, without_autocast_cache
 from elc_fx.losses import distance, of_classes
-from elc_fx.memory import REFUSED
 from elc_fx.packages import required
 from elc_fx.planning.stored import described
 from elc_fx.randomness import parts_of_loader, randomness_of_the_caller, seed_all
@@ -649,18 +648,14 @@ def _summary_writer() -> Any:
 
 @contextlib.contextmanager
 def _running(name: str) -> Iterator[None]:
-    """Whatever a network's own layers raise is an `InvalidInputError`: the data and it do not go together."""
+    """See `running`; with the way out where a batch is too small."""
     try:
-        yield
-    except (ElcError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever its own layers raise
-        if REFUSED in str(error):
+        with running(f"{name} does not run on a batch of the data"):
+            yield
+    except InvalidInputError as error:
+        if TOO_FEW not in str(error):
             raise
-        out = "; drop_last=True of a DataLoader leaves out a last batch of one" if TOO_FEW in str(error) else ""
-        raise InvalidInputError(
-            f"{name} does not run on a batch of the data: {type(error).__name__}: {error}{out}"
-        ) from error
+        raise InvalidInputError(f"{error}; drop_last=True of a DataLoader leaves out a last batch of one") from error
 
 
 def _call(network: nn.Module, inputs: Any) -> Any:

@@ -15,12 +15,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry, Ints, row_blocks, wide
-from elc_fx.capture import Capture, CaptureError
-from elc_fx.errors import VerificationError
-from elc_fx.graph import attribute_of, module_of, unknown
+from elc_fx.capture import Capture
+from elc_fx.errors import CaptureError, VerificationError
+from elc_fx.graph import unknown
 from elc_fx.interpret import weight_of
+from elc_fx.memory import is_out_of_memory
 from elc_fx.regions import Join, Merge
-from elc_fx.shapes import run_recording_shapes
+from elc_fx.shapes import PlainInterpreter, run_recording_shapes
 from elc_fx.widening import Widening
 
 SLACK = 64 * torch.finfo(torch.float64).eps  # of the float64 arithmetic itself, relative to the sum of magnitudes
@@ -96,12 +97,20 @@ def _largest_outputs(affine: AffineMap) -> Tensor:
     return bound.view(-1, *[1] * affine.geometry.dims)
 
 
+class _RegionRunner(PlainInterpreter):
+    """Runs single nodes of a graph, without the hooks of the modules that they call."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _without_hooks(self.fetch_attr(target))(*args, **kwargs)
+
+
 def _run_region(captured: fx.GraphModule, merge: Merge, source: fx.Node, nodes: Sequence[fx.Node], x: Tensor) -> Tensor:
     """The region's own nodes on x."""
-    values: dict[fx.Node, Any] = {source: x, merge.source: x}
+    runner = _RegionRunner(captured, garbage_collect_values=False)
+    values = runner.env = {source: x, merge.source: x}
     for last in nodes:
         for node in unknown(last, values):  # constants on the way, as the model computes them
-            values[node] = _run_node(captured, node, values)
+            values[node] = runner.run_node(node)
     if (output := merge.output) is not None:
         return values[output]  # type: ignore[no-any-return]
     return _join_branches(merge, values)
@@ -114,18 +123,6 @@ def _join_branches(merge: Merge, values: dict[fx.Node, Any]) -> Tensor:
     if join.concatenates:
         return torch.cat(outputs, dim=1 if merge.geometry.dims else -1)
     return torch.stack(outputs).sum(0)
-
-
-def _run_node(captured: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The node's value from those of its inputs."""
-    if node.op == "get_attr":
-        return attribute_of(captured, node)
-    args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
-    if node.op == "call_module":
-        return _without_hooks(module_of(captured, node))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index]
-    return node.target(*args, **kwargs)  # type: ignore[operator, misc]
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
@@ -146,6 +143,8 @@ def verify_trace(captured: Capture, expected: Any) -> dict[fx.Node, Ints]:
         output, shapes = run_recording_shapes(captured)
         verify_outputs(expected, output)
     except Exception as error:  # whatever it is, the model itself ran
+        if is_out_of_memory(error):
+            raise
         raise CaptureError(f"the traced graph does not compute what the model computes: {error}") from error
     return shapes
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -289,10 +290,37 @@ def test_the_models_and_the_inputs_are_left_as_they_were(run: Callable[..., Any]
 
 
 def test_a_model_that_cannot_be_copied_is_compared_as_it_is() -> None:
-    model = conv().eval()
-    model.history = (torch.ones(1, requires_grad=True) * 2,)  # deepcopy refuses tensors with a history
+    class Single(nn.Conv2d):
+        def __deepcopy__(self, memo: object) -> Any:
+            raise TypeError("there is one of it")
+
+    model = Single(2, 4, 3).eval()
     result = compare(model, model, IMAGE)
     assert (result.max_abs_error, result.dtype) == (0.0, "float32")
+
+
+def test_what_deepcopy_refuses_is_shared_and_the_model_keeps_its_state() -> None:
+    class Counting(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(2, 4, 3)
+            self.register_buffer("calls", torch.zeros(()))
+            self.lock, self.history = threading.Lock(), (torch.ones(1, requires_grad=True) * 2,)
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(input)
+
+    model = Counting().eval()
+    measure(model, IMAGE)
+    assert compare(model, model, IMAGE).dtype == "float64"
+    assert model.calls == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_a_hook_has_computed_is_compared_in_float64() -> None:
+    model = nn.utils.weight_norm(conv()).eval()
+    model(IMAGE)  # the weight has a history, which deepcopy refuses
+    assert compare(model, model, IMAGE).dtype == "float64"
 
 
 def test_training_mode_is_refused_by_name() -> None:

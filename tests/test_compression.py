@@ -162,8 +162,9 @@ def test_what_a_module_does_in_training_only_is_told_when_it_is_collapsed(teache
             return x + torch.randn_like(x) if self.training else x
 
     noisy = nn.Sequential(Noise(), teacher).eval()
-    with pytest.warns(UserWarning, match="`Noise.forward` branches on self.training"):
+    with pytest.warns(UserWarning, match="`Noise.forward` branches on self.training") as told:
         elc_fx.compile(noisy, image(), mode="decouple", budget=HALF, finetune=tuning())
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize(

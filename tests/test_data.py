@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import cifar_models
 from elc_fx import data
+from elc_fx.errors import DataError
 
 CLASSES = ("cat", "dog")
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)  # two cats, then two dogs
@@ -103,9 +104,9 @@ def test_sample_is_spread_over_the_classes(folders: Path) -> None:
 
 
 def test_what_is_no_data_set_says_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match="no data set at"):
+    with pytest.raises(DataError, match="no data set at"):
         data.load(tmp_path / "missing")
-    with pytest.raises(data.DataError, match="train/CLASS/IMAGE"):
+    with pytest.raises(DataError, match="train/CLASS/IMAGE"):
         data.load(tmp_path)
     assert data.load(tmp_path, "test") is None
 
@@ -124,14 +125,14 @@ def test_images_of_other_sizes_are_brought_to_one(folders: Path) -> None:
 
 def test_a_damaged_image_is_named(folders: Path) -> None:
     (folders / "test" / "cat" / "0.png").write_bytes(b"no image")
-    with pytest.raises(data.DataError, match=r"cat/0\.png"):
+    with pytest.raises(DataError, match=r"cat/0\.png"):
         data.load(folders, "test")
 
 
 def test_a_damaged_archive_is_told(folders: Path) -> None:
     archive = _archive(folders, ".tar.gz", "w:gz", "")
     archive.write_bytes(archive.read_bytes()[:-200])
-    with pytest.raises(data.DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         data.load(archive, "test")
 
 
@@ -157,7 +158,7 @@ def test_training_images_are_shifted_and_mirrored() -> None:
 def test_a_pickle_that_names_another_class_is_refused(tmp_path: Path) -> None:
     """A data set from elsewhere must not run code: pickle would call whatever it names."""
     (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": Path("/")}))
-    with pytest.raises(data.DataError, match="pathlib"):
+    with pytest.raises(DataError, match="pathlib"):
         data.load(tmp_path, "test")
 
 
@@ -227,7 +228,7 @@ def test_a_zip_that_python_cannot_read_is_told(changed: dict[int, int], folders:
     for header, (place, byte) in itertools.product(headers, changed.items()):
         content[header + place] = byte
     archive.write_bytes(content)
-    with pytest.raises(data.DataError, match="cannot be read as a tar or zip archive"):
+    with pytest.raises(DataError, match="cannot be read as a tar or zip archive"):
         data.load(archive)
 
 
@@ -242,12 +243,12 @@ def test_a_cut_or_changed_archive_is_never_a_smaller_data_set(suffix: str, folde
         headers[1:] if suffix == ".tar" else range(100, len(content), len(content) // 20)
     ):  # behind its own header
         damaged.write_bytes(content[:position])
-        with pytest.raises(data.DataError):
+        with pytest.raises(DataError):
             data.load(damaged)
         changed = bytearray(content)
         changed[position + 150 if suffix == ".tar" else position] ^= 0xFF  # in the check sum of a header
         damaged.write_bytes(changed)
-        with pytest.raises(data.DataError):
+        with pytest.raises(DataError):
             data.load(damaged)
 
 
@@ -273,7 +274,7 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
 )
 def test_what_no_batch_of_cifar_holds(content: bytes, batches: Path) -> None:
     (batches / "cifar-10-batches-py" / "data_batch_1").write_bytes(content)
-    with pytest.raises(data.DataError):
+    with pytest.raises(DataError):
         data.load(batches)
 
 

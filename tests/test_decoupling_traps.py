@@ -187,8 +187,9 @@ def test_layer_called_twice_is_told() -> None:
     shared = nn.Conv2d(4, 4, 3, padding=1)
     model, x = stack(nn.ReLU(), shared, nn.ReLU(), shared, nn.ReLU()), image(2, 3, 6, 6)
     plan = elc_fx.Plan.of(model, x, collapse=["*:1x1"])
-    with pytest.warns(UserWarning, match="called more than once"):
+    with pytest.warns(UserWarning, match="called more than once") as told:
         net = elc_fx.decouple(model, plan)
+    assert told[0].filename == __file__
     assert_same(net(x), model(x))
 
 

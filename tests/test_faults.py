@@ -182,6 +182,20 @@ def test_a_missing_package_names_its_extra(
         elc_fx.compile(network(), image(1, 3, 5, 5), backend=backend)
 
 
+@pytest.mark.parametrize("where", ["calibration", "example_inputs"])
+def test_memory_that_ends_inside_of_the_model_is_no_fault_of_the_inputs(where: str) -> None:
+    class Hungry(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > 1 or where == "example_inputs":
+                raise MemoryError
+            return x
+
+    model = nn.Sequential(Hungry(), nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3)).double().eval()
+    given = {"budget": elc_fx.Budget(flops=0.5), "calibration": [image(2, 3, 9, 9)]}
+    with pytest.raises(elc_fx.OutOfMemoryError):
+        elc_fx.compile(model, image(1, 3, 9, 9), mode="decouple", **given)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_a_network_that_does_not_fit_twice_is_told_and_left_as_it_was() -> None:
     script = """

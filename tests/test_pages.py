@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import elc_fx
-from elc_fx.capture import Refusal
+from elc_fx.errors import Refusal
 from elc_fx.history import Epoch
 from elc_fx.report.charts import Point, accuracy_cost
 from elc_fx.report.page import _rounded, page

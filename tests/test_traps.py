@@ -51,7 +51,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_map_only
 
 import elc_fx
-from elc_fx import lossless
+from elc_fx import fusion
 from elc_fx.affine import AffineMap
 
 Model = Callable[[], nn.Module]
@@ -1234,6 +1234,16 @@ def test_parametrized_weight_is_what_the_model_computes_with(name: str, after: s
     check(model, x)
 
 
+@pytest.mark.parametrize("examples", [False, True], ids=["without examples", "with examples"])
+def test_a_bias_that_a_hook_computes_is_not_read_as_the_last_call_left_it(examples: bool) -> None:
+    layers = conv_bn(4, 4, bias=True)
+    quiet(nn.utils.weight_norm, layers[0], "bias", dim=None)
+    model, x = ready(nn.Sequential(layers, nn.ReLU())), image(2, 4, 5, 5)
+    with torch.no_grad():
+        layers[0].bias_g.mul_(2)
+    assert_same(elc_fx.compile(model, x if examples else None)(x), model(x))
+
+
 def test_parametrized_weights_merge() -> None:
     for name in ("weight_norm", "spectral_norm", "custom"):
         layers = conv_bn(4, 4, bias=True)
@@ -2225,7 +2235,7 @@ def test_wrong_result_is_an_error_end_to_end(monkeypatch: pytest.MonkeyPatch) ->
     """Also where each region looked right by itself."""
     model, x = ready(nn.Sequential(conv_bn(4, 4), nn.ReLU(), RepVGGBlock(4, 4))), image(2, 4, 5, 5)
     monkeypatch.setattr(AffineMap, "__add__", without_bias_of_the_second)
-    monkeypatch.setattr(lossless, "verify_merge", lambda *_: None)
+    monkeypatch.setattr(fusion, "verify_merge", lambda *_: None)
     with pytest.raises(elc_fx.VerificationError):
         elc_fx.compile(model, (x,))
 

@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from elc_fx.affine import AffineMap, Geometry
-from elc_fx.capture import Refusal
 from elc_fx.chains import find_chains
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.decoupling.decoupled import DecoupledModule
@@ -28,7 +27,7 @@ from elc_fx.decoupling.nodes import (
     RegionOutput,
     RingPad,
 )
-from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError, TrainingModeError, listed
+from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError, Refusal, TrainingModeError, listed
 from elc_fx.fusion import Fusion
 from elc_fx.graph import has_hooks, has_unknown_hooks, is_drop_path, is_identity, module_of
 from elc_fx.inputs import check_unwrapped
@@ -38,7 +37,6 @@ from elc_fx.lossless import LAYERS, depth_of
 from elc_fx.regions import Chain, Merge, interpret, operations_of
 from elc_fx.report import Report, Totals
 from elc_fx.serial import channels_of
-from elc_fx.verification import verify_merge
 
 KEEPS_CHANNELS = (RegionInput, RingPad, DecoupledPadding)
 
@@ -101,7 +99,7 @@ def _merge_regions(graph_module: fx.GraphModule, verify: bool) -> Fusion:
     interpreter = ClosedInterpreter(graph_module)
     chains, _, refusals = find_chains(interpreter)
     whole = {chain.source: chain for chain in chains}
-    fusion = Fusion(graph_module, verify_merge if verify else None)
+    fusion = Fusion(graph_module, verify)
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and isinstance(module := module_of(graph_module, node), RegionOutput):
             end = node.args[0]

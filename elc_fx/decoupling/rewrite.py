@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,9 +31,9 @@ from elc_fx.decoupling.nodes import (
     Rings,
     difference,
 )
-from elc_fx.errors import InvalidInputError
+from elc_fx.errors import InvalidInputError, warn
 from elc_fx.graph import function_name, label, module_of
-from elc_fx.inputs import batch_values, batches_of, fresh, number_type, of_type
+from elc_fx.inputs import NO_CALIBRATION, batch_values, batches_of, fresh, number_type, of_type, running
 from elc_fx.interpret import Operation
 from elc_fx.islands import clone
 from elc_fx.kernels import without_autocast
@@ -97,12 +96,11 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
         for candidate in plan.candidates:
             if not candidate.saves:
                 before, after = candidate.flops
-                warnings.warn(
+                warn(
                     f"merging `{candidate.name}` into {candidate.result} costs more than it saves: "
-                    f"{before:,} FLOPs become {after:,}",
-                    stacklevel=2,
+                    f"{before:,} FLOPs become {after:,}"
                 )
-        captured.warn_of_eval_only(stacklevel=2)
+        captured.warn_of_eval_only()
         read = _attributes_read(captured.graph_module)
         rewriter = _Rewriter(graph)
         for candidate, region, windows in located:
@@ -254,10 +252,9 @@ class _Rewriter:
         elif has_size(step.ring_in) and self._is_batch_norm(node):
             norm: Any = self._own_module(node)
             if isinstance(norm, nn.SyncBatchNorm):
-                warnings.warn(
+                warn(
                     f"`{label(node)}` stands between layers whose borders are decoupled: while their gates are below "
-                    "1, each process normalises with the statistics of its own batch",
-                    stacklevel=5,
+                    "1, each process normalises with the statistics of its own batch"
                 )
             self._put(node, InteriorBatchNorm(norm, step.ring_in, self.rings))
         return node, step.ring_out
@@ -342,10 +339,9 @@ class _Rewriter:
         if self.calls[str(node.target)] == 1:
             return module
         if next(module.parameters(), None) is not None:
-            warnings.warn(
+            warn(
                 f"`{node.target}` is called more than once; inside of a region the call `{node.name}` gets weights of "
-                "its own, which train apart from the others",
-                stacklevel=5,
+                "its own, which train apart from the others"
             )
         return copy.deepcopy(module)
 
@@ -422,10 +418,5 @@ def fit_activations(decoupled: DecoupledModule, calibration: Iterable[Any]) -> N
 
 def _run(decoupled: DecoupledModule, batch: Any) -> None:
     values = of_type(batch_values(decoupled, batch), number_type(decoupled))
-    try:
+    with running(NO_CALIBRATION):
         decoupled(*fresh(values))
-    except Exception as error:
-        # Whatever the model's own layers raise: the batch and the model do not go together.
-        raise InvalidInputError(
-            f"a calibration batch does not fit the model: {type(error).__name__}: {error}"
-        ) from error

@@ -34,7 +34,7 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry
-from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.errors import ElcError, InvalidInputError, LatencyError
 from elc_fx.exporting import onnx_model
 from elc_fx.fusion import layer_of, padded
 from elc_fx.graph import function_name, is_drop_path, is_identity, module_of, runs_foreign_code
@@ -59,10 +59,6 @@ BLOCKS = 7  # of which the fastest counts: what else runs on a machine only adds
 WHOLE_BLOCKS = 21  # for whole networks
 BLOCK_SECONDS = 0.03
 UNLIMITED = 2**30
-
-
-class LatencyError(ElcError, RuntimeError):
-    """A layer or network cannot be run by the backend whose latency is asked for."""
 
 
 def runner(module: nn.Module, inputs: Sequence[Any], backend: Backend) -> Call:

@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from torch import fx, nn
 
 from elc_fx.arguments import check_whole
 from elc_fx.attributes import unchanged
-from elc_fx.errors import InvalidInputError, PlanError
+from elc_fx.errors import InvalidInputError, PlanError, warn
 from elc_fx.kernels import without_autocast
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.budget import Budget, cost_text, real_number
@@ -204,10 +203,9 @@ class Planner:
                 good = (1 + ALIKE) * min(losses)
                 return next((f, loss) for f, loss in zip(finalists, losses, strict=True) if loss <= good)
             reason = f"it makes the losses of {len(finalists)} plans, at most {before:.3g}, as large as {after:.3g}"
-        warnings.warn(
+        warn(
             "plans with more and fewer layers were not compared after a short training, which the network does not "
-            f"bear: {reason}; rehearse=False of elc_fx.plan leaves it out",
-            stacklevel=3,
+            f"bear: {reason}; rehearse=False of elc_fx.plan leaves it out"
         )
         return min(finalists, key=self._lost), None
 
@@ -301,7 +299,7 @@ class Planner:
         if not isinstance(plan, Plan):
             raise InvalidInputError(f"plan is a {type(plan).__name__}, expected an elc_fx.Plan")
         choices = [Choice(candidate, region) for candidate, region, _ in plan.locate(self.graph)]
-        self.graph.captured.warn_of_eval_only(stacklevel=3)
+        self.graph.captured.warn_of_eval_only()
         _, fitted_to = self.calibrations
         fits = Sensitivity(self.graph, fitted_to, None, progress=self.progress)
         with self._leaving_no_trace():

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from elc_fx.activations import activation_of, flat_beyond
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import overwritten_argument, runs_foreign_code
-from elc_fx.inputs import batch_values, batches_of, fresh, number_type, of_type
+from elc_fx.inputs import NO_CALIBRATION, batch_values, batches_of, fresh, number_type, of_type, running
 from elc_fx.losses import distance, of_classes
 from elc_fx.origins import names_and_shapes
 from elc_fx.planning.candidates import check_computes
@@ -467,13 +467,9 @@ def divergence(output: Any, expected: Any) -> Tensor:
 
 def _step(walks: Iterable[Walk], node: fx.Node) -> None:
     """Through the original. Raises InvalidInputError where a batch and the model do not go together."""
-    try:
+    with running(NO_CALIBRATION):
         for walk in walks:
             walk.step(node)
-    except Exception as error:  # whatever the model's own layers raise
-        raise InvalidInputError(
-            f"a calibration batch does not fit the model: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _split(sizes: Sequence[int]) -> tuple[list[int], list[int]]:

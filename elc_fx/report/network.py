@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from elc_fx.activations import MODULES
 from elc_fx.affine import Ints
 from elc_fx.attributes import unchanged
-from elc_fx.capture import CaptureError, capture
-from elc_fx.errors import InvalidInputError, TrainingModeError
+from elc_fx.capture import capture
+from elc_fx.errors import CaptureError, InvalidInputError, TrainingModeError
 from elc_fx.exporting import Exported
 from elc_fx.graph import IN_PLACE_OPERATORS, function_name, module_of
-from elc_fx.inputs import ExampleInputs, batch_values, fresh, running_on_examples
+from elc_fx.inputs import NO_EXAMPLES, ExampleInputs, batch_values, fresh, running
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.origins import ORIGIN, place_of, recorded_origin
 from elc_fx.randomness import reproducibly
@@ -179,7 +179,6 @@ class _Measuring(PlainInterpreter):
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
-        self.extra_traceback = False  # an error says what the network's own code says, and no more
         self.shapes: dict[fx.Node, Size] = {}
         self.flops: dict[fx.Node, int] = {}
         self.counter = FlopCounterMode(display=False)
@@ -189,7 +188,7 @@ class _Measuring(PlainInterpreter):
 
     def on(self, inputs: Any) -> None:
         """Raises `InvalidInputError` where the network does not run on the inputs."""
-        with unchanged(self.module), running_on_examples("the network"), reproducibly(), self.counter:
+        with unchanged(self.module), running(f"the network {NO_EXAMPLES}"), reproducibly(), self.counter:
             self.run(*fresh(inputs))
 
     def run_node(self, n: fx.Node) -> Any:

@@ -8,8 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from elc_fx.capture import Refusal
-from elc_fx.errors import InvalidInputError
+from elc_fx.errors import InvalidInputError, Refusal
 from elc_fx.fusion import MergedRegion
 from elc_fx.history import Epoch
 from elc_fx.planning.plan import Plan
