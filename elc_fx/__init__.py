@@ -1,8 +1,9 @@
 """elc_fx makes trained convolutional networks shallower and faster, without pruning."""
 
 from elc_fx.activations import register_activation
-from elc_fx.api import compile, draw, report_of
+from elc_fx.api import compile, draw
 from elc_fx.comparison import Comparison, Measurement, compare, measure
+from elc_fx.compiled import report_of
 from elc_fx.decoupling.collapse import merge
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import GateSchedule, gates, set_gate

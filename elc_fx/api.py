@@ -1,4 +1,4 @@
-"""The public functions: a few lines each, stringing the stages together."""
+"""`compile`, which strings the stages together, and `draw`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from elc_fx.compiled import REPORT
+from elc_fx.compiled import REPORT, report_of
 from elc_fx.compression import compress
-from elc_fx.errors import InvalidInputError, TrainingModeError
+from elc_fx.errors import InvalidInputError
 from elc_fx.exporting import write
-from elc_fx.inputs import ExampleInputs, check_unwrapped
+from elc_fx.inputs import ExampleInputs, check_model
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.memory import within_memory
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.latency import Backend
 from elc_fx.planning.plan import Plan
-from elc_fx.report import Report
 from elc_fx.report.diff import Diff
 from elc_fx.report.drawing import to_dot, to_svg
 from elc_fx.report.page import diff_page
@@ -81,15 +80,9 @@ def compile(  # as torch.compile
         OutOfMemoryError: the result, which takes about as much memory as the model, does not fit beside it.
         MissingPackageError, ExportError, RuntimeFailedError: the backend is not installed, or does not take the result.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    check_model(model)
     if mode not in ("lossless", "decouple"):
         raise InvalidInputError(f"mode is {mode!r}, expected 'lossless' or 'decouple'")
-    if model.training:
-        raise TrainingModeError(
-            "the model is in training mode, in which batch norm and dropout cannot be merged; call model.eval() first"
-        )
-    check_unwrapped(model)
     inputs = None if example_inputs is None else ExampleInputs.of(model, example_inputs)
     by_position = None if inputs is None else inputs.by_position()
     check_runtime(backend, by_position)
@@ -113,14 +106,6 @@ def compile(  # as torch.compile
         result = deployed(network, by_position, backend)
     setattr(result, REPORT, report_of(network))
     return result
-
-
-def report_of(module: nn.Module) -> Report:
-    """What `compile` did to a module that it returned. Raises `InvalidInputError` for any other module."""
-    report = getattr(module, REPORT, None)
-    if not isinstance(report, Report):
-        raise InvalidInputError(f"this {type(module).__name__} was not returned by elc_fx.compile: it has no report")
-    return report
 
 
 def draw(diff: Diff, file: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import shutil
 from dataclasses import asdict, dataclass
@@ -12,12 +11,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from elc_fx.errors import TrainingError
 from elc_fx.files import write_whole
 from elc_fx.history import METRICS, Epoch, metrics
-from elc_fx.planning.stored import described
 
 NAME = "checkpoint-{:05d}"  # by epochs done
 
@@ -76,23 +74,3 @@ class Checkpoint:
                 "give another folder, or delete it"
             )
         return checkpoint
-
-
-def tensors_of(network: nn.Module) -> dict[str, Tensor]:
-    """Its `state_dict`, without what modules keep there that is no tensor, which training does not change."""
-    return {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
-
-
-def structure_of(network: nn.Module | None) -> str:
-    """All that it is but for the values of its tensors."""
-    graph = network.graph if isinstance(network, fx.GraphModule) else ""
-    return "" if network is None else f"{described(network)} {graph}"
-
-
-def fingerprint(network: nn.Module | None) -> str:
-    """Of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in ({} if network is None else tensors_of(network)).items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

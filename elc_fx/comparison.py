@@ -20,10 +20,10 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdRef
 
+from elc_fx.copying import UNCOPYABLE, clone
 from elc_fx.errors import InvalidInputError, TrainingModeError
 from elc_fx.graph import written_arguments
 from elc_fx.inputs import ExampleInputs, fresh
-from elc_fx.islands import UNCOPYABLE, clone
 from elc_fx.randomness import reproducibly
 from elc_fx.runtimes import Deployed
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from elc_fx.compiled import REPORT
+from elc_fx.compiled import REPORT, report_of
 from elc_fx.decoupling.collapse import merge
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import set_gate
@@ -22,7 +22,6 @@ from elc_fx.planning.latency import Backend
 from elc_fx.planning.plan import Plan
 from elc_fx.planning.planner import Planner
 from elc_fx.randomness import randomness_of_the_caller, seed_all
-from elc_fx.report import Report
 from elc_fx.training import FinetuneConfig, Finetuning, check_folder, check_trainable
 
 
@@ -64,8 +63,7 @@ def compress(
             network = merge(network, verify=verify)
         examples = ExampleInputs.of(network, example_inputs)
         small = LosslessCompilation(examples, verify=verify).run(network, original=model)
-    report: Report = getattr(small, REPORT)
-    setattr(small, REPORT, replace(report, plan=plan, epochs=() if history is None else history.epochs))
+    setattr(small, REPORT, replace(report_of(small), plan=plan, epochs=() if history is None else history.epochs))
     return small
 
 

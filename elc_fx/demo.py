@@ -17,8 +17,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from elc_fx.api import compile, report_of
+from elc_fx.api import compile
 from elc_fx.comparison import Comparison, compare
+from elc_fx.compiled import report_of
 from elc_fx.errors import InvalidInputError
 from elc_fx.files import make_folder, write_whole
 from elc_fx.planning.budget import Budget

@@ -10,19 +10,12 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from elc_fx.compiled import REPORT
+from elc_fx.compiled import report_of
 from elc_fx.errors import CaptureError, Refusal, listed
 from elc_fx.graph import label
-from elc_fx.inputs import ExampleInputs
+from elc_fx.inputs import ExampleInputs, check_model
 from elc_fx.lossless import LAYERS, LosslessCompilation
-from elc_fx.planning.candidates import (
-    LARGEST_KERNEL,
-    LONGEST,
-    Candidate,
-    CandidateFinder,
-    candidate_table,
-    check_model,
-)
+from elc_fx.planning.candidates import LARGEST_KERNEL, LONGEST, Candidate, CandidateFinder, candidate_table
 from elc_fx.report import Report
 from elc_fx.serial import SerialGraph
 
@@ -170,7 +163,7 @@ def explain(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[s
     check_model(model)
     examples = None if example_inputs is None else ExampleInputs.of(model, example_inputs)
     # What is exact is found by doing it: numbers can forbid a merge that shapes allow.
-    report: Report = getattr(LosslessCompilation(examples, verify=False).run(model), REPORT)
+    report = report_of(LosslessCompilation(examples, verify=False).run(model))
     name = type(model).__name__
     if examples is None:
         return Explanation(name, report, _layers_of(model), (), (), "give example inputs, whose shapes decide")

@@ -1,4 +1,4 @@
-"""Questions about one node of a graph or one module: names, arguments by name, what is overwritten, what is torch's."""
+"""Questions about a graph, a node or a module: names, arguments by name, what is overwritten, what is constant."""
 
 from __future__ import annotations
 

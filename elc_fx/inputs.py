@@ -14,8 +14,12 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from elc_fx.errors import ElcError, InvalidInputError
+from elc_fx.errors import ElcError, InvalidInputError, TrainingModeError
 from elc_fx.memory import is_out_of_memory
+
+# What is wrong where a model's own code raises an error, see `running`.
+NO_EXAMPLES = "does not run on the example_inputs"
+NO_CALIBRATION = "a calibration batch does not fit the model"
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,16 @@ def check_unwrapped(model: Any) -> None:
         raise InvalidInputError(f"the model is in a {type(model).__name__}; pass the one inside of it, `model.module`")
 
 
-NO_EXAMPLES = "does not run on the example_inputs"
-NO_CALIBRATION = "a calibration batch does not fit the model"
+def check_model(model: Any) -> None:
+    """Raises `InvalidInputError` or `TrainingModeError` for what cannot be compiled, planned or decoupled."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    check_unwrapped(model)
+    if model.training:
+        raise TrainingModeError(
+            "the model is in training mode, in which batch norm and dropout cannot be merged; call model.eval() first "
+            "(what decouple returns can be trained)"
+        )
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What a node of a captured graph means in the algebra: which operations are affine maps, and which.
 
 `Interpreter` reads nodes, in any spelling (module, function, method, operator), as affine maps of one feature map. The
-geometry of one is known at once; its numbers are loaded in float64 when a merge needs them.
+geometry of one is known at once; its numbers are loaded when a merge needs them, those of convolutions and linear
+layers in their own type, others in float64.
 """
 
 from __future__ import annotations

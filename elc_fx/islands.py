@@ -1,4 +1,4 @@
-"""Modules that cannot be traced: what of them can be compiled all the same, and how they are copied.
+"""Modules that cannot be traced: what of them can be compiled all the same.
 
 A child of such a module may be replaced by its compiled form only if all its parent does with it is to call it. That
 is read off the source of the parent's class; where the source is not clear, the child stays as it is.
@@ -7,25 +7,21 @@ is read off the source of the parent's class; where the source is not clear, the
 from __future__ import annotations
 
 import ast
-import copy
 import functools
 import inspect
-import pickle
 import textwrap
 import types
-from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from elc_fx.errors import Refusal
 from elc_fx.graph import has_hooks, is_leaf
 
-UNCOPYABLE = (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError)
 # What hands out children by other ways than their name.
 REFLECTION = frozenset(
     (
@@ -261,37 +257,3 @@ def _only_called(name: str, code: ast.AST, parents: dict[ast.AST, ast.AST]) -> b
     uses = [node for node in ast.walk(code) if isinstance(node, ast.Name) and node.id == name]
     loads = [node for node in uses if isinstance(node.ctx, ast.Load)]
     return all(isinstance(p := parents[node], ast.Call) and p.func is node for node in loads)
-
-
-def clone(value: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy that shares no storage with the original. memo: what was copied already, or is to be kept, by id.
-
-    Tensors that a hook computed (old-style weight norm) are no leaves of autograd, which deepcopy refuses: their
-    values are copied.
-    """
-    for module in value.modules() if isinstance(value, nn.Module) else ():
-        for tensor in vars(module).values():
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None and id(tensor) not in memo:
-                memo[id(tensor)] = tensor.detach().clone()
-    new: dict[int, Any] = {}  # a copy that fails leaves halves in its memo
-    trial = ChainMap(new, memo)
-    try:
-        copied = copy.deepcopy(value, trial)  # type: ignore[arg-type]
-    except UNCOPYABLE:
-        _keep_what_has_no_copy(value, memo)
-        return copy.deepcopy(value, memo)
-    alive = new.pop(id(trial), [])  # what deepcopy keeps, so that no id in the memo is used again
-    memo.update(new)
-    memo.setdefault(id(memo), []).extend(alive)
-    return copied
-
-
-def _keep_what_has_no_copy(value: Any, memo: dict[int, Any]) -> None:
-    """Locks, generators and the like, which attributes of modules may hold, are shared with the original."""
-    for module in value.modules() if isinstance(value, nn.Module) else ():
-        for name, attribute in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                try:
-                    copy.deepcopy(attribute, dict(memo))
-                except UNCOPYABLE:
-                    memo[id(attribute)] = attribute

@@ -17,13 +17,14 @@ from torch import nn
 
 from elc_fx import data as pictures
 from elc_fx import exporting, storing
-from elc_fx.api import compile, report_of
-from elc_fx.checkpoints import fingerprint
+from elc_fx.api import compile
 from elc_fx.comparison import Comparison, compare
+from elc_fx.compiled import report_of
 from elc_fx.compression import compress
 from elc_fx.errors import DataError, ExportError, InvalidInputError, StorageError, TrainingError, warn
 from elc_fx.files import alone_in, write_whole
 from elc_fx.history import METRICS, metrics
+from elc_fx.identity import fingerprint
 from elc_fx.memory import within_memory
 from elc_fx.planning import latency
 from elc_fx.planning.budget import Budget

@@ -18,12 +18,13 @@ from elc_fx.capture import capture
 from elc_fx.chains import find_chains
 from elc_fx.comparison import Measurement, run
 from elc_fx.compiled import REPORT, CompiledModule
+from elc_fx.copying import clone
 from elc_fx.errors import CaptureError, InvalidInputError, Refusal, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
 from elc_fx.graph import is_leaf, module_of
 from elc_fx.inputs import NO_EXAMPLES, ExampleInputs, running
 from elc_fx.interpret import Interpreter, Operation
-from elc_fx.islands import clone, replaceable_children
+from elc_fx.islands import replaceable_children
 from elc_fx.partition import MergePlanner
 from elc_fx.report import Report, Totals
 from elc_fx.verification import verify_outputs, verify_trace

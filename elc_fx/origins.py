@@ -6,7 +6,6 @@ training, and further passes, whose layers take over the origins of those that t
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable
 
@@ -57,12 +56,6 @@ def _has_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 def remember(module: nn.Module, origins: Iterable[str]) -> None:
     """Notes what a new layer stands for."""
     setattr(module, ORIGIN, tuple(origins))
-
-
-def names_and_shapes(network: nn.Module) -> str:
-    """A digest of those of all tensors of a network, by which it is known again after training and copying."""
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    return hashlib.sha256(repr([(name, tuple(value.shape)) for name, value in tensors]).encode()).hexdigest()
 
 
 def all_origins(module: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Which merges of chains and joins cost least: FLOPs first, and at equal FLOPs the number of operations launched.
+"""Which merges of chains and joins cost least: FLOPs first, then weights, then the number of operations launched.
 
 `MergePlanner` splits each chain, and the branches of each join, where that is cheapest.
 """

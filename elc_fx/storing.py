@@ -35,6 +35,7 @@ from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, StorageError
 from elc_fx.files import write_whole
 from elc_fx.graph import has_hooks, module_of
+from elc_fx.identity import add_tensor
 from elc_fx.report import Report
 
 FORMAT = 2
@@ -529,8 +530,7 @@ def _digest(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Of everything in the file."""
     digest = hashlib.sha256(json.dumps({k: v for k, v in described.items() if k != "digest"}, sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        add_tensor(digest, name, tensors[name])
     return digest.hexdigest()
 
 

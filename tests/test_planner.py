@@ -978,6 +978,8 @@ def test_what_no_budget_is(value: Any) -> None:
 
 def test_a_text_without_a_unit_is_the_number_that_it_spells() -> None:
     original = elc_fx.Costs(1000, 100, 10)
+    assert elc_fx.Budget(flops="5e2", depth="5e-1").limits(original) == {"flops": 500, "depth": 5}
+    assert elc_fx.Budget.parse("params=1.2E-1 k").limits(original) == {"params": 0.12e3}
     assert elc_fx.Budget(flops="0.5", depth="4").limits(original) == {"flops": 500, "depth": 4}
     for whole in (elc_fx.Budget(depth=1.0), elc_fx.Budget(depth="1.0"), elc_fx.Budget.parse("depth=1.0")):
         assert whole.limits(original) == {"depth": 10}

@@ -15,6 +15,7 @@ from torch import fx
 from elc_fx.affine import AffineMap, Geometry
 from elc_fx.chains import find_chains
 from elc_fx.compiled import REPORT, CompiledModule
+from elc_fx.copying import clone
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import decoupling_nodes
 from elc_fx.decoupling.nodes import (
@@ -32,7 +33,6 @@ from elc_fx.fusion import Fusion
 from elc_fx.graph import has_hooks, has_unknown_hooks, is_drop_path, is_identity, module_of
 from elc_fx.inputs import check_unwrapped
 from elc_fx.interpret import Interpreter, Operation
-from elc_fx.islands import clone
 from elc_fx.lossless import LAYERS, depth_of
 from elc_fx.regions import Chain, Merge, interpret, operations_of
 from elc_fx.report import Report, Totals

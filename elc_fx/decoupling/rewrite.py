@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from elc_fx.activations import activation_of, line_for_gaussian
 from elc_fx.affine import Padding
+from elc_fx.copying import clone
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.nodes import (
     DecoupledActivation,
@@ -33,12 +34,12 @@ from elc_fx.decoupling.nodes import (
 )
 from elc_fx.errors import InvalidInputError, warn
 from elc_fx.graph import function_name, label, module_of
-from elc_fx.inputs import NO_CALIBRATION, batch_values, batches_of, fresh, number_type, of_type, running
+from elc_fx.identity import names_and_shapes
+from elc_fx.inputs import NO_CALIBRATION, batch_values, batches_of, check_model, fresh, number_type, of_type, running
 from elc_fx.interpret import Operation
-from elc_fx.islands import clone
 from elc_fx.kernels import without_autocast
-from elc_fx.origins import names_and_shapes, origins_of, remember
-from elc_fx.planning.candidates import Candidate, check_model
+from elc_fx.origins import origins_of, remember
+from elc_fx.planning.candidates import Candidate
 from elc_fx.planning.plan import Plan
 from elc_fx.pooling import max_pooling_of
 from elc_fx.randomness import randomness_of_the_caller

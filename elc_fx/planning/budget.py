@@ -12,7 +12,7 @@ from typing import Any
 
 from elc_fx.errors import InvalidInputError
 
-_NUMBER = r"\d+(?:\.\d*)?|\.\d+"
+_NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _UNITS = {"flops": "flops?", "params": "(?:params?|parameters)", "depth": "layers?"}
@@ -111,7 +111,7 @@ def _limit_of(name: str, value: Any) -> Callable[[float], float]:
 
 def _spelled(text: str) -> float | int | str:
     """The number that a text spells, or the text."""
-    if not re.fullmatch(_NUMBER, text):
+    if not re.fullmatch(_NUMBER, text, re.IGNORECASE):
         return text
     number = float(text)
     return int(number) if number.is_integer() and "." not in text else number

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from elc_fx.activations import activation_name, activation_of
 from elc_fx.affine import Ints
 from elc_fx.arguments import check_whole
-from elc_fx.errors import InvalidInputError, NotAffineError, TrainingModeError
+from elc_fx.errors import InvalidInputError, NotAffineError
 from elc_fx.graph import label, module_of
-from elc_fx.inputs import ExampleInputs, check_unwrapped
+from elc_fx.inputs import ExampleInputs, check_model
 from elc_fx.interpret import Operation
 from elc_fx.regions import operations_of
 from elc_fx.serial import KeptWindows, Region, RingStep, SerialGraph, decouples_padding, rings
@@ -195,17 +195,6 @@ def serial_graph(model: nn.Module, example_inputs: Any) -> SerialGraph:
     """The serial graph of a caller's model. Raises as `candidates` does."""
     check_model(model)
     return SerialGraph.of(model, ExampleInputs.of(model, example_inputs))
-
-
-def check_model(model: Any) -> None:
-    """Raises `InvalidInputError` or `TrainingModeError` for what cannot be planned or decoupled."""
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    check_unwrapped(model)
-    if model.training:
-        raise TrainingModeError(
-            "the model is in training mode; call model.eval() first, and train what decouple returns"
-        )
 
 
 def check_computes(network: nn.Module) -> None:

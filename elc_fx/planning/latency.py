@@ -38,11 +38,12 @@ from elc_fx.errors import ElcError, InvalidInputError, LatencyError
 from elc_fx.exporting import onnx_model
 from elc_fx.fusion import layer_of, padded
 from elc_fx.graph import function_name, is_drop_path, is_identity, module_of, runs_foreign_code
+from elc_fx.identity import described
 from elc_fx.lossless import LosslessCompilation
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice, LatencyModel
-from elc_fx.planning.stored import StoredTable, described
+from elc_fx.planning.stored import StoredTable
 from elc_fx.planning.substitution import substituted
 from elc_fx.pooling import put_poolings_back
 from elc_fx.runtimes import RUNS

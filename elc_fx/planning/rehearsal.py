@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from elc_fx.copying import clone
 from elc_fx.errors import InvalidInputError
 from elc_fx.inputs import fresh
-from elc_fx.islands import clone
 from elc_fx.kernels import SoundConvolutions
 from elc_fx.losses import distance, of_classes
 from elc_fx.planning.cost import Choice

@@ -27,13 +27,13 @@ from torch import Tensor, fx, nn
 from elc_fx.activations import activation_of, flat_beyond
 from elc_fx.errors import InvalidInputError
 from elc_fx.graph import overwritten_argument, runs_foreign_code
+from elc_fx.identity import add_tensor, described, names_and_shapes
 from elc_fx.inputs import NO_CALIBRATION, batch_values, batches_of, fresh, number_type, of_type, running
 from elc_fx.losses import distance, of_classes
-from elc_fx.origins import names_and_shapes
 from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.fitting import Substitute, Windows
-from elc_fx.planning.stored import StoredTable, described
+from elc_fx.planning.stored import StoredTable
 from elc_fx.planning.substitution import substituted
 from elc_fx.pooling import max_pooling_of
 from elc_fx.randomness import generators, seed_all
@@ -110,13 +110,10 @@ class Calibration:
         # Not the state_dict, which lacks buffers that are not persistent.
         state = dict([*self.graph_module.named_parameters(), *self.graph_module.named_buffers()])
         for name, value in [*state.items(), *enumerate(pytree.tree_leaves(self.batches))]:
-            digest.update(str(name).encode())
             if isinstance(value, Tensor):
-                value = value.detach().cpu().contiguous()
-                digest.update(str((value.dtype, value.shape)).encode())
-                digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+                add_tensor(digest, str(name), value)
             else:
-                digest.update(repr(value).encode())
+                digest.update(f"{name} {value!r}".encode())
         return digest.hexdigest()
 
 

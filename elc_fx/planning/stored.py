@@ -8,12 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import fx, nn
 
 from elc_fx.errors import InvalidInputError
 from elc_fx.planning.budget import real_number
-
-_PLAIN = (bool, int, float, str, tuple, type(None))  # attributes that a module computes with, such as a slope
 
 
 class StoredTable(dict[str, float]):
@@ -50,23 +47,6 @@ class StoredTable(dict[str, float]):
             yield
         except (OSError, ValueError) as error:  # a ValueError is a name that no file can have
             raise InvalidInputError(f"nothing can be kept in {where}: {error}; give another cache, or none") from error
-
-
-def described(module: nn.Module) -> str:
-    """What a module is, but for the values of its tensors: classes, plain attributes and shapes, of all in it."""
-    parts = []
-    for name, part in module.named_modules():
-        kind = "" if isinstance(part, fx.GraphModule) else f"{type(part).__module__}.{type(part).__qualname__}"
-        attributes = {key: value for key, value in vars(part).items() if kind and key != "training"}
-        own = sorted((key, value) for key, value in attributes.items() if _is_plain(value))
-        tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-        parts.append((name, kind, own, [(key, tuple(value.shape), value.dtype) for key, value in tensors]))
-    return repr(parts)
-
-
-def _is_plain(value: object) -> bool:
-    """Whether what is written of it is the same in every process: that of functions and objects is not."""
-    return isinstance(value, _PLAIN) and (not isinstance(value, tuple) or all(map(_is_plain, value)))
 
 
 def _entry(line: str) -> tuple[str, float] | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
-from elc_fx.islands import clone
+from elc_fx.copying import clone
 from elc_fx.origins import origins_of, remember
 from elc_fx.planning.cost import Choice
 from elc_fx.pooling import put_poolings_back

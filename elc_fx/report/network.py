@@ -24,6 +24,7 @@ from elc_fx.capture import capture
 from elc_fx.errors import CaptureError, InvalidInputError, TrainingModeError
 from elc_fx.exporting import Exported
 from elc_fx.graph import IN_PLACE_OPERATORS, function_name, module_of
+from elc_fx.identity import add_tensor
 from elc_fx.inputs import NO_EXAMPLES, ExampleInputs, batch_values, fresh, running
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.origins import ORIGIN, place_of, recorded_origin
@@ -360,9 +361,6 @@ def _digest(tensors: list[Tensor]) -> str | None:
     if not tensors or any(t.is_meta for t in tensors):
         return "" if tensors else None
     digest = hashlib.blake2b(digest_size=12)
-    for t in tensors:
-        plain = t.detach().cpu().contiguous()
-        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-        if plain.numel():
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    for tensor in tensors:
+        add_tensor(digest, "", tensor)
     return digest.hexdigest()
