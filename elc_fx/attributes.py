@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Attributes:
             self.saved.append((name, module, attributes, containers))
             held = [value for key, values in containers.items() if key != "_parameters" for value in _items(values)]
             for value in (*attributes.values(), *held):
-                if isinstance(value, Tensor) and not value.is_inference():
+                if isinstance(value, Tensor) and not is_lazy(value) and not value.is_inference():
                     self.tensors.append((name, module, value, value._version, value.detach().clone()))
 
     def restore(self) -> list[tuple[str, nn.Module]]:
@@ -73,7 +74,7 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Equal, where NaN equals NaN. Of sparse tensors nobody asks."""
+    """Equal, where NaN equals NaN. Sparse tensors are taken as unchanged."""
     if a.layout is not torch.strided:
         return True
     return torch.equal(a, b) or bool(((a == b) | (a != a)).all())

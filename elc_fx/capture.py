@@ -17,6 +17,7 @@ import operator
 import sys
 import threading
 import traceback
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -136,8 +137,14 @@ def capture(
                 refused[module] = Refusal(name, "its forward changes attributes of the module")
     if unwritable := [name for name in map(str, _paths(graph)) if not all(map(_is_writable, name.split(".")))]:
         raise CaptureError(f"torch.fx cannot write code that reads {unwritable[0]!r}, for its name")
+    if taken := {str(path).partition(".")[0] for path in _paths(graph)} & _names_of_graph_modules():
+        raise CaptureError(f"what it has as `{min(taken)}` would be in the place of what torch.fx keeps by that name")
     graph._tracer_cls = None  # the result is unpickled by torch's own tracer
-    captured = fx.GraphModule(_with_constants(root, tracer.constants), graph, type(model).__name__)
+    try:
+        captured = fx.GraphModule(_with_constants(root, tracer.constants), graph, type(model).__name__)
+    except (SyntaxError, NameError) as error:
+        written = "a default of its `forward`, or a constant in it, is nothing that torch.fx can write as code"
+        raise CaptureError(f"{written}: {type(error).__name__}: {error}") from error
     _mark_eval(captured, root)
     give_input_by_position(captured)
     follow: set[nn.Module] = set()  # that do in training what they do in training, whatever was recorded
@@ -163,6 +170,12 @@ def capture(
 def _paths(graph: fx.Graph) -> Iterator[Any]:
     """Of the modules that a graph calls and the attributes that it reads."""
     yield from (node.target for node in graph.nodes if node.op in ("call_module", "get_attr"))
+
+
+@functools.cache
+def _names_of_graph_modules() -> set[str]:
+    """The attributes of a `GraphModule` that a module has not, and those that elc_fx adds."""
+    return set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module())) | {"elc_fx_report", "elc_fx_plan"}
 
 
 @functools.cache
@@ -225,17 +238,50 @@ def _no_question_of_grad_mode(threads: set[int]) -> Iterator[None]:
         torch.is_grad_enabled = original
 
 
-class _Proxy(fx.Proxy):
-    """A stand-in that does not let user code ask for its type, which would not be a tensor's."""
+class _Text(str):
+    """How a stand-in looks, to be part of messages: what the text of the value would be is not known."""
+
+    tracer: _Tracer
+
+    def _asked(self, *_: object) -> NoReturn:
+        self.tracer.refuse(f"`{_asker().f_code.co_name}` asks what the text of a traced value is")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __hash__ = _asked  # type: ignore[assignment]
+    startswith = endswith = find = index = count = _asked  # type: ignore[assignment]
+
+
+class _StandIn(fx.Proxy):
+    """Does not let user code ask what tells values apart by other means than torch's operators."""
 
     def __getattr__(self, k: str) -> fx.proxy.Attribute:
         return _Attribute(self, k)
 
+    def __hash__(self) -> int:
+        asker = _asker()
+        if not asker.f_globals.get("__name__", "").startswith(ANSWERS_TYPE):
+            self.tracer.refuse(f"`{asker.f_code.co_name}` looks up a traced value in a set or a dict, or hashes it")  # type: ignore[attr-defined]
+        return id(self)
+
+    def __repr__(self) -> str:
+        text = _Text(super().__repr__())
+        text.tracer = cast(_Tracer, self.tracer)
+        return text
+
+
+def _asker() -> types.FrameType:
+    """Who called the caller of this, but for functions that pass questions on."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in PASSES_TYPE_ON:
+        frame = frame.f_back
+    return frame
+
+
+class _Proxy(_StandIn):
+    """A stand-in that does not let user code ask for its type, which would not be a tensor's."""
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
-        frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_globals.get("__name__") in PASSES_TYPE_ON:
-            frame = frame.f_back
+        frame = _asker()
         asker, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
         on_behalf_of_user = function in ASKS_FOR_USER or asker in ("torch._jit_internal", "torch.jit")
         if asker.startswith(ANSWERS_TYPE) and not on_behalf_of_user:
@@ -259,7 +305,7 @@ class _Proxy(fx.Proxy):
         self.node = assigned.node
 
 
-class _Attribute(fx.proxy.Attribute):
+class _Attribute(_StandIn, fx.proxy.Attribute):
     """An attribute of a stand-in, such as `x.data`."""
 
 
@@ -404,6 +450,8 @@ class _Tracer(fx.Tracer):
         nodes = [proxy.node for proxy in _proxies(value)]
         if question.kind == "None" and any(node in self.uncertain for node in nodes):
             self.untruthful = f"`{function}` asks whether {what} is None; give example_inputs if it never is"
+        elif question.kind == "identity" and (nodes or type(value) is _Attribute):
+            self.untruthful = f"`{function}` asks whether {what} is the same object as something else"
         elif question.kind == "type" and nodes:
             self.untruthful = f"`{function}` asks for the type or the attributes of {what}"
         elif question.kind == "exception" and nodes:
@@ -472,6 +520,8 @@ class _Tracer(fx.Tracer):
         """As torch.fx does, but constants are kept here and never stored on the caller's model."""
         if type(a) in (_Proxy, _ParameterProxy):
             return a.node
+        if type(a) is _Text:
+            return str.__str__(a)
         if isinstance(a, Tensor):
             name = self._names.get(id(a))
             if name is None:

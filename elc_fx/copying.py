@@ -8,6 +8,7 @@ from collections import ChainMap
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 UNCOPYABLE = (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError)  # what deepcopy raises
 
@@ -16,11 +17,16 @@ def clone(value: Any, memo: dict[int, Any]) -> Any:
     """A deep copy that shares no storage with the original. memo: what was copied already, or is to be kept, by id.
 
     Tensors that a hook computed (old-style weight norm) are no leaves of autograd, which deepcopy refuses: their
-    values are copied.
+    values are copied. So it does buffers of lazy layers, which have none yet.
     """
     for module in value.modules() if isinstance(value, nn.Module) else ():
-        for tensor in vars(module).values():
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None and id(tensor) not in memo:
+        for tensor in (*vars(module).values(), *module._buffers.values()):
+            if not isinstance(tensor, Tensor) or id(tensor) in memo:
+                continue
+            if isinstance(tensor, UninitializedBuffer):
+                kind: Any = type(tensor)
+                memo[id(tensor)] = kind(device=tensor.device, dtype=tensor.dtype)
+            elif tensor.grad_fn is not None:
                 memo[id(tensor)] = tensor.detach().clone()
     new: dict[int, Any] = {}  # a copy that fails leaves halves in its memo
     trial = ChainMap(new, memo)

@@ -33,6 +33,8 @@ from elc_fx.verification import verify_merge
 CONV_MODULES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE_MODULES: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by axes
+
 
 @dataclass(frozen=True)
 class MergedRegion:
@@ -207,9 +209,9 @@ class Fusion:
                 weight = next(original.parameters(), None)
                 if weight is not None:
                     layer.requires_grad_(any(p.requires_grad for p in original.parameters()))
-                    channels_last = weight.dim() == 4 and not weight.is_contiguous()
-                    if channels_last and weight.is_contiguous(memory_format=torch.channels_last):
-                        return layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+                    last = CHANNELS_LAST.get(weight.dim())
+                    if last is not None and not weight.is_contiguous() and weight.is_contiguous(memory_format=last):
+                        return layer.to(memory_format=last)  # type: ignore[call-overload, no-any-return]
                     return layer
         return layer
 

@@ -87,6 +87,8 @@ def check_model(model: Any) -> None:
         raise InvalidInputError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     check_unwrapped(model)
     if model.training:
+        if "eval" in vars(model) and isinstance(model, fx.GraphModule):  # where it raises an error
+            raise InvalidInputError("the model is a program of torch.export; pass the module that was exported")
         raise TrainingModeError(
             "the model is in training mode, in which batch norm and dropout cannot be merged; call model.eval() first "
             "(what decouple returns can be trained)"

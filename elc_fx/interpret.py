@@ -18,11 +18,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from elc_fx.activations import MODULES, is_activation
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
+from elc_fx.attributes import Attributes
 from elc_fx.capture import assign
 from elc_fx.constants import Constants
 from elc_fx.graph import (
@@ -33,6 +35,7 @@ from elc_fx.graph import (
     module_of,
     signature_of,
 )
+from elc_fx.randomness import generators, randomness_of_the_caller
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -136,6 +139,8 @@ class Interpreter:
             return None
         if has_unknown_hooks(module):
             return None
+        if is_parametrized(module) and (reason := _computes_otherwise(module)):
+            raise _Refused(reason)
         written = self.constants.written
         if written and any(id(tensor) in written for tensor in (*module.parameters(), *module.buffers())):
             return None
@@ -559,6 +564,8 @@ class Interpreter:
             stride.append(i.step or 1)
             padding.append((-start, stop or 0))
         kept = range(channels)[index[1]]
+        if not kept or 0 in self.shapes.get(node, ()):
+            raise _Refused("it selects nothing")
         rank = dims + 2 if source not in self.shapes else None
         if kept == range(channels):
             strided = self._identity(node, source, stride=tuple(stride), padding=tuple(padding))
@@ -596,7 +603,10 @@ class Interpreter:
 
         def load() -> AffineMap:
             kernel = torch.zeros(out_channels, channels, dtype=torch.float64, device=CPU)
-            kernel[list(rows or range(out_channels)), list(columns or range(channels))] = 1
+            kernel[
+                list(range(out_channels) if rows is None else rows),
+                list(range(channels) if columns is None else columns),
+            ] = 1
             return AffineMap(geometry, kernel.view(out_channels, channels, *[1] * dims))
 
         return Operation(node, source, geometry, load)
@@ -740,6 +750,21 @@ def weight_of(module: nn.Module) -> Tensor:
             if isinstance(hook, SpectralNorm) and hook.name == "weight":
                 return hook.compute_weight(module, do_power_iteration=False)  # type: ignore[no-any-return]
         return module.weight  # type: ignore[return-value]
+
+
+def _computes_otherwise(module: nn.Module) -> str | None:
+    """Why parameters that a module computes, each time that they are read, are no constants."""
+    parametrized: Any = module.parametrizations
+    before = Attributes(module)
+    with torch.no_grad(), randomness_of_the_caller():
+        drawn = generators()
+        for name in parametrized:
+            getattr(module, name)
+        random = generators() != drawn
+    changed = bool(before.restore())
+    if random or changed:
+        return "its parametrization " + ("draws random numbers" if random else "changes when it is read")
+    return None
 
 
 def _usable(*tensors: Tensor | None) -> bool:

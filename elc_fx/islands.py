@@ -11,7 +11,8 @@ import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ REFLECTION = frozenset(
 )
 
 
+_WITHOUT_MODULES = (str, bytes, int, float, torch.Tensor, type, types.ModuleType, types.FunctionType, types.CodeType)
+
+
 def replaceable_children(module: nn.Module) -> tuple[dict[str, nn.Module], list[Refusal]]:
     """The children, and children of child lists, that may be replaced by another callable; why others may not.
 
@@ -65,6 +69,27 @@ def replaceable_children(module: nn.Module) -> tuple[dict[str, nn.Module], list[
         elif _has_parameters(child):
             refusals.append(Refusal(path, reason))
     return found, refusals
+
+
+def modules_held(module: nn.Module) -> Iterator[nn.Module]:
+    """Those that other attributes of a module hold, besides its children: lists, dicts, objects of any kind."""
+    pending = [value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, _WITHOUT_MODULES):
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, Mapping):
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple | set | frozenset | deque):
+            pending.extend(value)
+        elif isinstance(value, types.MethodType):
+            pending.append(value.__self__)
+        else:
+            pending.extend(getattr(value, "__dict__", {}).values())
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:

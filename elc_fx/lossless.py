@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,10 +25,10 @@ from elc_fx.fusion import Fusion, MergedRegion
 from elc_fx.graph import is_leaf, module_of
 from elc_fx.inputs import NO_EXAMPLES, ExampleInputs, running
 from elc_fx.interpret import Interpreter, Operation
-from elc_fx.islands import replaceable_children
+from elc_fx.islands import modules_held, replaceable_children
 from elc_fx.partition import MergePlanner
 from elc_fx.report import Report, Totals
-from elc_fx.verification import verify_outputs, verify_trace
+from elc_fx.verification import rounding_of, verify_outputs, verify_trace
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -49,8 +50,9 @@ class LosslessCompilation:
         self.examples = examples
         self.verify = verify
         self.expected: Any = None  # the model's output on the examples
+        self.rounding = 0.0  # eps of the coarsest type that the model computes with
         self.memo: dict[int, Any] = {}
-        self.holders: Counter[int] = Counter()  # how many modules have a child, by its identity
+        self.holders: Counter[int] = Counter()  # in how many ways modules have another, by its identity
         self.merged: list[MergedRegion] = []
         self.refused: list[Refusal] = []
         self.opaque: list[Refusal] = []
@@ -63,8 +65,12 @@ class LosslessCompilation:
             self.expected, before = _measured(model, self.examples)
             if original is not model:
                 before = _measured(original, self.examples)[1]
+            numbers = *original.parameters(), *original.buffers(), *model.parameters(), self.examples.args
+            self.rounding = rounding_of(*numbers, self.examples.kwargs)
         given = None if self.examples is None else self.examples.bound(model)
-        self.holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
+        self.holders = Counter(
+            id(held) for module in model.modules() for held in (*module._modules.values(), *modules_held(module))
+        )
         compiled, depth = self._compile(model, "", given)
         totals = Totals(
             parameters=(_parameters(original), _parameters(compiled)),
@@ -86,7 +92,7 @@ class LosslessCompilation:
 
     def _verify_outputs(self, expected: Any, actual: Any) -> float:
         try:
-            return verify_outputs(expected, actual)
+            return verify_outputs(expected, actual, self.rounding)
         except VerificationError as error:
             suspect = f"; the first merged region is `{self.merged[0].name}`" if self.merged else ""
             raise VerificationError(f"{error}{suspect}") from None
@@ -115,28 +121,35 @@ class LosslessCompilation:
         self.refused.extend(replace(r, where=_join(path, r.where)) for r in refusals)
         for made in fusion.made:
             self.memo[id(made)] = made
-        self._take_copies(graph_module, path)
-        result = CompiledModule(graph_module, graph_module.graph, type(graph_module).__name__)
+        result = CompiledModule(self._copies(graph_module, path), graph_module.graph, type(graph_module).__name__)
         result.training = False
         result.graph.lint()
         return result, (before, depth_of(result))
 
-    def _take_copies(self, graph_module: fx.GraphModule, path: str) -> None:
-        """Copies what still belongs to the caller's model; opaque modules are copied with compiled children."""
+    def _copies(self, graph_module: fx.GraphModule, path: str) -> nn.Module:
+        """Holds at the same paths copies of all that the graph calls or reads, and of the caller's model nothing else.
+
+        Opaque modules are copied with compiled children.
+        """
+        root = nn.Module()
         nodes = [node for node in graph_module.graph.nodes if node.op in ("call_module", "get_attr")]
         targets = dict.fromkeys(str(node.target) for node in nodes)
+        called = {str(node.target) for node in nodes if node.op == "call_module"}
         for target in targets:
+            if called.intersection(itertools.accumulate(target.split(".")[:-1], "{}.{}".format)):
+                continue  # part of a module that is called, with which it is copied
             owner, _, name = target.rpartition(".")
-            holder = graph_module.get_submodule(owner)
-            value = getattr(holder, name)
+            source = graph_module.get_submodule(owner)
+            value = getattr(source, name)
             opaque = isinstance(value, nn.Module) and id(value) not in self.memo and not is_leaf(value)
             if opaque and not any(other.startswith(f"{target}.") for other in targets):  # whose paths must stay
                 self._compile_children(value, _join(path, target))
-            copied = clone(value, self.memo)
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and name in holder._buffers:
-                holder._buffers[name] = copied
+            copied, holder = clone(value, self.memo), _holder(root, owner)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                holder.register_buffer(name, copied, persistent=name not in source._non_persistent_buffers_set)
             else:
                 setattr(holder, name, copied)
+        return root
 
     def _compile_children(self, module: nn.Module, path: str) -> tuple[nn.Module, tuple[int, int]]:
         """A copy of a module that cannot be traced, with its children compiled where it does no more than call them."""
@@ -145,13 +158,22 @@ class LosslessCompilation:
             if id(child) in self.memo:
                 continue
             if self.holders[id(child)] > 1:
-                refusals.append(Refusal(name, "several modules have it, or one by several names"))
+                refusals.append(Refusal(name, "several modules have it, or one in several ways"))
                 continue
             compiled, _ = self._compile(child, _join(path, name), None, bind_defaults=False)
             self.memo[id(child)] = compiled
         self.refused.extend(replace(r, where=_join(path, r.where) or "the model") for r in refusals)
         copied = clone(module, self.memo)
         return copied, (_layers(module), _layers(copied))
+
+
+def _holder(root: nn.Module, path: str) -> nn.Module:
+    """The module at a path, made where there is none."""
+    for name in filter(None, path.split(".")):
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    return root
 
 
 def _not_compared(output: Any) -> list[Refusal]:

@@ -1,9 +1,9 @@
 """Questions that code asks of its values without the values noticing, found in its bytecode.
 
-A stand-in for a tensor is never None and never a `Tensor`, so symbolic tracing would take the wrong side of
-`if skip is None` or `if type(x) is Tensor`; and it raises errors of its own, which `except` would swallow. Neither
-stand-in nor tracer can see these questions. So the code that a module may run is looked through for them, once; where
-there are any, a trace function looks at the values that are asked.
+A stand-in for a tensor is never None, never a `Tensor` and never the same object as another, so symbolic tracing would
+take the wrong side of `if skip is None`, `if type(x) is Tensor` or `if x.dtype is torch.half`; and it raises errors of
+its own, which `except` would swallow. Neither stand-in nor tracer can see these questions. So the code that a module
+may run is looked through for them, once; where there are any, a trace function looks at the values that are asked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Question:
-    """kind: "None", "type" or "exception". variable: whose value is asked; "*" for any, where that is less plain."""
+    """kind: "None", "identity", "type" or "exception".
+
+    variable: whose value is asked; "*" for any, where that is less plain.
+    """
 
     kind: str
     variable: str
@@ -238,6 +241,10 @@ def _find_questions(code: types.CodeType) -> Iterator[Question]:
         elif name == "IS_OP" and (nones := [o for o in before[-2:] if o.opname == "LOAD_CONST" and o.argval is None]):
             before.remove(nones[-1])
             yield from _about("None", _origin(before))
+        elif name == "IS_OP":
+            second = _last_value(before)
+            for operand in (second, _last_value(before[: len(before) - len(second)])):
+                yield from _about("identity", _origin(operand).replace("*", ""))
         elif name in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in ("type", "hasattr", "getattr", "callable"):
             yield from _about("type", _origin(instructions[index + 1 : index + 2]))
         elif (
@@ -252,6 +259,16 @@ OWN = os.path.dirname(__file__)
 EXCEPTS = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH")
 BARE_EXCEPT = ["PUSH_EXC_INFO", "POP_TOP"]  # from Python 3.11 on
 SKIPPED = ("CACHE", "EXTENDED_ARG", "NOP", "PUSH_NULL")
+
+
+def _last_value(instructions: list[dis.Instruction]) -> list[dis.Instruction]:
+    """Those that put the last value on the stack."""
+    wanted = 1
+    for index in reversed(range(len(instructions))):
+        wanted -= dis.stack_effect(instructions[index].opcode, instructions[index].arg, jump=False)
+        if wanted <= 0:
+            return instructions[index:]
+    return instructions
 
 
 def _about(kind: str, variable: str) -> Iterator[Question]:

@@ -271,7 +271,8 @@ class SerialGraph:
     def _can_be_decoupled(self, op: Operation) -> bool:
         geometry = op.geometry
         pads_by_gate = op.convolves or pads(op) or op.node in self.poolings
-        return not (geometry.transposed or geometry.fill) and (pads_by_gate or not geometry.padded)
+        shifts = geometry.padded and any(min(sides) < 0 for sides in geometry.padding)
+        return not (geometry.transposed or geometry.fill or shifts) and (pads_by_gate or not geometry.padded)
 
     def _end(self, chain: Chain, last: int) -> int:
         """A layer takes the scales and shifts after it, such as its batch norm, with it."""

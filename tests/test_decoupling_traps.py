@@ -183,6 +183,32 @@ def test_weights_of_functions_are_not_left_behind(kernel: str) -> None:
     assert net.last.shape == (2, 4, 1, 1)
 
 
+def test_a_shift_is_no_part_of_a_region() -> None:
+    """A padding on one side that crops the other moves what is inside of the border, too."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.a, self.b = (
+                nn.Conv2d(3, 4, 1),
+                nn.Conv2d(4, 4, 3, padding=1),
+                nn.Conv2d(4, 4, 3, padding=1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.b(torch.relu(self.a(y))) + nn.functional.pad(y, [1, -1, 0, 0])
+
+    model, x = Shifted().double().eval(), image(2, 3, 9, 9)
+    for candidate in elc_fx.candidates(model, x):
+        net = elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=[candidate.full_name]))
+        assert_same(net(x), model(x))
+        elc_fx.set_gate(net, 0.5)
+        net(x)
+        elc_fx.set_gate(net, 0)
+        assert_same(elc_fx.merge(net)(x), net(x))
+
+
 def test_layer_called_twice_is_told() -> None:
     shared = nn.Conv2d(4, 4, 3, padding=1)
     model, x = stack(nn.ReLU(), shared, nn.ReLU(), shared, nn.ReLU()), image(2, 3, 6, 6)

@@ -11,6 +11,7 @@ import io
 import operator
 import pickle
 import random
+import re
 import sys
 import threading
 import types
@@ -47,6 +48,7 @@ from networks import (
     small_net,
 )
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_map_only
 
@@ -241,6 +243,46 @@ def test_optional_argument_is_never_decided_by_tracing(name: str) -> None:
         assert_same_or_refused(compiled, model, x, skip)
         assert_same_or_refused(compiled, model, x, skip=skip)
         assert not batch_norms(compiled)
+
+
+DECIDED_BY: dict[str, Callable[[Any, Tensor], bool]] = {
+    "set": lambda s, x: x.shape[-1] in {5, 16},
+    "key": lambda s, x: {5: True}.get(x.shape[-1], False),
+    "key of an attribute": lambda s, x: {"cpu": True}.get(x.device.type, False),
+    "several in a set": lambda s, x: len({x.shape[-1], x.shape[-2]}) == 1,
+    "dtype in a set": lambda s, x: x.dtype in {torch.float64},
+    "dtype is": lambda s, x: x.dtype is torch.float64,
+    "text": lambda s, x: f"{x.shape[-1]}" == "5",
+    "text of an attribute": lambda s, x: str(x.device).startswith("cpu"),
+    "representation": lambda s, x: "64" in repr(x.dtype),
+    "identity": lambda s, x: x.contiguous() is x,
+    "identity of a variable": lambda s, x: (y := s.first(x)) is not x and y is not s,
+}
+
+
+@pytest.mark.parametrize("name", DECIDED_BY)
+def test_what_values_are_is_never_decided_by_stand_ins(name: str) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y: Tensor = s.first(x) if DECIDED_BY[name](s, x) else s.second(x)
+        return y
+
+    model = ready(Unary(forward, first=conv_bn(4, 4), second=conv_bn(4, 4)))
+    model.asks = DECIDED_BY[name]  # the code that may run is found through attributes
+    for compiled in (elc_fx.compile(model), elc_fx.compile(model, image(2, 4, 5, 5))):
+        for size in ((5, 5), (6, 6), (5, 6), (6, 5)):
+            assert_same(compiled(image(2, 4, *size)), model(image(2, 4, *size)))
+        assert re.search("looks up a traced value|the text of a traced value|the same object", opaque_reasons(compiled))
+
+
+def test_stand_ins_may_be_part_of_messages() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        torch._assert(x.shape[1] == 4, f"{x.shape[1]}")
+        torch._assert(x.dim() == 4, f"of {x.shape} on {x.device!r}, " + str(x.dtype))
+        y: Tensor = s.block(x)
+        return y
+
+    model = ready(Unary(forward, block=conv_bn(4, 4)))
+    assert not opaque_reasons(check(model, image(1, 4, 5, 5)))
 
 
 def test_bare_except_does_not_swallow_what_tracing_raises() -> None:
@@ -1234,6 +1276,114 @@ def test_parametrized_weight_is_what_the_model_computes_with(name: str, after: s
     check(model, x)
 
 
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "recompile", "_graph"])
+def test_children_may_be_called_as_attributes_of_graph_modules_are(name: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, conv_bn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = getattr(self, name)(x)
+            return y
+
+    model = ready(Named())
+    assert f"`{name}` would be in the place of what torch.fx keeps" in opaque_reasons(check(model, image(1, 4, 5, 5)))
+    with pytest.raises(elc_fx.CaptureError, match=r"in the place of what torch\.fx keeps"):
+        elc_fx.candidates(model, image(1, 4, 5, 5))
+    nested = check(ready(nn.Sequential(Named())), image(1, 4, 5, 5))
+    assert not opaque_reasons(nested) and not batch_norms(nested)
+
+
+@pytest.mark.parametrize("default", [F.relu, int, torch.tensor(2.0), nn.ReLU(), object()], ids=str)
+def test_defaults_that_no_code_can_be_written_for(default: Any) -> None:
+    class WithDefault(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = conv_bn(4, 4)
+
+        def forward(self, x: Tensor, how: Any = default) -> Tensor:
+            y: Tensor = self.block(x)
+            return y
+
+    compiled = check(ready(WithDefault()), image(1, 4, 5, 5))
+    assert "nothing that torch.fx can write as code" in opaque_reasons(compiled) and not batch_norms(compiled)
+
+
+SELECTED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "no channels": lambda s, x: s.a(x)[:, :0],
+    "no channels, beside others": lambda s, x: torch.cat([s.a(x)[:, :0], s.b(x)], 1),
+    "no rows": lambda s, x: s.a(x)[:, :, 20:],
+}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_nothing_may_be_selected(name: str) -> None:
+    model, x = ready(Unary(SELECTED[name], a=conv_bn(4, 4), b=conv_bn(4, 4))), image(2, 4, 5, 5)
+    assert_same(elc_fx.compile(model, x)(x), model(x))
+    if name != "no rows":  # where it is not known that the image is too small
+        assert_same(elc_fx.compile(model)(x), model(x))
+
+
+def test_lazy_batch_norms_stay() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval()
+    compiled, x = elc_fx.compile(model), image(2, 3, 5, 5, dtype=torch.float32)
+    assert compiled(x).shape == (2, 4, 3, 3)
+    assert is_lazy(model[1].running_mean)
+
+
+def test_a_program_of_torch_export_is_told_apart_from_a_model_in_training_mode() -> None:
+    program = torch.export.export(ready(conv_bn(4, 4)), (image(1, 4, 5, 5),)).module()
+    with pytest.raises(elc_fx.InvalidInputError, match=r"program of torch\.export; pass the module"):
+        elc_fx.compile(program)
+
+
+def test_volumes_keep_their_memory_format() -> None:
+    model = ready(conv_bn(4, 4, dims=3)).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    compiled, x = elc_fx.compile(model), image(1, 4, 5, 5, 5)
+    assert next(compiled.parameters()).is_contiguous(memory_format=torch.channels_last_3d)
+    assert_same(compiled(x), model(x))
+
+
+def test_a_pooling_of_volumes_beside_a_convolution() -> None:
+    model = ready(Unary(lambda s, x: s.a(x) + s.b(x), a=nn.Conv3d(4, 4, 3, padding=1), b=nn.AvgPool3d(3, 1, 1)))
+    compiled = check(model, image(1, 4, 6, 6, 6))
+    assert operators(compiled, image(1, 4, 6, 6, 6)) == {"convolution": 1}
+
+
+class Noisy(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.randn_like(weight)
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("times", torch.zeros(()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.times += 1
+        return weight * self.times.clamp(max=1)
+
+
+@pytest.mark.parametrize("kind", [Noisy, Remembering])
+def test_weights_that_are_not_the_same_each_time_are_no_constants(kind: Callable[[], nn.Module]) -> None:
+    layers = conv_bn(4, 4, bias=True)
+    parametrize.register_parametrization(layers[0], "bias", kind())
+    model, x = ready(nn.Sequential(layers, nn.ReLU())), image(2, 4, 5, 5)
+    before, state = snapshot(model), torch.get_rng_state()
+    for compiled in (elc_fx.compile(model), elc_fx.compile(model, x)):
+        assert "its parametrization" in str(elc_fx.report_of(compiled))
+        torch.manual_seed(0)
+        actual = compiled(x)
+        torch.manual_seed(0)
+        assert_same(actual, copy.deepcopy(model)(x))
+        torch.set_rng_state(state)
+    elc_fx.explain(model, x)
+    assert_untouched(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("examples", [False, True], ids=["without examples", "with examples"])
 def test_a_bias_that_a_hook_computes_is_not_read_as_the_last_call_left_it(examples: bool) -> None:
     layers = conv_bn(4, 4, bias=True)
@@ -1888,6 +2038,13 @@ UNTOUCHED: dict[str, Model] = {
     "spectral norm": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4)),
     "bare layer": lambda: nn.Conv2d(4, 4, 3),
     "unused layer": lambda: Unary(lambda s, x: s.a(x), a=conv_bn(4, 4), unused=nn.Linear(3, 3)),
+    "weight read": lambda: Unary(
+        lambda s, x: s.b(s.a(x.to(s.a.weight.dtype)).relu()), a=nn.Conv2d(4, 4, 1), b=conv_bn(4, 4)
+    ),
+    "weight of a merged layer read": lambda: Unary(lambda s, x: s.a(x) * s.a[0].weight.sum(), a=conv_bn(4, 4)),
+    "statistics read": lambda: Unary(
+        lambda s, x: s.a(F.batch_norm(x, s.a.running_mean, s.a.running_var).relu()), a=nn.BatchNorm2d(4)
+    ),
 }
 
 
@@ -1898,6 +2055,7 @@ def test_model_is_untouched(name: str, examples: bool) -> None:
     next(iter(model.parameters()), per_channel(1)).requires_grad_(False)
     before = snapshot(model)
     compiled = elc_fx.compile(model, image(2, 4, 5, 5) if examples else None)
+    elc_fx.explain(model, image(2, 4, 5, 5))
     assert_untouched(model, before)
     assert not storages(model) & storages(compiled), "the result shares storage with the model"
     with torch.no_grad():
@@ -2231,6 +2389,20 @@ def test_wrong_merge_is_an_error_that_names_the_first_region(monkeypatch: pytest
     assert not torch.allclose(unverified(x), model(x))
 
 
+@pytest.mark.parametrize(
+    ("computed", "given"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float64")]
+)
+def test_outputs_agree_to_the_digits_that_they_were_computed_with(computed: str, given: str) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y: Tensor = s.b(s.a(x).relu())
+        return y.to(getattr(torch, given))
+
+    dtype = getattr(torch, computed)
+    model = ready(Unary(forward, a=conv_bn(4, 32), b=conv_bn(32, 4))).to(dtype)
+    x = image(2, 4, 7, 7).to(dtype)
+    assert torch.finfo(dtype).eps ** 0.5 > elc_fx.report_of(elc_fx.compile(model, x)).totals.error > 0  # type: ignore[operator]
+
+
 def test_wrong_result_is_an_error_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where each region looked right by itself."""
     model, x = ready(nn.Sequential(conv_bn(4, 4), nn.ReLU(), RepVGGBlock(4, 4))), image(2, 4, 5, 5)
@@ -2325,6 +2497,31 @@ def test_children_that_code_from_outside_may_read_stay(how: str) -> None:
     for x in (image(2, 3, 6, 6), -image(2, 3, 6, 6)):
         assert_same(compiled(x), model(x))
     assert STAYS[how] in str(elc_fx.report_of(compiled))
+
+
+class Holder:
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+HELD: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], Any]]] = {
+    "list": (lambda block: [block], lambda held: held[0]),
+    "dict": (lambda block: {"of": (block,)}, lambda held: held["of"][0]),
+    "object": (Holder, lambda held: held.held),
+    "method": (lambda block: block.forward, lambda held: held.__self__),
+}
+
+
+@pytest.mark.parametrize("how", HELD)
+def test_children_that_attributes_hold_as_well_stay(how: str) -> None:
+    hold, of = HELD[how]
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.block(x) * of(s.more)[0].weight.norm() if x.sum() < 1e9 else x
+
+    model = ready(Unary(forward, block=conv_bn(4, 4)))
+    model.more = hold(model.block)
+    check(model, image(2, 4, 5, 5))
 
 
 def test_layers_that_an_opaque_module_calls_stay_as_they_are() -> None:
