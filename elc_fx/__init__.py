@@ -4,9 +4,9 @@ from elc_fx.activations import register_activation
 from elc_fx.api import compile, draw
 from elc_fx.comparison import Comparison, Measurement, compare, measure
 from elc_fx.compiled import report_of
-from elc_fx.decoupling.collapse import merge
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import GateSchedule, gates, set_gate
+from elc_fx.decoupling.merging import merge
 from elc_fx.decoupling.rewrite import decouple
 from elc_fx.errors import (
     CaptureError,

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from elc_fx.compiled import REPORT, report_of
-from elc_fx.decoupling.collapse import merge
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import set_gate
+from elc_fx.decoupling.merging import merge
 from elc_fx.decoupling.rewrite import decouple
 from elc_fx.errors import InvalidInputError
 from elc_fx.inputs import ExampleInputs

@@ -36,10 +36,10 @@ from elc_fx.files import alone_in, make_folder, write_whole
 from elc_fx.history import METRICS, Epoch, History, metrics
 from elc_fx.identity import described, fingerprint, structure_of, tensors_of
 from elc_fx.inputs import fresh, number_type, of_dicts, of_type, running
-from elc_fx.kernels import SoundConvolutions, without_autocast_cache
 from elc_fx.losses import distance, of_classes
 from elc_fx.packages import required
 from elc_fx.randomness import parts_of_loader, randomness_of_the_caller, seed_all
+from elc_fx.workarounds import SoundConvolutions, without_autocast_cache
 
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number
 

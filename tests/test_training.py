@@ -26,7 +26,7 @@ from training_run import Pictures, decoupled, loader, network, short_network
 
 import elc_fx
 from elc_fx.features import Features
-from elc_fx.kernels import SoundConvolutions
+from elc_fx.workarounds import SoundConvolutions
 
 SCRIPT = Path(__file__).parent / "training_run.py"
 PICTURE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

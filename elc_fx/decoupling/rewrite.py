@@ -37,7 +37,6 @@ from elc_fx.graph import function_name, label, module_of
 from elc_fx.identity import names_and_shapes
 from elc_fx.inputs import NO_CALIBRATION, batch_values, batches_of, check_model, fresh, number_type, of_type, running
 from elc_fx.interpret import Operation
-from elc_fx.kernels import without_autocast
 from elc_fx.origins import origins_of, remember
 from elc_fx.planning.candidates import Candidate
 from elc_fx.planning.plan import Plan
@@ -56,6 +55,7 @@ from elc_fx.serial import (
     rings,
     serial_capture,
 )
+from elc_fx.workarounds import without_autocast
 
 IN_PLACE = {
     **{f"i{name}": name for name in ("add", "sub", "mul")},
