@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
 from elc_fx.attributes import Attributes
-from elc_fx.errors import CaptureError, Refusal, warn
+from elc_fx.errors import CaptureError, Refusal, first_line, warn
 from elc_fx.graph import (
     DROPOUT_MODULES,
     KNOWN_PACKAGES,
@@ -665,8 +665,7 @@ def _reads_uncertain(node: fx.Node, uncertain: set[fx.Node]) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, _UntruthfulError):
         return str(error)
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}{_place(error)}"
+    return f"{first_line(error)}{_place(error)}"
 
 
 def _place(error: Exception) -> str:

@@ -97,6 +97,12 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of others says, as a reason."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 def listed(items: Iterable[str], most: int = 3) -> str:
     """The first ones, and how many more there are, for a message."""
     items = list(items)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from elc_fx.errors import ExportError, MissingPackageError
+from elc_fx.errors import ExportError, MissingPackageError, first_line
 from elc_fx.files import write_whole
 from elc_fx.origins import all_origins
 from elc_fx.packages import required
@@ -42,11 +42,11 @@ def export(model: nn.Module, inputs: Sequence[Tensor]) -> Exported:
     try:
         return Exported(_with_any_batch(model, inputs), None, origins)
     except Exception as error:  # torch.export raises whatever the model's code runs into
-        reason = _first_line(error)
+        reason = first_line(error)
     try:
         return Exported(torch.export.export(model, inputs), reason, origins)
     except Exception as error:
-        raise ExportError(f"torch.export refuses the model: {_first_line(error)}") from error
+        raise ExportError(f"torch.export refuses the model: {first_line(error)}") from error
 
 
 def save(exported: Exported, file: Path) -> None:
@@ -100,14 +100,12 @@ def onnx_model(model: nn.Module, inputs: Sequence[Any], dynamic_shapes: Any = No
 
 def onnx_bytes(model: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     """The model as ONNX, for any batch size. Raises ExportError, MissingPackageError."""
-    several = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
-    batch = Dim("batch")
     try:
-        return bytes(onnx_model(model, several, tuple({0: batch} for _ in inputs)).SerializeToString())
+        return bytes(onnx_model(model, *_of_any_batch(inputs)).SerializeToString())
     except MissingPackageError:
         raise
     except Exception as error:  # whatever torch's exporter runs into
-        raise ExportError(f"torch.onnx.export refuses the model: {_first_line(error)}") from error
+        raise ExportError(f"torch.onnx.export refuses the model: {first_line(error)}") from error
 
 
 def write(file: Path, content: bytes) -> None:
@@ -119,16 +117,16 @@ def write(file: Path, content: bytes) -> None:
 
 
 def _with_any_batch(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """Traced with two samples, because torch.export takes a batch of one for a constant; tried on the given inputs."""
-    several = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
-    batch = Dim("batch")
-    program = torch.export.export(model, several, dynamic_shapes=tuple({0: batch} for _ in inputs))
+    """Tried on the given inputs."""
+    several, dynamic_shapes = _of_any_batch(inputs)
+    program = torch.export.export(model, several, dynamic_shapes=dynamic_shapes)
     with torch.no_grad():
         program.module()(*inputs)
     program.example_inputs = inputs, {}  # by which costs are counted, as everywhere
     return program
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+def _of_any_batch(inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Inputs of two samples at least, because torch.export takes a batch of one for a constant, and its shapes."""
+    batch = Dim("batch")
+    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs), tuple({0: batch} for _ in inputs)

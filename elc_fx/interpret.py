@@ -41,6 +41,7 @@ CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
 BATCH_NORMS = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
 AVERAGE_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
+AVERAGE_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")  # arguments
 PADS = {
     f"{kind}Pad{n}d": mode
     for kind, mode in {
@@ -191,17 +192,8 @@ class Interpreter:
         )
 
     def _average_pool_module(self, node: fx.Node, source: fx.Node, module: Any, dims: int) -> Operation:
-        return self._average_pool(
-            node,
-            source,
-            dims,
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.ceil_mode,
-            module.count_include_pad,
-            getattr(module, "divisor_override", None),
-        )
+        settings = {key: getattr(module, key) for key in AVERAGE_POOL if hasattr(module, key)}
+        return self._average_pool(node, source, dims, **settings)
 
     # Functions, methods and operators.
 
@@ -223,17 +215,8 @@ class Interpreter:
         if name == "batch_norm":
             return self._batch_norm_function(node, source, arguments)
         if name.startswith("avg_pool"):
-            return self._average_pool(
-                node,
-                source,
-                int(name[-2]),
-                arguments["kernel_size"],
-                arguments.get("stride"),
-                arguments.get("padding", 0),
-                arguments.get("ceil_mode", False),
-                arguments.get("count_include_pad", True),
-                arguments.get("divisor_override"),
-            )
+            settings = {key: arguments[key] for key in AVERAGE_POOL if key in arguments}
+            return self._average_pool(node, source, int(name[-2]), **settings)
         if name == "pad":
             return self._pad_function(node, source, arguments)
         if name == "getitem":
@@ -446,12 +429,13 @@ class Interpreter:
         source: fx.Node,
         dims: int,
         kernel_size: Any,
-        stride: Any,
-        padding: Any,
-        ceil_mode: Any,
-        count_include_pad: Any,
-        divisor: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: Any = False,
+        count_include_pad: Any = True,
+        divisor_override: Any = None,
     ) -> Operation:
+        """The arguments are torch's."""
         kernel = _per_axis(kernel_size, dims)
         step = kernel if stride is None or stride == () or stride == [] else _per_axis(stride, dims)
         sides = _per_axis(padding, dims)
@@ -459,7 +443,7 @@ class Interpreter:
             raise _Refused("its geometry is computed while it runs")
         if ceil_mode and any(s != 1 for s in step):
             raise _Refused("average pooling with ceil_mode divides by fewer values at the border")
-        if not count_include_pad and any(sides) and divisor is None:
+        if not count_include_pad and any(sides) and divisor_override is None:
             raise _Refused("average pooling that does not count its padding divides by fewer values at the border")
         channels = self.features[source].channels
         if channels is None:
@@ -475,7 +459,7 @@ class Interpreter:
         )
 
         def load() -> AffineMap:
-            size = divisor or math.prod(kernel)
+            size = divisor_override or math.prod(kernel)
             return AffineMap(geometry, torch.full((channels, 1, *kernel), 1 / size, dtype=torch.float64, device=CPU))
 
         return Operation(node, source, geometry, load)

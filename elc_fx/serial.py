@@ -65,8 +65,7 @@ class SerialInterpreter(Interpreter):
         if self.features[source].channels is None:
             return None
         dims = MAX_POOLS[type(pooling)]
-        sizes = pooling.kernel_size, pooling.stride, pooling.padding
-        operation = self._average_pool(node, source, dims, *sizes, False, True, None)
+        operation = self._average_pool(node, source, dims, pooling.kernel_size, pooling.stride, pooling.padding)
         return replace(operation, geometry=replace(operation.geometry, bias=True))
 
     def _acts_per_channel(self, node: fx.Node, activation: nn.Module) -> bool:
