@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from elc_fx.arguments import check_from_zero, check_positive, check_share, check_whole
 from elc_fx.checkpoints import Checkpoint
 from elc_fx.copying import clone
-from elc_fx.decoupling.gates import ORDERS, SHAPES, GateSchedule, decoupling_nodes
+from elc_fx.decoupling.gates import GateSchedule, Order, Shape, decoupling_nodes
 from elc_fx.decoupling.nodes import DecoupledActivation
 from elc_fx.errors import InvalidInputError, TrainingError
 from elc_fx.features import Features
@@ -88,8 +88,8 @@ class FinetuneConfig:
     temperature: float = 4.0
     features: float = 0.0
     gates: float = 0.0
-    gate_shape: str = "cosine"
-    gate_order: str = "together"
+    gate_shape: Shape = "cosine"
+    gate_order: Order = "together"
     clip: float = 5.0
     ema: float | None = None
     patience: int | None = None
@@ -112,7 +112,7 @@ class FinetuneConfig:
         check_whole(0, seed=self.seed)
         if self.seed >= 2**32:
             raise InvalidInputError(f"seed is {self.seed}, expected a whole number below 2³²")
-        for name, known in (("gate_shape", SHAPES), ("gate_order", ORDERS)):
+        for name, known in (("gate_shape", get_args(Shape)), ("gate_order", get_args(Order))):
             if getattr(self, name) not in known:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if self.loss is not None and not callable(self.loss):

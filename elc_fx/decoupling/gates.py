@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, fx, nn
 
@@ -15,14 +15,13 @@ from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.nodes import DecouplingNode, RegionInput, RegionOutput
 from elc_fx.errors import InvalidInputError
 
+Shape: TypeAlias = Literal["linear", "cosine"]
+Order: TypeAlias = Literal["together", "depth", "reverse depth", "cost"]
+
 
 def gates(module: nn.Module) -> dict[str, float]:
     """The gate of every decoupling node, by the name of its module, in the order of the graph."""
     return {name: float(node.gate) for name, node in decoupling_nodes(module).items()}
-
-
-SHAPES = ("linear", "cosine")
-ORDERS = ("together", "depth", "reverse depth", "cost")
 
 
 def decoupling_nodes(module: nn.Module) -> dict[str, DecouplingNode]:
@@ -80,8 +79,8 @@ class GateSchedule:
         total_steps: int,
         *,
         start: int = 0,
-        shape: Literal["linear", "cosine"] = "linear",
-        order: Literal["together", "depth", "reverse depth", "cost"] = "together",
+        shape: Shape = "linear",
+        order: Order = "together",
         overlap: float = 0.5,
     ) -> None:
         check_whole(1, total_steps=total_steps)
@@ -90,10 +89,10 @@ class GateSchedule:
         self.start = start
         self.shape = shape
         self.steps = 0
-        if shape not in SHAPES:
-            raise InvalidInputError(f"shape is {shape!r}, expected 'linear' or 'cosine'")
-        if order not in ORDERS:
-            raise InvalidInputError(f"order is {order!r}, expected 'together', 'depth', 'reverse depth' or 'cost'")
+        if shape not in get_args(Shape):
+            raise InvalidInputError(f"shape is {shape!r}, expected one of {', '.join(get_args(Shape))}")
+        if order not in get_args(Order):
+            raise InvalidInputError(f"order is {order!r}, expected one of {', '.join(get_args(Order))}")
         if start >= total_steps or not _is_share(overlap):
             raise InvalidInputError("expected 0 <= start < total_steps and 0 <= overlap <= 1")
         self.nodes = _decoupled(module)
@@ -117,6 +116,7 @@ class GateSchedule:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`, and sets the gates to where they were then."""
         self.steps = int(state["steps"])
         self._apply()
 

@@ -76,6 +76,7 @@ class Candidate:
         return {node: kept[node.name] for node in region.layers if node.name in kept}
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON; `from_dict` reads it."""
         return asdict(self)
 
     @classmethod
@@ -129,6 +130,7 @@ class Candidates(list[Candidate]):
     """A list of candidates that prints as a table."""
 
     def to_json(self) -> str:
+        """All candidates, as a list of what `Candidate.to_dict` gives."""
         return json.dumps([candidate.to_dict() for candidate in self], indent=1)
 
     def __str__(self) -> str:

@@ -63,6 +63,7 @@ class Prediction:
         return "\n".join([*changes, f"loss {sum(self.losses):.4g} in sum{measured}{gap}"])
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
         return asdict(self)
 
     @classmethod
@@ -160,6 +161,7 @@ class Plan:
         return cls(tuple(candidate for _, candidate in chosen), inputs)
 
     def to_json(self) -> str:
+        """The plan with its prediction, as text that `from_json` reads."""
         data: dict[str, Any] = {
             "format": FORMAT,
             "inputs": self.inputs,
