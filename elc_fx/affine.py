@@ -502,6 +502,11 @@ def append_ones(x: Tensor, dims: int) -> Tensor:
     return F.pad(x, [0, 0] * dims + [0, 1], value=1.0)
 
 
+def same_padding(extent: Sequence[int]) -> Padding:
+    """What torch's convolutions pad for padding='same': an odd number has one more behind."""
+    return tuple(((e - 1) // 2, e - 1 - (e - 1) // 2) for e in extent)
+
+
 def flat_padding(padding: Padding) -> list[int]:
     """Padding per axis as `torch.nn.functional.pad` takes it: last axis first."""
     return [side for sides in reversed(padding) for side in sides]

@@ -23,7 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from elc_fx.activations import MODULES, is_activation
-from elc_fx.affine import AffineMap, Geometry, Ints, Padding, transposed_weight, wide
+from elc_fx.affine import AffineMap, Geometry, Ints, Padding, same_padding, transposed_weight, wide
 from elc_fx.attributes import Attributes
 from elc_fx.capture import assign
 from elc_fx.constants import Constants
@@ -350,9 +350,10 @@ class Interpreter:
         assert weight is not None
         transposed = output_padding is not None
         kernel_size = tuple(weight.shape[2:])
-        if isinstance(padding, str):
-            total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel_size, dilation, strict=True)]
-            sides: Padding = tuple((t // 2, t - t // 2) for t in total)
+        if padding == "same":
+            sides = same_padding([d * (k - 1) + 1 for k, d in zip(kernel_size, dilation, strict=True)])
+        elif isinstance(padding, str):  # "valid"
+            sides = ((0, 0),) * len(kernel_size)
         else:
             sides = tuple((p, p) if isinstance(p, int) else p for p in padding)
         out_channels, in_channels = weight.shape[0], weight.shape[1] * groups

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from torch import fx
 
-from elc_fx.affine import Geometry, Ints
+from elc_fx.affine import Geometry, Ints, same_padding
 from elc_fx.errors import NotAffineError, Refusal
 from elc_fx.graph import label
 from elc_fx.interpret import Interpreter, Operation
@@ -334,8 +334,7 @@ def needs_explicit_padding(geometry: Geometry) -> bool:
 
 def is_same_padding(geometry: Geometry) -> bool:
     """Whether the padding is what torch's convolutions do for padding='same'."""
-    same = tuple(((e - 1) // 2, (e - 1) - (e - 1) // 2) for e in geometry.extent)
-    return geometry.padding == same and all(s == 1 for s in geometry.stride)
+    return geometry.padding == same_padding(geometry.extent) and all(s == 1 for s in geometry.stride)
 
 
 def _add(*costs: Cost) -> Cost:

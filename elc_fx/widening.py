@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from elc_fx.affine import Ints, row_blocks
+from elc_fx.affine import Geometry, Ints, flat_padding, row_blocks, same_padding
 
 WIDE = {torch.float64, torch.complex128}
 
@@ -76,40 +77,30 @@ def _convolution(
 ) -> Tensor:
     """F.conv1d, F.conv2d or F.conv3d in the data type of `input`: [N, in_channels, *spatial]."""
     stride, dilation = _per_axis(stride, dims), _per_axis(dilation, dims)
-    extent = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    sides = tuple((p, p) for p in _per_axis(0 if isinstance(padding, str) else padding, dims))
+    geometry = Geometry(len(weight), input.shape[1], tuple(weight.shape[2:]), stride, dilation, sides, groups)
     if padding == "same":
-        sides = [((e - 1) // 2, e - 1 - (e - 1) // 2) for e in extent]
-    else:
-        sides = [(p, p) for p in _per_axis(0 if isinstance(padding, str) else padding, dims)]
+        geometry = replace(geometry, padding=same_padding(geometry.extent))
     if any(d > 1 for d in dilation):
-        output = _by_taps(input, weight, stride, sides, dilation, extent, groups)
+        output = _by_taps(input, weight, geometry)
     else:
-        windows = F.pad(input, [side for both in reversed(sides) for side in both])
-        for axis, (e, s) in enumerate(zip(extent, stride, strict=True)):
+        windows = F.pad(input, flat_padding(geometry.padding))
+        for axis, (e, s) in enumerate(zip(geometry.extent, stride, strict=True)):
             windows = windows.unfold(2 + axis, e, s)  # [N, in_channels, *output positions, *window]
         output = _of_windows(windows, weight, groups)
     return output if bias is None else output + bias.to(output.dtype).view(-1, *[1] * dims)
 
 
-def _by_taps(
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    sides: Sequence[tuple[int, int]],
-    dilation: Ints,
-    extent: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _by_taps(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Tap after tap, at the output positions where it reads no padding: with a wide dilation, those are few."""
     sizes = input.shape[2:]
-    positions = [
-        (n + low + high - e) // s + 1 for n, (low, high), e, s in zip(sizes, sides, extent, stride, strict=True)
-    ]
+    positions = geometry.output_size(sizes)
     output = input.new_zeros(len(input), len(weight), *positions)
-    for tap in itertools.product(*map(range, weight.shape[2:])):
+    steps = list(zip(sizes, geometry.dilation, geometry.stride, geometry.padding, positions, strict=True))
+    for tap in itertools.product(*map(range, geometry.kernel_size)):
         read: list[Any] = [...]
         written: list[Any] = [...]
-        for u, n, d, s, (low, _), count in zip(tap, sizes, dilation, stride, sides, positions, strict=True):
+        for u, (n, d, s, (low, _), count) in zip(tap, steps, strict=True):
             offset = d * u - low  # output position t reads s·t + offset
             first, last = max(-(offset // s), 0), min((n - 1 - offset) // s, count - 1)
             written.append(slice(first, max(last + 1, first)))
@@ -118,7 +109,7 @@ def _by_taps(
         windows = values.view(*values.shape, *[1] * len(tap))
         if windows.numel():
             at: list[Any] = [..., *(slice(u, u + 1) for u in tap)]
-            output[tuple(written)] += _of_windows(windows, weight[tuple(at)], groups)
+            output[tuple(written)] += _of_windows(windows, weight[tuple(at)], geometry.groups)
     return output
 
 
