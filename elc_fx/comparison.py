@@ -82,12 +82,15 @@ class Comparison:
             "after": self.after.to_dict(),
         }
 
+    def changes(self) -> list[tuple[str, str, str, str]]:
+        """(what, before, after, change) for each cost, as texts."""
+        return [(what, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}" if a else "") for what, a, b in self._counts()]
+
+    def _counts(self) -> list[tuple[str, int, int]]:
+        return [(what, getattr(self.before, name), getattr(self.after, name)) for name, what in _QUANTITIES.items()]
+
     def __str__(self) -> str:
-        rows = [
-            (label, f"{before:,}", f"{after:,}", f"{after / before:.1%}" if before else "-")
-            for name, label in _QUANTITIES.items()
-            for before, after in [(getattr(self.before, name), getattr(self.after, name))]
-        ]
+        rows = [(what, f"{a:,}", f"{b:,}", f"{b / a:.1%}" if a else "-") for what, a, b in self._counts()]
         headers = ("", "before", "after", "after / before")
         table = tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
         errors = f"{self.max_abs_error:.1e} absolute, {self.max_rel_error:.1e} relative"

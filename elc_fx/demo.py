@@ -34,7 +34,6 @@ BUDGET = Budget(flops=0.5, depth=0.9)
 BATCH = 64
 LEARNING_RATE = 4e-3
 TIMED_ROUNDS = 100
-COUNTS = [("FLOPs", "flops"), ("parameters", "parameters"), ("depth", "depth")]
 
 
 class MultiBranch(nn.Module):
@@ -222,10 +221,9 @@ class Compressed:
         a, b = self.before, self.after
         slower = b.milliseconds.median / a.milliseconds.median
         points = 100 * (b.accuracy - a.accuracy)
-        counts = [(name, getattr(self.comparison.before, n), getattr(self.comparison.after, n)) for name, n in COUNTS]
         return [
             ("accuracy on test images", f"{a.accuracy:.2%}", f"{b.accuracy:.2%}", f"{points:+.2f} points"),
-            *((name, f"{x:,}", f"{y:,}", f"{y / x - 1:+.1%}") for name, x, y in counts),
+            *self.comparison.changes(),
             (
                 f"ms for {BATCH} images",
                 f"{a.milliseconds.median:.2f}",

@@ -89,9 +89,7 @@ class JobResult:
         rows = [("accuracy on held-out training images", self.accuracy.held_out)]
         rows += [] if self.accuracy.test is None else [("accuracy on test images", self.accuracy.test)]
         lines = [(name, f"{a:.2%}", f"{b:.2%}", f"{100 * (b - a):+.2f} points") for name, (a, b) in rows]
-        for name in ("flops", "parameters", "convolutions", "depth"):
-            a, b = (getattr(side, name) for side in (self.comparison.before, self.comparison.after))
-            lines.append(("FLOPs" if name == "flops" else name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}" if a else ""))
+        lines += self.comparison.changes()
         a, b = (1000 * seconds for seconds in self.latency)
         runs = "" if self.backend == "eager" else f" by {self.backend}"
         lines.append((f"ms for one image{runs}, batch norms folded", f"{a:.3g}", f"{b:.3g}", f"{b / a - 1:+.1%}"))
