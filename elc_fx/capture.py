@@ -142,6 +142,8 @@ def capture(
     graph._tracer_cls = None  # the result is unpickled by torch's own tracer
     try:
         captured = fx.GraphModule(_with_constants(root, tracer.constants), graph, type(model).__name__)
+    except KeyError as error:  # a tensor that is called as a method of modules is
+        raise CaptureError(f"torch.fx cannot keep a tensor by the name that it has: {error}") from error
     except (SyntaxError, NameError) as error:
         written = "a default of its `forward`, or a constant in it, is nothing that torch.fx can write as code"
         raise CaptureError(f"{written}: {type(error).__name__}: {error}") from error
@@ -450,7 +452,13 @@ class _Tracer(fx.Tracer):
         nodes = [proxy.node for proxy in _proxies(value)]
         if question.kind == "None" and any(node in self.uncertain for node in nodes):
             self.untruthful = f"`{function}` asks whether {what} is None; give example_inputs if it never is"
-        elif question.kind == "identity" and (nodes or type(value) is _Attribute):
+        elif question.kind == "constant" and any(node in self.uncertain for node in nodes):
+            self.untruthful = (
+                f"`{function}` asks whether {what} is a particular object; give example_inputs if it never is"
+            )
+        elif type(value) is _Attribute and question.kind in ("constant", "identity"):
+            self.untruthful = f"`{function}` asks whether {what} is a particular object"
+        elif type(value) in (_Proxy, _ParameterProxy) and question.kind == "identity":
             self.untruthful = f"`{function}` asks whether {what} is the same object as something else"
         elif question.kind == "type" and nodes:
             self.untruthful = f"`{function}` asks for the type or the attributes of {what}"

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
-UNCOPYABLE = (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError)  # what deepcopy raises
+# What deepcopy raises, and code that it calls.
+UNCOPYABLE = (TypeError, AttributeError, RuntimeError, NotImplementedError, pickle.PicklingError)
 
 
 def clone(value: Any, memo: dict[int, Any]) -> Any:

@@ -61,6 +61,6 @@ class Digest(Protocol):
 
 def add_tensor(digest: Digest, name: str, tensor: Tensor) -> None:
     """Goes on with a tensor: its name, its type and shape, its numbers."""
-    plain = tensor.detach().cpu().contiguous()
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
     digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)  # as it lies in memory

@@ -27,6 +27,7 @@ from elc_fx.affine import AffineMap, Geometry, Ints, Padding, same_padding, tran
 from elc_fx.attributes import Attributes
 from elc_fx.capture import assign
 from elc_fx.constants import Constants
+from elc_fx.errors import first_line
 from elc_fx.graph import (
     function_name,
     has_unknown_hooks,
@@ -741,15 +742,18 @@ def _computes_otherwise(module: nn.Module) -> str | None:
     """Why parameters that a module computes, each time that they are read, are no constants."""
     parametrized: Any = module.parametrizations
     before = Attributes(module)
-    with torch.no_grad(), randomness_of_the_caller():
-        drawn = generators()
-        for name in parametrized:
-            getattr(module, name)
-        random = generators() != drawn
-    changed = bool(before.restore())
-    if random or changed:
-        return "its parametrization " + ("draws random numbers" if random else "changes when it is read")
-    return None
+    try:
+        with torch.no_grad(), randomness_of_the_caller():
+            drawn = generators()
+            for name in parametrized:
+                getattr(module, name)
+            if generators() != drawn:
+                return "its parametrization draws random numbers"
+    except Exception as error:  # whatever code of the user raises
+        return f"its parametrization cannot be computed: {first_line(error)}"
+    finally:
+        changed = before.restore()
+    return "its parametrization changes when it is read" if changed else None
 
 
 def _usable(*tensors: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ import inspect
 import textwrap
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,25 +71,41 @@ def replaceable_children(module: nn.Module) -> tuple[dict[str, nn.Module], list[
     return found, refusals
 
 
-def modules_held(module: nn.Module) -> Iterator[nn.Module]:
-    """Those that other attributes of a module hold, besides its children: lists, dicts, objects of any kind."""
-    pending = [value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")]
+def modules_held(model: nn.Module) -> Iterator[nn.Module]:
+    """Those that other attributes of modules hold, besides children: in containers of Python's, and in objects.
+
+    No code of theirs is run for that.
+    """
+    own = ("_parameters", "_buffers", "_modules")
+    pending = [value for module in model.modules() for name, value in vars(module).items() if name not in own]
     seen: set[int] = set()
     while pending:
         value = pending.pop()
-        if id(value) in seen or isinstance(value, _WITHOUT_MODULES):
+        kind = type(value)
+        if id(value) in seen or issubclass(kind, _WITHOUT_MODULES):
             continue
         seen.add(id(value))
-        if isinstance(value, nn.Module):
+        if issubclass(kind, nn.Module):
             yield value
-        elif isinstance(value, Mapping):
-            pending.extend(value.values())
-        elif isinstance(value, list | tuple | set | frozenset | deque):
-            pending.extend(value)
-        elif isinstance(value, types.MethodType):
+        elif issubclass(kind, dict):
+            pending.extend(dict.values(value))
+        elif builtin := next((each for each in (list, tuple, set, frozenset, deque) if issubclass(kind, each)), None):
+            pending.extend(builtin.__iter__(value))
+        elif kind is types.MethodType:
             pending.append(value.__self__)
+        elif issubclass(kind, functools.partial):
+            pending.extend((value.func, value.args, value.keywords))
         else:
-            pending.extend(getattr(value, "__dict__", {}).values())
+            pending.extend(_attributes(value).values())
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object keeps, but for slots."""
+    try:
+        attributes = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return attributes if type(attributes) is dict else {}
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:

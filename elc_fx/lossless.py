@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ class LosslessCompilation:
         self.expected: Any = None  # the model's output on the examples
         self.rounding = 0.0  # eps of the coarsest type that the model computes with
         self.memo: dict[int, Any] = {}
-        self.holders: Counter[int] = Counter()  # in how many ways modules have another, by its identity
+        self.model: nn.Module | None = None
         self.merged: list[MergedRegion] = []
         self.refused: list[Refusal] = []
         self.opaque: list[Refusal] = []
@@ -61,6 +62,7 @@ class LosslessCompilation:
     def run(self, model: nn.Module, original: nn.Module | None = None) -> nn.Module:
         """A compiled copy of `model`, with its report. original: what the report compares it with, if not `model`."""
         original = model if original is None else original
+        self.model = model
         if self.examples is not None:
             self.expected, before = _measured(model, self.examples)
             if original is not model:
@@ -68,9 +70,6 @@ class LosslessCompilation:
             numbers = *original.parameters(), *original.buffers(), *model.parameters(), self.examples.args
             self.rounding = rounding_of(*numbers, self.examples.kwargs)
         given = None if self.examples is None else self.examples.bound(model)
-        self.holders = Counter(
-            id(held) for module in model.modules() for held in (*module._modules.values(), *modules_held(module))
-        )
         compiled, depth = self._compile(model, "", given)
         totals = Totals(
             parameters=(_parameters(original), _parameters(compiled)),
@@ -89,6 +88,13 @@ class LosslessCompilation:
         report = Report(tuple(self.merged), tuple(self.refused), tuple(self.opaque), totals)
         setattr(compiled, REPORT, report)
         return compiled
+
+    @functools.cached_property
+    def _holders(self) -> Counter[int]:
+        """In how many ways modules have another, by its identity. Only asked where a module is opaque."""
+        assert self.model is not None
+        children = (child for module in self.model.modules() for child in module._modules.values())
+        return Counter(id(held) for held in (*children, *modules_held(self.model)))
 
     def _verify_outputs(self, expected: Any, actual: Any) -> float:
         try:
@@ -122,7 +128,9 @@ class LosslessCompilation:
         for made in fusion.made:
             self.memo[id(made)] = made
         result = CompiledModule(self._copies(graph_module, path), graph_module.graph, type(graph_module).__name__)
-        result.training = False
+        for module in result.modules():
+            if module is result or type(module) is nn.Module:  # made by torch.fx, for the names of what is in them
+                module.training = False
         result.graph.lint()
         return result, (before, depth_of(result))
 
@@ -157,7 +165,7 @@ class LosslessCompilation:
         for name, child in children.items():
             if id(child) in self.memo:
                 continue
-            if self.holders[id(child)] > 1:
+            if self._holders[id(child)] > 1:
                 refusals.append(Refusal(name, "several modules have it, or one in several ways"))
                 continue
             compiled, _ = self._compile(child, _join(path, name), None, bind_defaults=False)

@@ -16,14 +16,14 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 
 @dataclass(frozen=True)
 class Question:
-    """kind: "None", "identity", "type" or "exception".
+    """kind: "None", "constant", "identity", "type" or "exception".
 
     variable: whose value is asked; "*" for any, where that is less plain.
     """
@@ -232,43 +232,79 @@ def questions_of(code: types.CodeType) -> frozenset[Question]:
     return _questions[id(code)][0]
 
 
+class _Step(NamedTuple):
+    """An instruction, or a half of one that does two things. effect: by how many values the stack grows."""
+
+    opname: str
+    argval: Any
+    effect: int
+
+
+def _steps(code: types.CodeType) -> Iterator[_Step]:
+    for instruction in dis.get_instructions(code):
+        name, value = instruction.opname, instruction.argval
+        if name in SKIPPED:
+            continue
+        if isinstance(value, tuple) and name.count("_FAST") == 2:  # such as LOAD_FAST_LOAD_FAST, from Python 3.13 on
+            halves = name.partition("_FAST_")
+            for half, variable in zip((f"{halves[0]}_FAST", halves[2]), value, strict=True):
+                yield _Step(half, variable, 1 if half.startswith("LOAD") else -1)
+        else:
+            yield _Step(name, value, dis.stack_effect(instruction.opcode, instruction.arg, jump=False))
+
+
 def _find_questions(code: types.CodeType) -> Iterator[Question]:
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in SKIPPED]
-    for index, instruction in enumerate(instructions):
-        name, before = instruction.opname, instructions[:index]
+    exact = list(_steps(code))
+    steps = [step for step in exact if step.opname != "PUSH_NULL"]
+    for index, step in enumerate(steps):
+        name, before = step.opname, steps[:index]
         if name.startswith("POP_JUMP") and name.endswith("NONE"):
             yield from _about("None", _origin(before))
         elif name == "IS_OP" and (nones := [o for o in before[-2:] if o.opname == "LOAD_CONST" and o.argval is None]):
             before.remove(nones[-1])
             yield from _about("None", _origin(before))
-        elif name == "IS_OP":
-            second = _last_value(before)
-            for operand in (second, _last_value(before[: len(before) - len(second)])):
-                yield from _about("identity", _origin(operand).replace("*", ""))
-        elif name in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in ("type", "hasattr", "getattr", "callable"):
-            yield from _about("type", _origin(instructions[index + 1 : index + 2]))
+        elif name in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in ("type", "hasattr", "getattr", "callable"):
+            yield from _about("type", _origin(steps[index + 1 : index + 2]))
         elif (
             name in EXCEPTS
-            or [i.opname for i in instructions[index - 1 : index + 1]] == BARE_EXCEPT
-            or (name.startswith("LOAD_") and instruction.argval == "suppress")  # of contextlib
+            or [i.opname for i in steps[index - 1 : index + 1]] == BARE_EXCEPT
+            or (name.startswith("LOAD_") and step.argval == "suppress")  # of contextlib
         ):
             yield Question("exception", "*")
+    for index, step in enumerate(exact):
+        if step.opname == "IS_OP":
+            yield from _about_identity(exact[:index])
 
 
-OWN = os.path.dirname(__file__)
-EXCEPTS = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH")
-BARE_EXCEPT = ["PUSH_EXC_INFO", "POP_TOP"]  # from Python 3.11 on
-SKIPPED = ("CACHE", "EXTENDED_ARG", "NOP", "PUSH_NULL")
+def _about_identity(before: list[_Step]) -> Iterator[Question]:
+    """Which of two values, or values that they are attributes of, may be known by identity; None has its own question.
+
+    A variable that is compared with a constant, a global name or an attribute of `self` is only then the same where it
+    may be something else than a tensor.
+    """
+    second = _last_value(before)
+    first = _last_value(before[: len(before) - len(second)])
+    for operand, other in ((first, second), (second, first)):
+        if any(step.opname == "LOAD_CONST" and step.argval is None for step in (*first[-1:], *second[-1:])):
+            continue
+        variable = _origin(operand).replace("*", "")
+        yield from _about("constant" if len(operand) == 1 and _is_constant(other) else "identity", variable)
 
 
-def _last_value(instructions: list[dis.Instruction]) -> list[dis.Instruction]:
+def _is_constant(operand: list[_Step]) -> bool:
+    first, *attributes = operand or [_Step("", None, 0)]
+    named = first.opname in ("LOAD_CONST", "LOAD_GLOBAL", "LOAD_NAME") or first.argval == "self"
+    return named and all(step.opname == "LOAD_ATTR" for step in attributes)
+
+
+def _last_value(steps: list[_Step]) -> list[_Step]:
     """Those that put the last value on the stack."""
     wanted = 1
-    for index in reversed(range(len(instructions))):
-        wanted -= dis.stack_effect(instructions[index].opcode, instructions[index].arg, jump=False)
+    for index in reversed(range(len(steps))):
+        wanted -= steps[index].effect
         if wanted <= 0:
-            return instructions[index:]
-    return instructions
+            return steps[index:]
+    return steps
 
 
 def _about(kind: str, variable: str) -> Iterator[Question]:
@@ -276,14 +312,19 @@ def _about(kind: str, variable: str) -> Iterator[Question]:
         yield Question(kind, variable)
 
 
-def _origin(instructions: list[dis.Instruction]) -> str:
-    """The variable whose value, or attribute, the last of the instructions leaves on the stack."""
-    for instruction in reversed(instructions):
-        name = instruction.opname
+def _origin(steps: list[_Step]) -> str:
+    """The variable whose value, or attribute, the last of the steps leaves on the stack."""
+    for step in reversed(steps):
+        name = step.opname
         if name in ("LOAD_ATTR", "COPY", "DUP_TOP", "TO_BOOL"):
             continue
         if name.startswith(("LOAD_FAST", "LOAD_DEREF", "STORE_FAST")):
-            value = instruction.argval
-            return str(value[-1] if isinstance(value, tuple) else value)
+            return str(step.argval)
         return "" if name in ("LOAD_GLOBAL", "LOAD_NAME") else "*"
     return "*"
+
+
+OWN = os.path.dirname(__file__)
+EXCEPTS = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH")
+BARE_EXCEPT = ["PUSH_EXC_INFO", "POP_TOP"]  # from Python 3.11 on
+SKIPPED = ("CACHE", "EXTENDED_ARG", "NOP")

@@ -152,9 +152,13 @@ def verify_trace(captured: Capture, expected: Any) -> dict[fx.Node, Ints]:
 
 
 def rounding_of(*values: Any) -> float:
-    """The eps of the coarsest type of real or complex numbers among tensors, in containers of any kind; 0 without."""
-    tensors = (value for value in pytree.tree_leaves(values) if isinstance(value, Tensor))
-    return max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point() or t.is_complex()), default=0.0)
+    """The eps of the coarsest type that is computed with among tensors, in containers of any kind; 0 without.
+
+    Those of one byte only store numbers.
+    """
+    dtypes = {value.dtype for value in pytree.tree_leaves(values) if isinstance(value, Tensor)}
+    inexact = (dtype for dtype in dtypes if (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1)
+    return max((torch.finfo(dtype).eps for dtype in inexact), default=0.0)
 
 
 def verify_outputs(expected: Any, actual: Any, rounding: float = 0.0) -> float:

@@ -55,6 +55,7 @@ from torch.utils._pytree import tree_map_only
 import elc_fx
 from elc_fx import fusion
 from elc_fx.affine import AffineMap
+from elc_fx.questions import questions_of
 
 Model = Callable[[], nn.Module]
 
@@ -272,6 +273,53 @@ def test_what_values_are_is_never_decided_by_stand_ins(name: str) -> None:
         for size in ((5, 5), (6, 6), (5, 6), (6, 5)):
             assert_same(compiled(image(2, 4, *size)), model(image(2, 4, *size)))
         assert re.search("looks up a traced value|the text of a traced value|the same object", opaque_reasons(compiled))
+
+
+MISSING = object()
+
+
+def added(x: Tensor, y: Any = MISSING) -> Tensor:
+    if y is MISSING:
+        y = x * 2
+    return x + y  # type: ignore[no-any-return]
+
+
+def averaged(x: Tensor) -> Tensor:
+    factor: Any = False
+    if factor is False:
+        factor = x.mean()
+    return x * factor  # type: ignore[no-any-return]
+
+
+def told_apart_by_a_call(x: Tensor, mode: Any = 3) -> Tensor:
+    pick = str
+    return 2 * x if mode is pick(3) else x
+
+
+@pytest.mark.parametrize("function", [added, averaged, told_apart_by_a_call])
+def test_what_is_no_traced_value_may_be_known_by_identity(function: Callable[[Tensor], Tensor]) -> None:
+    model = ready(Unary(lambda s, x: s.block(function(x)), block=conv_bn(4, 4)))
+    assert not opaque_reasons(check(model, image(1, 4, 5, 5)))
+
+
+IDENTITIES: dict[str, tuple[Callable[..., Any], set[tuple[str, str]]]] = {
+    "two variables": (lambda x, y: x is y, {("identity", "x"), ("identity", "y")}),
+    "an element": (lambda x, y: x is y[0], {("identity", "x")}),
+    "a call": (lambda x, y: x is y.get("k", x), {("identity", "x")}),
+    "a call of a variable": (lambda x, y: x is y(3), {("identity", "x")}),
+    "a text": (lambda x, y: x is f"{y}", {("identity", "x")}),
+    "a constant": (lambda x, y: x is not True, {("constant", "x")}),
+    "a global": (lambda x, y: torch.float32 is x, {("constant", "x")}),
+    "of an attribute": (lambda x, y: x.dtype is torch.float32, {("identity", "x")}),
+    "an attribute of its own": (lambda self, x: x is self.missing, {("constant", "x"), ("identity", "self")}),
+    "None": (lambda x, y: x is None, {("None", "x")}),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_both_sides_of_an_identity_are_found(name: str) -> None:
+    function, expected = IDENTITIES[name]
+    assert {(q.kind, q.variable) for q in questions_of(function.__code__)} == expected
 
 
 def test_stand_ins_may_be_part_of_messages() -> None:
@@ -2508,6 +2556,7 @@ HELD: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], Any]]] = {
     "list": (lambda block: [block], lambda held: held[0]),
     "dict": (lambda block: {"of": (block,)}, lambda held: held["of"][0]),
     "object": (Holder, lambda held: held.held),
+    "partial": (lambda block: functools.partial(print, block), lambda held: held.args[0]),
     "method": (lambda block: block.forward, lambda held: held.__self__),
 }
 
@@ -2522,6 +2571,20 @@ def test_children_that_attributes_hold_as_well_stay(how: str) -> None:
     model = ready(Unary(forward, block=conv_bn(4, 4)))
     model.more = hold(model.block)
     check(model, image(2, 4, 5, 5))
+
+
+def test_attributes_are_looked_through_without_running_their_code() -> None:
+    class Closed(dict[str, Any]):
+        def __iter__(self) -> Any:
+            raise ValueError("it is closed")
+
+        values = items = __iter__
+
+    model = ready(OfBlock(conv_bn(3, 3)))
+    model.more = [Closed(a=1), {"b": Closed()}]
+    compiled, x = elc_fx.compile(model), image(2, 3, 6, 6)
+    assert_same(compiled(x), model(x))
+    assert not batch_norms(compiled)
 
 
 def test_layers_that_an_opaque_module_calls_stay_as_they_are() -> None:
