@@ -177,7 +177,8 @@ class State:
         for tensor in tensors:
             span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))  # in memory
             numbers = tensor.detach().as_strided((span if tensor.numel() else 0,), (1,))  # a view in any memory format
-            step = 1 if not isinstance(tensor, nn.Parameter) else max(1, -(-len(numbers) // PROBES))
+            counted = isinstance(tensor, nn.Parameter) and not tensor.is_inference()  # whose writes nobody counts
+            step = max(1, -(-len(numbers) // PROBES)) if counted else 1
             self.views.setdefault((tensor.dtype, tensor.device), []).append(numbers[::step])
         self.numbers = self._numbers()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -99,7 +100,7 @@ def warn(message: str) -> None:
 
 def first_line(error: Exception) -> str:
     """What an error of others says, as a reason."""
-    lines = str(error).strip().splitlines()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()  # without colours
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 

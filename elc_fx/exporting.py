@@ -44,7 +44,7 @@ def export(model: nn.Module, inputs: Sequence[Tensor]) -> Exported:
     except Exception as error:  # torch.export raises whatever the model's code runs into
         reason = first_line(error)
     try:
-        return Exported(torch.export.export(model, inputs), reason, origins)
+        return Exported(torch.export.export(model, tuple(x.clone() for x in inputs)), reason, origins)
     except Exception as error:
         raise ExportError(f"torch.export refuses the model: {first_line(error)}") from error
 
@@ -127,6 +127,9 @@ def _with_any_batch(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedPro
 
 
 def _of_any_batch(inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Inputs of two samples at least, because torch.export takes a batch of one for a constant, and its shapes."""
+    """Inputs of two samples at least, because torch.export takes a batch of one for a constant, and its shapes.
+
+    They are copies, since it takes one tensor that is given twice for one input.
+    """
     batch = Dim("batch")
-    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs), tuple({0: batch} for _ in inputs)
+    return tuple(torch.cat([x, x]) if len(x) == 1 else x.clone() for x in inputs), tuple({0: batch} for _ in inputs)

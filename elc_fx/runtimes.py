@@ -10,9 +10,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from elc_fx.errors import ElcError, InvalidInputError, RuntimeFailedError
+from elc_fx.attributes import Attributes
+from elc_fx.errors import ElcError, InvalidInputError, RuntimeFailedError, VerificationError
 from elc_fx.exporting import onnx_bytes
+from elc_fx.inputs import fresh
 from elc_fx.packages import required
+from elc_fx.randomness import generators, randomness_of_the_caller
+from elc_fx.verification import rounding_of, verify_outputs
 
 Runtime = Literal["inductor", "onnxruntime", "openvino"]
 PACKAGES = {"onnxruntime": "elc_fx[onnx]", "openvino": "elc_fx[openvino]"}
@@ -81,8 +85,14 @@ class Deployed(nn.Module):
         super().__init__()
         self.runtime = runtime
         self.expected = [(tuple(x.shape[1:]), x.dtype) for x in inputs]
-        with torch.no_grad():
-            outputs, self.structure = pytree.tree_flatten(network(*inputs))
+        before, drawn = Attributes(network), generators()
+        with torch.no_grad(), randomness_of_the_caller():
+            expected = network(*fresh(tuple(inputs)))
+            random = generators() != drawn
+        if changed := before.restore():
+            where = f"`{changed[0][0]}`" if changed[0][0] else "the network"
+            raise InvalidInputError(f"{where} keeps state from call to call, which {runtime} does not")
+        outputs, self.structure = pytree.tree_flatten(expected)
         if not all(isinstance(value, Tensor) for value in outputs):
             raise InvalidInputError(f"the network returns more than tensors, which {runtime} does not")
         self.dtypes = [value.dtype for value in outputs]
@@ -93,8 +103,17 @@ class Deployed(nn.Module):
         except Exception as error:  # whatever the runtime runs into
             raise RuntimeFailedError(f"{runtime} does not take this network: {error}{self._way_out()}") from error
         self.eval()
+        try:
+            if not random:
+                computed_in = torch.empty(0, dtype=torch.float32)
+                verify_outputs(expected, self(*inputs), rounding_of(*network.parameters(), inputs, computed_in))
+        except VerificationError as error:
+            raise RuntimeFailedError(f"{runtime} computes something else than the network: {error}") from error
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Tensor, **named: Any) -> Any:
+        if named:
+            names = ", ".join(named)
+            raise InvalidInputError(f"a network in {self.runtime} takes its inputs by position, not by name: {names}")
         if not all(isinstance(x, Tensor) for x in inputs):
             raise InvalidInputError(f"this network takes tensors, and is given {[type(x).__name__ for x in inputs]}")
         given = [(tuple(x.shape[1:]), x.dtype) for x in inputs]

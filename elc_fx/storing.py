@@ -191,6 +191,8 @@ class _Writer:
     def content(self) -> bytes:
         if type(self.module.graph._codegen) is not CodeGen:
             raise StorageError("its graph takes its arguments in a way of its own; compile it with elc_fx.compile")
+        if has_hooks(self.module):
+            raise StorageError("the network itself has hooks, which cannot be stored; remove them")
         report = getattr(self.module, REPORT)
         described = {
             "format": FORMAT,
@@ -219,8 +221,8 @@ class _Writer:
         if node.op == "call_function":
             if id(target) not in _names():
                 raise StorageError(
-                    f"`{node.name}` calls {_home(target)}, which is no operator of torch; only its code could say what "
-                    "it computes, so use torch.export or torch.save"
+                    f"`{node.name}` calls {_home(target)}, which is none of torch's operators that can be stored; only "
+                    "its code could say what it computes, so use torch.export or torch.save"
                 )
             target = _names()[id(target)]
         elif node.op == "call_method" and target not in methods():
@@ -253,6 +255,7 @@ class _Writer:
             raise StorageError(f"`{path}` has hooks, which cannot be stored; remove them before compiling")
         own, names = vars(nn.Module()), {id(p): name for name, p in module._parameters.items()}
         state: dict[str, Any] = getattr(module, "__getstate__", lambda: vars(module))()  # without what is made again
+        own |= {"__overloads__": None}  # which torch.jit.script leaves on what it has seen
         plain = {name: _encoded(value, path, names) for name, value in state.items() if name not in own}
         return {
             "class": cls.__name__,
@@ -477,8 +480,9 @@ def _identifier(name: Any) -> str:
 
 
 def _path_part(name: str) -> str:
-    """A name, or one that begins with a digit, as those of layers in a list do."""
-    return name if isinstance(name, str) and f"_{name}".isidentifier() and name else _identifier(name)
+    """A name, or one that begins with a digit, as those of layers in a list do, or has hyphens or spaces."""
+    plain = isinstance(name, str) and f"_{name}".replace("-", "_").replace(" ", "_").isidentifier()
+    return name if plain and name else _identifier(name)
 
 
 def _put(root: nn.Module, path: str, value: Any) -> None:
@@ -509,10 +513,12 @@ def _check(root: nn.Module, read: Mapping[str, nn.Module | Tensor]) -> None:
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """The axes from the outermost to the innermost in memory, such as those of channels last."""
-    order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride()[axis], axis))
-    dense = tensor.permute(order).is_contiguous() and not tensor.is_contiguous()
-    return order if dense else list(range(tensor.dim()))
+    """The axes from the outermost to the innermost in memory, such as those of channels last.
+
+    Those of size 1 are innermost among axes of one stride: so they have it again when they are read.
+    """
+    order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride()[axis], tensor.shape[axis] == 1, axis))
+    return order if tensor.permute(order).is_contiguous() else list(range(tensor.dim()))
 
 
 def _in_order(tensor: Tensor) -> Tensor:

@@ -442,3 +442,39 @@ def test_the_tool_is_the_command() -> None:
     command = [sys.executable, str(tool), "torchvision:alexnet", "torchvision:alexnet"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert shown.splitlines()[0].endswith("kept")
+
+
+class Wired(nn.Module):
+    """Three layers whose values are put together in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b, self.c = how, nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        b = self.b(a)
+        c = self.c(b)
+        ways = {"c + b": c + b, "b + c": b + c, "c + a": c + a, "c - b": c - b, "b - c": b - c}
+        return ways[self.how]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [("c + b", "c + b", True), ("c + b", "b + c", True), ("c + b", "c + a", False), ("c - b", "b - c", False)],
+)
+def test_layers_that_read_others_differ(one: str, other: str, same: bool) -> None:
+    before, after = Wired(one).eval(), Wired(other).eval()
+    after.load_state_dict(before.state_dict())
+    diff = elc_fx.diff(before, after, X)
+    assert diff.is_empty == same == ("reading other layers" not in str(diff))
+
+
+def test_other_weights_are_told_where_kept_layers_are_not_shown() -> None:
+    before = block_network(6)
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        list(after.parameters())[len(list(after.parameters())) // 2].mul_(2)
+    text = str(elc_fx.diff(before, after, X))
+    assert "1 of them with other weights" in text.splitlines()[0]
+    assert "1 with other weights" in text.partition("\n")[2] or "(other weights)" in text

@@ -145,3 +145,69 @@ def test_threads_may_call_the_same_network(backend: Any) -> None:
         assert all(pool.map(call, range(8)))
     with pytest.raises(elc_fx.RuntimeFailedError, match="without a backend"):
         pickle.dumps(fast)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = conv_bn(3, 4)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        y: Tensor = self.block(a) - 2 * self.block(b)
+        return y
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_one_tensor_may_be_the_example_of_two_inputs(backend: Any) -> None:
+    model, x = ready(Pair()).float(), picture(2, 3, 6, 6)
+    deployed = elc_fx.compile(model, (x, x), backend=backend)
+    a, b = picture(3, 3, 6, 6), -picture(3, 3, 6, 6)
+    assert_same(deployed(a, b), model(a, b), 1e-5)
+    with pytest.raises(elc_fx.InvalidInputError, match="by position, not by name: a, b"):
+        deployed(a=a, b=b)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = conv_bn(3, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.block(x) * self.calls
+        return y
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_what_keeps_state_is_refused(backend: Any) -> None:
+    with pytest.raises(elc_fx.InvalidInputError, match="keeps state from call to call"):
+        elc_fx.compile(ready(Counting()).float(), picture(2, 3, 6, 6), backend=backend)
+
+
+def test_a_runtime_that_computes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = runtimes.RUNS["onnxruntime"]
+
+    def off(stored: bytes) -> runtimes.Run:
+        run = original(stored)
+        return lambda arrays: [2 * array for array in run(arrays)]
+
+    monkeypatch.setitem(runtimes.RUNS, "onnxruntime", off)
+    with pytest.raises(elc_fx.RuntimeFailedError, match="computes something else than the network"):
+        elc_fx.compile(network(), picture(1, 3, 8, 8), backend="onnxruntime")
+
+
+def test_a_network_that_draws_numbers_is_not_compared() -> None:
+    noisy = ready(Noisy()).float()
+    deployed = elc_fx.compile(noisy, picture(2, 3, 6, 6), backend="onnxruntime")
+    assert deployed(picture(2, 3, 6, 6)).shape == (2, 4, 6, 6)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = conv_bn(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        return y + torch.randn_like(y)

@@ -27,6 +27,7 @@ class Change:
     """Layers that belong together, before and after.
 
     loss: what the planner expected to lose by it, where it was planned. retrained: the same layer with other numbers.
+    rewired: the same layer, which reads other layers that were kept.
     """
 
     kind: Kind
@@ -34,6 +35,12 @@ class Change:
     after: tuple[Layer, ...]
     loss: float | None = None
     retrained: bool = False
+    rewired: bool = False
+
+    @property
+    def notes(self) -> str:
+        """How a kept layer differs all the same."""
+        return ", ".join(["other weights"] * self.retrained + ["reads other layers"] * self.rewired)
 
     @property
     def flops(self) -> tuple[int | None, int | None]:
@@ -74,12 +81,14 @@ class Diff:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the networks have the same layers with the same numbers."""
-        return all(change.kind == "kept" and not change.retrained for change in self.changes)
+        """Whether the networks have the same layers with the same numbers, which read each other in the same way."""
+        return all(change.kind == "kept" and not change.notes for change in self.changes)
 
     def summary(self) -> str:
         """One line."""
         counts = ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
+        notes = [f"{count} of them {note}" for note, count in _noted(self.changes).items()]
+        counts += f" ({', '.join(notes)})" if notes else ""
         sides = [f"{network.name} ({len(network.layers)} layers)" for network in (self.before, self.after)]
         return f"{' → '.join(sides)}: {counts}"
 
@@ -105,12 +114,22 @@ class Diff:
 
 def _kept_lines(run: Sequence[Change], everything: bool) -> Iterator[Line]:
     hidden = len(run) - 2 * SHOWN_KEPT
+    noted = "".join(f", {count} {note}" for note, count in _noted(run[SHOWN_KEPT:-SHOWN_KEPT]).items())
     for i, change in enumerate(run):
         if everything or hidden < 2 or i < SHOWN_KEPT or i >= len(run) - SHOWN_KEPT:
-            note = "  (other weights)" if change.retrained else ""
+            note = f"  ({change.notes})" if change.notes else ""
             yield Line("kept", f"  {_layer_text(change.after[0])}{note}")
         elif i == SHOWN_KEPT:
-            yield Line("kept", f"  … {hidden} kept")
+            yield Line("kept", f"  … {hidden} kept{noted}")
+
+
+def _noted(changes: Sequence[Change]) -> dict[str, int]:
+    """How many layers were kept with other weights, or read other layers."""
+    counts = {
+        "with other weights": sum(change.retrained for change in changes),
+        "reading other layers": sum(change.rewired for change in changes),
+    }
+    return {note: count for note, count in counts.items() if count}
 
 
 def _changed_lines(change: Change) -> Iterator[Line]:
@@ -167,7 +186,7 @@ def diff(
     plan = None if report is None else report.plan
     if plan is not None and plan.prediction is not None:
         changes = _with_losses(changes, plan.candidates, plan.prediction.losses)
-    return Diff(*networks, tuple(_ordered(*networks, changes)))
+    return Diff(*networks, tuple(_ordered(*networks, _with_wiring(changes))))
 
 
 def _on_the_inputs_of_a_program(before: Any, after: Any, names: tuple[str, str]) -> tuple[Network, Network]:
@@ -196,6 +215,21 @@ def _change(before: Network, after: Network, group: Group) -> Change:
         return Change("merged", old, new)
     with_numbers = [sum(layer.state is not None for layer in layers) for layers in (old, new)]
     return Change("split" if with_numbers[0] == 1 < with_numbers[1] else "changed", old, new)
+
+
+def _with_wiring(changes: Sequence[Change]) -> list[Change]:
+    """Of kept layers that read kept layers alone, whether these are others; the summands of a sum in any order."""
+    kept = {change.before[0].name: change.after[0].name for change in changes if change.kind == "kept"}
+
+    def rewired(change: Change) -> bool:
+        if change.kind != "kept" or not all(source in kept for source in change.before[0].sources):
+            return False
+        before, after = [kept[source] for source in change.before[0].sources], list(change.after[0].sources)
+        if change.before[0].operation in ("add", "sum"):
+            before, after = sorted(before), sorted(after)
+        return before != after and set(after) <= set(kept.values())
+
+    return [replace(change, rewired=rewired(change)) for change in changes]
 
 
 def _with_losses(changes: Sequence[Change], candidates: Sequence[Any], losses: Sequence[float]) -> list[Change]:

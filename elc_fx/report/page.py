@@ -109,6 +109,7 @@ def _plain(change: Change) -> dict[str, Any]:
         "name": change.name,
         "loss": change.loss,
         "retrained": change.retrained,
+        "rewired": change.rewired,
         "flops": change.flops,
         "parameters": change.parameters,
         "before": [_plain_layer(layer) for layer in change.before],

@@ -164,8 +164,9 @@
       fact("is", made.settings);
     }
     if (change.retrained) fact("weights", "other numbers than before");
+    if (change.rewired) fact("reads", "other layers than before");
     open(change.kind, `${change.kind}: ${change.name}`, facts);
-    const same = change.kind === "kept" && !change.retrained;
+    const same = change.kind === "kept" && !change.retrained && !change.rewired;
     for (const side of same ? ["after"] : ["before", "after"]) {
       const wide = element("div", "", "wide");
       const title = same ? "before and after" : change[side].length ? side : `nothing ${side}`;
