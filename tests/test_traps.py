@@ -1343,7 +1343,11 @@ def test_children_may_be_called_as_attributes_of_graph_modules_are(name: str) ->
     assert not opaque_reasons(nested) and not batch_norms(nested)
 
 
-@pytest.mark.parametrize("default", [F.relu, int, torch.tensor(2.0), nn.ReLU(), object()], ids=str)
+@pytest.mark.parametrize(
+    "default",
+    [F.relu, int, torch.tensor(2.0), nn.ReLU(), object()],
+    ids=["function", "class", "tensor", "module", "object"],
+)
 def test_defaults_that_no_code_can_be_written_for(default: Any) -> None:
     class WithDefault(nn.Module):
         def __init__(self) -> None:
