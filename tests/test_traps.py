@@ -2584,6 +2584,12 @@ def test_attributes_are_looked_through_without_running_their_code() -> None:
 
         values = items = __iter__
 
+        def __deepcopy__(self, memo: object) -> Any:
+            return self
+
+        def __repr__(self) -> str:
+            return "Closed"
+
     model = ready(OfBlock(conv_bn(3, 3)))
     model.more = [Closed(a=1), {"b": Closed()}]
     compiled, x = elc_fx.compile(model), image(2, 3, 6, 6)
