@@ -57,7 +57,8 @@ def compile(  # as torch.compile
             any batch size and spatial size all the same.
         mode: "lossless" merges what is exact up to the rounding of the weights; "decouple" needs `example_inputs` and
             `budget` or `plan`, and `calibration` or `finetune`.
-        verify: compare each merged region with its layers, on random inputs in float64.
+        verify: compare each merged region with its layers, on random inputs in float64; and a backend with torch, on
+            the example inputs.
         budget: what the result may cost.
         plan: one that is there already, in the place of the one that is made for a budget.
         calibration: batches of the training set that losses are measured and convolutions fitted on; by default those
@@ -103,7 +104,7 @@ def compile(  # as torch.compile
             )
         else:
             network = LosslessCompilation(inputs, verify=verify).run(model)
-        result = deployed(network, by_position, backend)
+        result = deployed(network, by_position, backend, verify=verify)
     setattr(result, REPORT, report_of(network))
     return result
 

@@ -15,7 +15,7 @@ from elc_fx.errors import ElcError, InvalidInputError, RuntimeFailedError, Verif
 from elc_fx.exporting import onnx_bytes
 from elc_fx.inputs import fresh
 from elc_fx.packages import required
-from elc_fx.randomness import generators, randomness_of_the_caller
+from elc_fx.randomness import generators, seeded
 from elc_fx.verification import rounding_of, verify_outputs
 
 Runtime = Literal["inductor", "onnxruntime", "openvino"]
@@ -81,17 +81,11 @@ class Deployed(nn.Module):
     It takes any batch size, and the other sizes that it was made for.
     """
 
-    def __init__(self, network: nn.Module, inputs: Sequence[Tensor], runtime: str) -> None:
+    def __init__(self, network: nn.Module, inputs: Sequence[Tensor], runtime: str, *, verify: bool = True) -> None:
         super().__init__()
         self.runtime = runtime
         self.expected = [(tuple(x.shape[1:]), x.dtype) for x in inputs]
-        before, drawn = Attributes(network), generators()
-        with torch.no_grad(), randomness_of_the_caller():
-            expected = network(*fresh(tuple(inputs)))
-            random = generators() != drawn
-        if changed := before.restore():
-            where = f"`{changed[0][0]}`" if changed[0][0] else "the network"
-            raise InvalidInputError(f"{where} keeps state from call to call, which {runtime} does not")
+        expected, random = _computed(network, inputs, runtime)
         outputs, self.structure = pytree.tree_flatten(expected)
         if not all(isinstance(value, Tensor) for value in outputs):
             raise InvalidInputError(f"the network returns more than tensors, which {runtime} does not")
@@ -103,12 +97,15 @@ class Deployed(nn.Module):
         except Exception as error:  # whatever the runtime runs into
             raise RuntimeFailedError(f"{runtime} does not take this network: {error}{self._way_out()}") from error
         self.eval()
-        try:
-            if not random:
-                computed_in = torch.empty(0, dtype=torch.float32)
-                verify_outputs(expected, self(*inputs), rounding_of(*network.parameters(), inputs, computed_in))
-        except VerificationError as error:
-            raise RuntimeFailedError(f"{runtime} computes something else than the network: {error}") from error
+        if verify and not random:
+            rounding = rounding_of(*network.parameters(), inputs, torch.empty(0, dtype=torch.float32))
+            try:
+                verify_outputs(expected, self(*inputs), rounding, runtime)
+            except VerificationError as error:
+                raise RuntimeFailedError(
+                    f"on the example_inputs, {runtime} computes something else than the network: {error}; if they are "
+                    "no images that it is made for, such as zeros, give others, or pass verify=False"
+                ) from error
 
     def forward(self, *inputs: Tensor, **named: Any) -> Any:
         if named:
@@ -136,6 +133,26 @@ class Deployed(nn.Module):
         return f" (the network takes {others[0]}; runtimes know float32 best: `model.float()`)" if others else ""
 
 
+def _computed(network: nn.Module, inputs: Sequence[Tensor], runtime: str) -> tuple[Any, bool]:
+    """What the network gives, and whether it draws random numbers for that.
+
+    Raises `InvalidInputError` where it gives something else the second time, which a runtime does not.
+    """
+    before, outputs, random = Attributes(network), [], False
+    for _ in range(2):
+        with seeded():
+            drawn = generators()
+            outputs.append(network(*fresh(tuple(inputs))))
+            random = generators() != drawn
+    if changed := before.restore():
+        try:
+            verify_outputs(*outputs)
+        except VerificationError as error:
+            where = f"`{changed[0][0]}`" if changed[0][0] else "the network"
+            raise InvalidInputError(f"{where} keeps state from call to call, which {runtime} does not") from error
+    return outputs[0], random
+
+
 def _listed(inputs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
     return ", ".join(f"[{', '.join(map(str, ('N', *shape)))}] {dtype}" for shape, dtype in inputs) or "none"
 
@@ -151,11 +168,16 @@ def check_runtime(runtime: Any, inputs: Sequence[Any] | None) -> None:
     required(runtime, PACKAGES[runtime])
 
 
-def deployed(network: nn.Module, inputs: Sequence[Any] | None, runtime: Runtime | None) -> nn.Module:
-    """The network in a runtime; itself for None. Raises as `check_runtime`, `ExportError`, `RuntimeFailedError`."""
+def deployed(
+    network: nn.Module, inputs: Sequence[Any] | None, runtime: Runtime | None, *, verify: bool = True
+) -> nn.Module:
+    """The network in a runtime; itself for None. verify: compare both on the inputs.
+
+    Raises as `check_runtime`, `ExportError`, `RuntimeFailedError`.
+    """
     if runtime is None:
         return network
     if runtime == "inductor":
         compiled: nn.Module = torch.compile(network)  # type: ignore[assignment]
         return compiled
-    return Deployed(network, inputs or (), runtime)
+    return Deployed(network, inputs or (), runtime, verify=verify)

@@ -18,6 +18,7 @@ import math
 import operator
 import pkgutil
 import sys
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -474,15 +475,20 @@ def _decoded(value: Any, nodes: Mapping[str, fx.Node], parameters: Mapping[str, 
 
 
 def _identifier(name: Any) -> str:
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or not _is_as_python_reads(name):
         raise _UnknownError(f"it has a name {name!r:.80}")
     return name
+
+
+def _is_as_python_reads(name: str) -> bool:
+    """Python normalises what is written in code: another name would be looked up than the one that was checked."""
+    return unicodedata.normalize("NFKC", name) == name
 
 
 def _path_part(name: str) -> str:
     """A name, or one that begins with a digit, as those of layers in a list do, or has hyphens or spaces."""
     plain = isinstance(name, str) and f"_{name}".replace("-", "_").replace(" ", "_").isidentifier()
-    return name if plain and name else _identifier(name)
+    return name if plain and name and _is_as_python_reads(name) else _identifier(name)
 
 
 def _put(root: nn.Module, path: str, value: Any) -> None:

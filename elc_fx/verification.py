@@ -161,29 +161,29 @@ def rounding_of(*values: Any) -> float:
     return max((torch.finfo(dtype).eps for dtype in inexact), default=0.0)
 
 
-def verify_outputs(expected: Any, actual: Any, rounding: float = 0.0) -> float:
+def verify_outputs(expected: Any, actual: Any, rounding: float = 0.0, name: str = "the compiled model") -> float:
     """Compares the outputs of the original and the compiled model; returns the largest relative error.
 
     Weights that were rounded again move the output by rounding errors, which deep networks amplify. Half the digits
     must agree, relative to the largest value of each output: those of its data type, or of the coarser one that it was
-    computed with. rounding: the eps of that. Raises `VerificationError`.
+    computed with. rounding: the eps of that. name: of what gave the actual ones. Raises `VerificationError`.
     """
     left, left_spec = pytree.tree_flatten(expected)
     right, right_spec = pytree.tree_flatten(actual)
     if len(left) != len(right) or left_spec != right_spec:
-        raise VerificationError(f"the compiled model returns {right_spec}, the original {left_spec}")
+        raise VerificationError(f"{name} returns {right_spec}, the original {left_spec}")
     worst = 0.0
     for a, b in zip(left, right, strict=True):
         if not isinstance(a, Tensor) or a.is_meta:
             continue
         if a.shape != b.shape or a.dtype != b.dtype:
             raise VerificationError(
-                f"the compiled model returns {b.dtype} {tuple(b.shape)}, the original {a.dtype} {tuple(a.shape)}"
+                f"{name} returns {b.dtype} {tuple(b.shape)}, the original {a.dtype} {tuple(a.shape)}"
             )
         if a.numel() and (a.is_floating_point() or a.is_complex()):
             worst = max(worst, relative_error(a, b))
             if worst > max(torch.finfo(a.dtype).eps, rounding) ** 0.5:
-                raise VerificationError(f"the compiled model's output differs by {worst:.3g} of its largest value")
+                raise VerificationError(f"{name}'s output differs by {worst:.3g} of its largest value")
     return worst
 
 

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import networkx as nx
@@ -451,23 +452,53 @@ class Wired(nn.Module):
         super().__init__()
         self.how, self.a, self.b, self.c = how, nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         a = self.a(x)
         b = self.b(a)
         c = self.c(b)
-        ways = {"c + b": c + b, "b + c": b + c, "c + a": c + a, "c - b": c - b, "b - c": b - c}
-        return ways[self.how]
+        ways: dict[str, Any] = {
+            "c + b": lambda: c + b,
+            "b + c": lambda: b + c,
+            "c + a": lambda: c + a,
+            "c - b": lambda: c - b,
+            "b - c": lambda: b - c,
+            "c * b": lambda: c * b,
+            "b * c": lambda: b * c,
+            "c + 2 b": lambda: torch.add(c, b, alpha=2),
+            "b + 2 c": lambda: torch.add(b, c, alpha=2),
+            "c, b, c": lambda: torch.cat([c, b, c]),
+            "c, b, b": lambda: torch.cat([c, b, b]),
+            "c and b": lambda: {"one": c, "two": b},
+            "b and c": lambda: {"one": b, "two": c},
+            "c and b, turned": lambda: {"two": b, "one": c},
+        }
+        return ways[self.how]()
 
 
 @pytest.mark.parametrize(
     ("one", "other", "same"),
-    [("c + b", "c + b", True), ("c + b", "b + c", True), ("c + b", "c + a", False), ("c - b", "b - c", False)],
+    [
+        ("c + b", "c + b", True),
+        ("c + b", "b + c", True),
+        ("c * b", "b * c", True),
+        ("c and b", "c and b, turned", True),
+        ("c + b", "c + a", False),
+        ("c - b", "b - c", False),
+        ("c + 2 b", "b + 2 c", False),
+        ("c, b, c", "c, b, b", False),
+        ("c and b", "b and c", False),
+    ],
 )
 def test_layers_that_read_others_differ(one: str, other: str, same: bool) -> None:
     before, after = Wired(one).eval(), Wired(other).eval()
     after.load_state_dict(before.state_dict())
     diff = elc_fx.diff(before, after, X)
     assert diff.is_empty == same == ("reading other layers" not in str(diff))
+
+
+def test_a_network_has_the_weights_of_its_own_export() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)).eval()
+    assert elc_fx.diff(model, exporting.export(model, [X])).is_empty
 
 
 def test_other_weights_are_told_where_kept_layers_are_not_shown() -> None:

@@ -197,6 +197,33 @@ def test_a_runtime_that_computes_something_else_is_found_out(monkeypatch: pytest
         elc_fx.compile(network(), picture(1, 3, 8, 8), backend="onnxruntime")
 
 
+class Caching(nn.Module):
+    """What it remembers changes nothing of what it gives."""
+
+    last: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = conv_bn(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.block(x)
+        return self.last  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_what_only_remembers_runs(backend: Any) -> None:
+    model, x = ready(Caching()).float(), picture(3, 3, 6, 6)
+    assert_same(elc_fx.compile(model, picture(2, 3, 6, 6), backend=backend)(x), model(x), 1e-5)
+
+
+def test_a_runtime_need_not_be_compared() -> None:
+    model = ready(nn.Sequential(nn.InstanceNorm2d(3), conv_bn(3, 4), nn.InstanceNorm2d(4))).float()
+    zeros = torch.full((2, 3, 8, 8), 0.1)  # what is left is rounding
+    deployed = elc_fx.compile(model, zeros, backend="onnxruntime", verify=False)
+    assert_same(deployed(picture(2, 3, 8, 8)), model(picture(2, 3, 8, 8)), 1e-4)
+
+
 def test_a_network_that_draws_numbers_is_not_compared() -> None:
     noisy = ready(Noisy()).float()
     deployed = elc_fx.compile(noisy, picture(2, 3, 6, 6), backend="onnxruntime")

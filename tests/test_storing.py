@@ -173,6 +173,16 @@ def test_memory_formats_of_axes_of_one_are_kept(tmp_path: Path) -> None:
         assert strides[0] == strides[1]
 
 
+def test_names_are_those_that_python_reads_in_code() -> None:
+    """Full-width letters are others when they are looked up, and the same as plain ones in what torch.fx writes."""
+    for name in ("\uff5a\uff5a", "named_\uff4dodules", "\ufb01rst"):
+        with pytest.raises(storing._UnknownError, match="it has a name"):
+            storing._path_part(name)
+        with pytest.raises(storing._UnknownError, match="it has a name"):
+            storing._identifier(name)
+    assert storing._path_part("größe-1") == "größe-1"
+
+
 def test_layers_may_have_hyphens_in_their_names_and_have_been_scripted(tmp_path: Path) -> None:
     model = nn.Sequential(OrderedDict([("block1-0", nn.Conv2d(3, 3, 1)), ("of 1", nn.ReLU())])).eval()
     compiled, x = elc_fx.compile(model), torch.randn(1, 3, 4, 4)

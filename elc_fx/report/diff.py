@@ -19,6 +19,7 @@ from elc_fx.report.network import Layer, Network, flops_of, stored_inputs
 Kind = Literal["kept", "merged", "split", "changed", "inserted", "removed"]
 KINDS: tuple[Kind, ...] = ("kept", "merged", "split", "changed", "inserted", "removed")
 SIGNS: dict[str, str] = {"kept": " ", "merged": "»", "split": "«", "changed": "~", "inserted": "+", "removed": "-"}
+COMMUTATIVE = ("add", "mul", "maximum", "minimum")
 SHOWN_KEPT = 1  # layers at each end of a run of kept ones that the text shows
 
 
@@ -218,14 +219,15 @@ def _change(before: Network, after: Network, group: Group) -> Change:
 
 
 def _with_wiring(changes: Sequence[Change]) -> list[Change]:
-    """Of kept layers that read kept layers alone, whether these are others; the summands of a sum in any order."""
+    """Of kept layers that read kept layers alone, whether these are others; those of a sum in any order."""
     kept = {change.before[0].name: change.after[0].name for change in changes if change.kind == "kept"}
 
     def rewired(change: Change) -> bool:
-        if change.kind != "kept" or not all(source in kept for source in change.before[0].sources):
+        if change.kind != "kept" or not all(name in kept for name in change.before[0].reads):
             return False
-        before, after = [kept[source] for source in change.before[0].sources], list(change.after[0].sources)
-        if change.before[0].operation in ("add", "sum"):
+        old, new = change.before[0], change.after[0]
+        before, after = [kept[name] for name in old.reads], list(new.reads)
+        if old.operation in COMMUTATIVE and "alpha" not in old.settings:
             before, after = sorted(before), sorted(after)
         return before != after and set(after) <= set(kept.values())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,8 +41,8 @@ class Layer:
     name: of the node, once in its network. place: where it is in the model, for people. kind: "convolution", "linear",
     "normalisation", "activation", "pooling", "join", "input", "output" or "other". operation: what it computes, in the
     same words however it is spelled. settings: how it is spelled here, with its constants. sources: the layers that it
-    reads. flops: two per multiply-add, for the inputs. origin: the places in the original that it stands for, where a
-    pass noted them. state: tells its numbers apart from others; None where it has none.
+    reads, each once; reads: in the order of the arguments, as often as there. flops: two per multiply-add, for the
+    inputs. origin: the places in the original that it stands for, where a pass noted them. state: tells its numbers apart from others; None where it has none.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Layer:
     parameters: int = 0
     bias: bool = False
     settings: str = ""
+    reads: tuple[str, ...] = ()
     origin: tuple[str, ...] = ()
     state: str | None = None
 
@@ -231,6 +232,7 @@ class _Reader:
             kind=("convolution" if kernel else "linear") if convolves else _kind(node, text),
             operation=text,
             sources=tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),
+            reads=tuple(source.name for source in _read((node.args, node.kwargs)) if source.op != "get_attr"),
             shape=self.measured.shapes.get(node),
             kernel=kernel,
             flops=self.measured.flops.get(node),
@@ -254,7 +256,8 @@ class _Reader:
         """The parameters and buffers that a node computes with."""
         if node.op == "call_module":
             module = module_of(self.graph_module, node)
-            return [t for t in (*module.parameters(), *module.buffers()) if not is_lazy(t)]
+            buffers = [b for name, b in module.named_buffers() if not name.endswith("num_batches_tracked")]
+            return [t for t in (*module.parameters(), *buffers) if not is_lazy(t)]
         found = [_attribute(self.graph_module, s) for s in node.all_input_nodes if s.op == "get_attr"]
         return [value for value in found if isinstance(value, Tensor)]
 
@@ -354,6 +357,20 @@ def _short(values: Any) -> str:
 def _attribute(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     owner, _, name = str(node.target).rpartition(".")
     return getattr(graph_module.get_submodule(owner), name, None)
+
+
+def _read(arguments: Any) -> Iterator[fx.Node]:
+    """The nodes among arguments, in their order; those of a mapping by the names of its keys."""
+    if isinstance(arguments, fx.Node):
+        yield arguments
+    elif isinstance(arguments, list | tuple):
+        for argument in arguments:
+            yield from _read(argument)
+    elif isinstance(arguments, Mapping):
+        for key in sorted(arguments, key=str):
+            yield from _read(arguments[key])
+    elif isinstance(arguments, slice):
+        yield from _read((arguments.start, arguments.stop, arguments.step))
 
 
 def _digest(tensors: list[Tensor]) -> str | None:
