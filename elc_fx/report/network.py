@@ -42,7 +42,8 @@ class Layer:
     "normalisation", "activation", "pooling", "join", "input", "output" or "other". operation: what it computes, in the
     same words however it is spelled. settings: how it is spelled here, with its constants. sources: the layers that it
     reads, each once; reads: in the order of the arguments, as often as there. flops: two per multiply-add, for the
-    inputs. origin: the places in the original that it stands for, where a pass noted them. state: tells its numbers apart from others; None where it has none.
+    inputs. origin: the places in the original that it stands for, where a pass noted them. state: tells its numbers
+    apart from others; None where it has none.
     """
 
     name: str
