@@ -20,7 +20,8 @@ from test_planner import data, network
 from torch import nn
 
 import elc_fx
-from elc_fx.planning import latency, stored
+from elc_fx.identity import described
+from elc_fx.planning import latency
 from elc_fx.planning import planner as planning
 from elc_fx.planning.budget import cost_text
 from elc_fx.planning.cost import LatencyModel
@@ -410,11 +411,11 @@ class Slow(nn.Module):
 def test_modules_that_look_alike_are_measured_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attentions = [nn.MultiheadAttention(8, heads) for heads in (2, 4)]
     assert repr(attentions[0]) == repr(attentions[1])
-    assert stored.described(attentions[0]) != stored.described(attentions[1])
+    assert described(attentions[0]) != described(attentions[1])
     holders: list[Any] = [nn.Identity(), nn.Identity()]
     for holder in holders:
         holder.functions = (object(), 1)  # whose text is an address, another one in each process
-    assert stored.described(holders[0]) == stored.described(holders[1])
+    assert described(holders[0]) == described(holders[1])
     measured: list[str] = []
 
     def note(self: latency.LatencyMeter, units: Sequence[Any]) -> list[float]:
