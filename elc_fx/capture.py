@@ -146,7 +146,7 @@ def capture(
         raise CaptureError(f"torch.fx cannot keep a tensor by the name that it has: {error}") from error
     except (SyntaxError, NameError) as error:
         written = "a default of its `forward`, or a constant in it, is nothing that torch.fx can write as code"
-        raise CaptureError(f"{written}: {type(error).__name__}: {error}") from error
+        raise CaptureError(f"{written}: {first_line(error)}") from error
     _mark_eval(captured, root)
     give_input_by_position(captured)
     follow: set[nn.Module] = set()  # that do in training what they do in training, whatever was recorded

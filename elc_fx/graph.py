@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
@@ -101,6 +101,22 @@ def module_of(captured: nn.Module, node: fx.Node) -> nn.Module:
 def attribute_of(captured: nn.Module, node: fx.Node) -> Any:
     """What the path of a node that calls a module or reads an attribute leads to."""
     return operator.attrgetter(str(node.target))(captured)
+
+
+def put_attribute(root: nn.Module, path: str, value: Any, *, persistent: bool = True) -> None:
+    """Puts a module or a tensor at a path, with modules on the way where there are none.
+
+    Other tensors than parameters are buffers. persistent: whether those are in the state dict.
+    """
+    *holders, name = path.split(".")
+    for holder in holders:
+        if holder not in root._modules:
+            root.add_module(holder, nn.Module())
+        root = root.get_submodule(holder)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        root.register_buffer(name, value, persistent=persistent)
+    else:
+        setattr(root, name, value)
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:

@@ -23,7 +23,7 @@ from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.copying import clone
 from elc_fx.errors import CaptureError, InvalidInputError, Refusal, VerificationError
 from elc_fx.fusion import Fusion, MergedRegion
-from elc_fx.graph import is_leaf, module_of
+from elc_fx.graph import is_leaf, module_of, put_attribute
 from elc_fx.inputs import NO_EXAMPLES, ExampleInputs, running
 from elc_fx.interpret import Interpreter, Operation
 from elc_fx.islands import modules_held, replaceable_children
@@ -152,11 +152,8 @@ class LosslessCompilation:
             opaque = isinstance(value, nn.Module) and id(value) not in self.memo and not is_leaf(value)
             if opaque and not any(other.startswith(f"{target}.") for other in targets):  # whose paths must stay
                 self._compile_children(value, _join(path, target))
-            copied, holder = clone(value, self.memo), _holder(root, owner)
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                holder.register_buffer(name, copied, persistent=name not in source._non_persistent_buffers_set)
-            else:
-                setattr(holder, name, copied)
+            persistent = name not in source._non_persistent_buffers_set
+            put_attribute(root, target, clone(value, self.memo), persistent=persistent)
         return root
 
     def _compile_children(self, module: nn.Module, path: str) -> tuple[nn.Module, tuple[int, int]]:
@@ -173,15 +170,6 @@ class LosslessCompilation:
         self.refused.extend(replace(r, where=_join(path, r.where) or "the model") for r in refusals)
         copied = clone(module, self.memo)
         return copied, (_layers(module), _layers(copied))
-
-
-def _holder(root: nn.Module, path: str) -> nn.Module:
-    """The module at a path, made where there is none."""
-    for name in filter(None, path.split(".")):
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    return root
 
 
 def _not_compared(output: Any) -> list[Refusal]:

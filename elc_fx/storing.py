@@ -35,7 +35,7 @@ from elc_fx import capture
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, StorageError
 from elc_fx.files import write_whole
-from elc_fx.graph import has_hooks, module_of
+from elc_fx.graph import has_hooks, module_of, put_attribute
 from elc_fx.identity import add_tensor
 from elc_fx.report import Report
 
@@ -492,15 +492,9 @@ def _path_part(name: str) -> str:
 
 
 def _put(root: nn.Module, path: str, value: Any) -> None:
-    *holders, name = [_path_part(part) for part in path.split(".")]
-    for part in holders:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        root.register_buffer(name, value)
-    else:
-        setattr(root, name, value)
+    for part in path.split("."):
+        _path_part(part)
+    put_attribute(root, path, value)
 
 
 def _has(root: nn.Module, path: str) -> bool:
