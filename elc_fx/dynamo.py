@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from elc_fx.affine import Ints
 from elc_fx.errors import ElcError, InvalidInputError, NotAffineError
-from elc_fx.graph import function_name, module_of, signature_of
+from elc_fx.graph import constants, function_name, module_of, signature_of
 from elc_fx.interpret import Interpreter
 from elc_fx.lossless import merge_all
 from elc_fx.tidying import tidy
@@ -91,7 +91,7 @@ class MergedGraph:
     def __init__(self, original: fx.GraphModule, inputs: list[Any], compiler: Compiler) -> None:
         self.original, self.compiler = original, compiler
         self.static = [i for i, node in enumerate(_placeholders(original)) if _is_static(node, inputs[i])]
-        self.merged, weights = self._merge(inputs)
+        self.merged, weights, self.read = self._merge(inputs)
         self.shapes = [weight.shape for weight in weights]
         fake = torch._guards.detect_fake_mode(inputs)
         extra = weights if fake is None else [fake.from_tensor(w, static_shapes=True) for w in weights]
@@ -99,7 +99,7 @@ class MergedGraph:
         self.lock = threading.Lock()
         self.networks = WeakIdKeyDictionary()  # Merged, by the first parameter, with which it is forgotten
         self.wasted = 0
-        self._remember([inputs[i] for i in self.static], weights)
+        self._remember([inputs[i] for i in self.read], weights)
 
     def __call__(self, *inputs: Any) -> Any:
         with self.lock:
@@ -109,7 +109,7 @@ class MergedGraph:
 
     def _up_to_date(self, inputs: Sequence[Any]) -> Merged | None:
         """For the network that calls; None where from now on all run unmerged."""
-        parameters = [inputs[i] for i in self.static]
+        parameters = [inputs[i] for i in self.read]
         merged: Merged | None = self.networks.get(self._key(parameters))
         if merged is None or merged.state.differs(parameters):
             merged = self._made_again(inputs, parameters, merged)
@@ -127,8 +127,9 @@ class MergedGraph:
         reason = "its parameters change with every call"
         if self.wasted < MOST_WASTED:
             try:
-                merged, weights = self._merge(inputs)
-                if merged.code == self.merged.code and [weight.shape for weight in weights] == self.shapes:
+                merged, weights, read = self._merge(inputs)
+                same = merged.code == self.merged.code and [weight.shape for weight in weights] == self.shapes
+                if same and read == self.read:
                     return self._remember(parameters, weights)
                 reason = "its new parameters merge in another way"
             except ElcError as error:
@@ -150,17 +151,22 @@ class MergedGraph:
         """What a network is known by."""
         return next(iter(parameters), self.original)
 
-    def _merge(self, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Tensor]]:
-        """The merged graph, with further inputs, and what these are now."""
+    def _merge(self, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Tensor], list[int]]:
+        """The merged graph, with further inputs; what these are now; and the inputs that they were made of."""
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
             bound = _with_attributes(self.original, {i: inputs[i] for i in self.static})
             tidy(bound)
+            readers = _readers(bound.graph)
             shapes = {node: shape for node in bound.graph.nodes if (shape := _shape(node)) is not None}
             fusion, _ = merge_all(Interpreter(bound, shapes), verify=True)
             if not fusion.merged:
                 raise NotAffineError("nothing in it merges exactly")
+            merged = {
+                attribute.meta["elc_fx_input"] for attribute, nodes in readers.items() if any(n._erased for n in nodes)
+            }
+            read = [i for i, node in enumerate(_placeholders(bound)) if node in merged]
             weights = _with_inputs(bound, fusion.made)
-        return fx.GraphModule(bound, bound.graph), weights
+        return fx.GraphModule(bound, bound.graph), weights, read
 
 
 class State:
@@ -250,6 +256,19 @@ def _with_attributes(original: fx.GraphModule, values: Mapping[int, Tensor]) -> 
             attribute.meta = {**node.meta, "elc_fx_input": node}
             node.replace_all_uses_with(attribute)
     return bound
+
+
+def _readers(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """The nodes that read each attribute that was an input, as it is or as constants that are computed from it."""
+    constant, readers = constants(graph), dict[fx.Node, set[fx.Node]]()
+    for attribute in graph.find_nodes(op="get_attr"):
+        if "elc_fx_input" in attribute.meta:
+            found, pending = readers.setdefault(attribute, set()), [attribute]
+            while pending:
+                new = set(pending.pop().users) - found
+                found |= new
+                pending += new & constant
+    return readers
 
 
 def _with_inputs(bound: fx.GraphModule, made: set[nn.Module]) -> list[Tensor]:

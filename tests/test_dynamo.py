@@ -181,6 +181,38 @@ def test_a_buffer_of_nan_is_no_change(seen: Seen, caplog: pytest.LogCaptureFixtu
     assert len(seen.graphs) == 1 and "unmerged" not in caplog.text
 
 
+class Streaming(nn.Module):
+    """A merge, beside what changes with every call: a cache, written in place or anew, and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+        self.scale = nn.Parameter(torch.full((4, 1, 1), 2.0))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(2, 4, 4, 4))
+        self.register_buffer("latest", torch.zeros(2, 4, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) * self.scale.square()
+        z = torch.relu(y + self.cache) * self.scale + self.latest
+        self.seen += 1
+        self.cache.copy_(y)
+        self.latest = z * 0.5
+        return z * self.seen
+
+
+@torch.no_grad()
+def test_buffers_that_no_merge_reads_may_change_with_every_call(seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
+    model, twin, x = ready(Streaming()), ready(Streaming()), image(2, 4, 6, 6)
+    fast = compiled(model, seen)
+    for step in range(8):
+        assert_same(fast(x), twin(x))
+        if step == 5:
+            model.scale.mul_(1.5), twin.scale.mul_(1.5)  # read by the merge, squared, and beside it
+    assert seen.norms() == 0 and "unmerged" not in caplog.text
+    assert_same(dict(model.named_buffers()), dict(twin.named_buffers()))
+
+
 @torch.no_grad()
 def test_numbers_of_layers_may_be_inputs(seen: Seen) -> None:
     """With dynamic=True, eps and momentum are inputs of the graph."""
