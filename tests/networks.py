@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -519,3 +519,96 @@ def small_net(channels: Sequence[int] = (3, 4, 4)) -> nn.Sequential:
         *conv_bn(channels[1], channels[2], 3),
         nn.ReLU(),
     )
+
+
+# --- models that are hard to read -------------------------------------------------------------------------------------
+
+
+class Defaults(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = RepVGGBlock(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 2.0, *, flip: bool = False, other: Tensor | None = None) -> Tensor:
+        x = self.block(x) * scale
+        return x.flip(-1) if flip else x
+
+
+class Gate(nn.Module):
+    """Cannot be traced: its control flow depends on data."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.block = RepVGGBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.mean() > 0:
+            return self.block(x)
+        return -x
+
+
+class Frozen:
+    """Not a tensor, not a container: an output that torch.fx has no word for."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self.difference = first - second
+
+
+class Named(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@dataclass
+class Record:
+    first: Tensor
+    second: Tensor
+
+
+SHARED: dict[str, Callable[[Any, Tensor], Any]] = {
+    "convolution in a row": lambda s, x: s.c(s.c(x)),
+    "convolution and batch norm in a row": lambda s, x: s.bn(s.c(s.bn(s.c(x)))),
+    "convolution on two paths": lambda s, x: F.relu(s.bn(s.c(x))) + F.relu(s.c(-x)),
+    "batch norm on one path only": lambda s, x: s.bn(s.c(x)) + F.relu(s.c(x)),
+    "batch norm after two convolutions": lambda s, x: F.relu(s.bn(s.c(x))) + F.relu(s.bn(s.a(x))),
+    "block twice": lambda s, x: s.block(F.relu(s.block(x))),
+    "block as branch and as trunk": lambda s, x: s.block(x) + s.block(F.relu(x)),
+    "tied weights": lambda s, x: s.bn(s.c(x)) + F.relu(s.tied(x)),
+    "weight read by a function": lambda s, x: s.bn(s.c(x)) + F.relu(F.conv2d(x, s.c.weight, padding=1)),
+    "weight in the output": lambda s, x: (s.bn(s.c(x)), s.c.weight),
+    "statistics in the output": lambda s, x: (s.bn(s.c(x)), s.bn.running_mean * 2),
+    "value read by two": lambda s, x: (lambda y: F.relu(y) + s.bn(y))(s.c(x)),
+    "value read by two batch norms": lambda s, x: (lambda y: F.relu(s.bn(y)) + s.other(y))(s.c(x)),
+    "value read and returned": lambda s, x: (lambda y: (y, s.bn(y)))(s.c(x)),
+    "value read inside and outside a region": lambda s, x: (lambda y: (s.a(x) + y, F.relu(y)))(s.c(x)),
+    "one name for two modules": lambda s, x: s.again(F.relu(s.c(x))) + s.c(x),
+}
+
+
+def sharing(formula: Callable[[Any, Tensor], Any]) -> nn.Module:
+    convolution = nn.Conv2d(4, 4, 3, padding=1)
+    tied = nn.Conv2d(4, 4, 3, padding=1)
+    tied.weight = convolution.weight
+    return Unary(
+        formula,
+        c=convolution,
+        again=convolution,
+        tied=tied,
+        a=conv_bn(4, 4, 1),
+        bn=nn.BatchNorm2d(4),
+        other=nn.BatchNorm2d(4),
+        block=RepVGGBlock(4, 4),
+    )
+
+
+class Remembers(nn.Module):
+    """Keeps what it has seen, which during tracing is a stand-in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.seen = RepVGGBlock(4, 4), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        self.seen.append(x)
+        return self.block(x) + torch.ones(4, 1, 1)
