@@ -8,21 +8,21 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from elc_fx.capturing.inputs import ExampleInputs, check_model
 from elc_fx.compiled import REPORT, report_of
 from elc_fx.compression import compress
+from elc_fx.deploying.exporting import write
+from elc_fx.deploying.runtimes import Runtime, check_runtime, deployed
 from elc_fx.errors import InvalidInputError
-from elc_fx.exporting import write
-from elc_fx.inputs import ExampleInputs, check_model
-from elc_fx.lossless import LosslessCompilation
 from elc_fx.memory import within_memory
+from elc_fx.merging.lossless import LosslessCompilation
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.latency import Backend
 from elc_fx.planning.plan import Plan
 from elc_fx.report.diff import Diff
 from elc_fx.report.drawing import to_dot, to_svg
 from elc_fx.report.page import diff_page
-from elc_fx.runtimes import Runtime, check_runtime, deployed
-from elc_fx.training import FinetuneConfig
+from elc_fx.training.finetuning import FinetuneConfig
 
 TIMED_BY: dict[Runtime | None, Backend] = {
     None: "eager",

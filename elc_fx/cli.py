@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from typer.core import TyperGroup
 
 import elc_fx
-from elc_fx import data as pictures
-from elc_fx import demo, exporting, job
+from elc_fx import demo, job
 from elc_fx.api import DRAWINGS
+from elc_fx.deploying import exporting
 from elc_fx.errors import ElcError, ExportError, InvalidInputError
 from elc_fx.loading import Spec, load_weights
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.sensitivity import SAMPLES
-from elc_fx.training import FinetuneConfig
+from elc_fx.training import data as pictures
+from elc_fx.training.finetuning import FinetuneConfig
 
 LINE_STYLES = {
     "kept": "dim",

@@ -20,12 +20,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdRef
 
-from elc_fx.copying import UNCOPYABLE, clone
+from elc_fx.capturing.copying import UNCOPYABLE, clone
+from elc_fx.capturing.graph import written_arguments
+from elc_fx.capturing.inputs import ExampleInputs, fresh
+from elc_fx.capturing.randomness import reproducibly
+from elc_fx.deploying.runtimes import Deployed
 from elc_fx.errors import InvalidInputError, TrainingModeError
-from elc_fx.graph import written_arguments
-from elc_fx.inputs import ExampleInputs, fresh
-from elc_fx.randomness import reproducibly
-from elc_fx.runtimes import Deployed
 
 aten = torch.ops.aten
 

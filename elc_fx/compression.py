@@ -9,20 +9,20 @@ from typing import Any
 
 from torch import nn
 
+from elc_fx.capturing.inputs import ExampleInputs
+from elc_fx.capturing.randomness import randomness_of_the_caller, seed_all
 from elc_fx.compiled import REPORT, report_of
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import set_gate
 from elc_fx.decoupling.merging import merge
 from elc_fx.decoupling.rewrite import decouple
 from elc_fx.errors import InvalidInputError
-from elc_fx.inputs import ExampleInputs
-from elc_fx.lossless import LosslessCompilation
+from elc_fx.merging.lossless import LosslessCompilation
 from elc_fx.planning.budget import Budget
 from elc_fx.planning.latency import Backend
 from elc_fx.planning.plan import Plan
 from elc_fx.planning.planner import Planner
-from elc_fx.randomness import randomness_of_the_caller, seed_all
-from elc_fx.training import FinetuneConfig, Finetuning, check_folder, check_trainable
+from elc_fx.training.finetuning import FinetuneConfig, Finetuning, check_folder, check_trainable
 
 
 def compress(

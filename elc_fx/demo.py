@@ -26,7 +26,7 @@ from elc_fx.planning.budget import Budget
 from elc_fx.report import Report
 from elc_fx.report.diff import Diff, diff
 from elc_fx.report.page import page
-from elc_fx.training import FinetuneConfig
+from elc_fx.training.finetuning import FinetuneConfig
 
 EPOCHS = 10
 FINETUNE_EPOCHS = 10

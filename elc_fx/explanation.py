@@ -10,14 +10,14 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from elc_fx.capturing.graph import label
+from elc_fx.capturing.inputs import ExampleInputs, check_model
 from elc_fx.compiled import report_of
 from elc_fx.errors import CaptureError, Refusal, listed
-from elc_fx.graph import label
-from elc_fx.inputs import ExampleInputs, check_model
-from elc_fx.lossless import LAYERS, LosslessCompilation
+from elc_fx.matching.serial import SerialGraph
+from elc_fx.merging.lossless import LAYERS, LosslessCompilation
 from elc_fx.planning.candidates import LARGEST_KERNEL, LONGEST, Candidate, CandidateFinder, candidate_table
 from elc_fx.report import Report
-from elc_fx.serial import SerialGraph
 
 MOST_SHOWN = 12  # rows of a table that `str()` prints; the fields have all
 

@@ -15,16 +15,14 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from elc_fx import data as pictures
-from elc_fx import exporting, storing
 from elc_fx.api import compile
+from elc_fx.capturing.identity import fingerprint
 from elc_fx.comparison import Comparison, compare
 from elc_fx.compiled import report_of
 from elc_fx.compression import compress
+from elc_fx.deploying import exporting, storing
 from elc_fx.errors import DataError, ExportError, InvalidInputError, StorageError, TrainingError, warn
 from elc_fx.files import alone_in, write_whole
-from elc_fx.history import METRICS, metrics
-from elc_fx.identity import fingerprint
 from elc_fx.memory import within_memory
 from elc_fx.planning import latency
 from elc_fx.planning.budget import Budget
@@ -34,7 +32,9 @@ from elc_fx.report import Report
 from elc_fx.report.charts import Point
 from elc_fx.report.diff import Diff, diff
 from elc_fx.report.page import page
-from elc_fx.training import FinetuneConfig
+from elc_fx.training import data as pictures
+from elc_fx.training.finetuning import FinetuneConfig
+from elc_fx.training.history import METRICS, metrics
 
 CALIBRATION_BATCH = 128
 WORK = "work"  # inside the output folder: losses, checkpoints
@@ -133,7 +133,7 @@ def run(
 
     Args:
         model: trained, in eval mode, [N, channels, H, W] → [N, classes]. It is not changed.
-        data: a data set, see `elc_fx.data`. It is only read.
+        data: a data set, see `elc_fx.training.data`. It is only read.
         budget, plan, options: as for `compile`; `FinetuneConfig`.
         folder: gets the network (model.pt2, model.elc, model.onnx), its weights (model.safetensors), plan.json,
             report.html, report.json and metrics.csv; and a folder `work`, which may be deleted afterwards.

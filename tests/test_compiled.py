@@ -43,8 +43,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 import elc_fx
-from elc_fx import fusion
 from elc_fx.affine import AffineMap
+from elc_fx.merging import fusion
 
 Model = Callable[[], nn.Module]
 

@@ -20,7 +20,7 @@ from training_run import Pictures, loader, network
 import elc_fx
 from elc_fx import compression
 from elc_fx.planning import latency, sensitivity
-from elc_fx.training import Finetuning
+from elc_fx.training.finetuning import Finetuning
 
 HALF = elc_fx.Budget(flops=0.5)
 

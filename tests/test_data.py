@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cifar_models
-from elc_fx import data
 from elc_fx.errors import DataError
+from elc_fx.training import data
 
 CLASSES = ("cat", "dog")
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)  # two cats, then two dogs

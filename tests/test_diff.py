@@ -27,8 +27,8 @@ from torch.fx.experimental.optimization import fuse
 from typer.testing import CliRunner
 
 import elc_fx
-from elc_fx import exporting
 from elc_fx.cli import app
+from elc_fx.deploying import exporting
 from elc_fx.report.alignment import aligned
 from elc_fx.report.drawing import to_dot, to_svg
 from elc_fx.report.network import Layer, Network

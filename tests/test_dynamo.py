@@ -16,7 +16,7 @@ import torch
 from networks import assert_same, image, ready
 from torch import Tensor, fx, nn
 
-from elc_fx.dynamo import MergedGraph, backend
+from elc_fx.deploying.dynamo import MergedGraph, backend
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import elc_fx
-from elc_fx.activations import flat_beyond
 from elc_fx.affine import AffineMap, Geometry
-from elc_fx.fusion import padded
+from elc_fx.matching.activations import flat_beyond
+from elc_fx.merging.fusion import padded
 from elc_fx.planning.fitting import RIDGES, Substitute, Windows, _ByWeights, _ByWindows
 
 GEOMETRIES = {

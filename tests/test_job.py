@@ -22,8 +22,9 @@ from training_run import Pictures, loader, network, short_network
 from typer.testing import CliRunner
 
 import elc_fx
-from elc_fx import data, exporting
 from elc_fx.cli import app
+from elc_fx.deploying import exporting
+from elc_fx.training import data
 
 TESTS = Path(__file__).parent
 

@@ -20,7 +20,7 @@ from test_planner import data, network
 from torch import nn
 
 import elc_fx
-from elc_fx.identity import described
+from elc_fx.capturing.identity import described
 from elc_fx.planning import latency
 from elc_fx.planning import planner as planning
 from elc_fx.planning.budget import cost_text

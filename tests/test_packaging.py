@@ -42,7 +42,7 @@ def test_the_wheel_has_types_templates_licence_and_entry_points(wheel: Path) -> 
         entries = files.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     assert {"elc_fx/py.typed", "elc_fx/report/templates/report.html"} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
-    assert "elc_fx = elc_fx.dynamo:backend" in entries and "elc-fx = elc_fx.cli:main" in entries
+    assert "elc_fx = elc_fx.deploying.dynamo:backend" in entries and "elc-fx = elc_fx.cli:main" in entries
     assert not [name for name in names if name.startswith(("tests", "tools"))]
 
 

@@ -20,9 +20,9 @@ from torchvision.models import resnet18
 
 import elc_fx
 from elc_fx.errors import Refusal
-from elc_fx.history import Epoch
 from elc_fx.report.charts import Point, accuracy_cost
 from elc_fx.report.page import _rounded, page
+from elc_fx.training.history import Epoch
 
 X = torch.randn(1, 3, 64, 64)
 

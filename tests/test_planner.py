@@ -27,7 +27,7 @@ from elc_fx.planning import rehearsal, sensitivity, stored
 from elc_fx.planning.candidates import serial_graph
 from elc_fx.planning.planner import ALIKE, Planner
 from elc_fx.planning.solve import Solution
-from elc_fx.training import distance
+from elc_fx.training.finetuning import distance
 
 HUGE = 10**400  # that no float can be
 

@@ -14,12 +14,12 @@ from networks import randomize_
 from torch import Tensor, nn
 
 import elc_fx
-from elc_fx.activations import MODULES, never_falls
-from elc_fx.capture import capture
-from elc_fx.inputs import ExampleInputs
+from elc_fx.capturing.capture import capture
+from elc_fx.capturing.inputs import ExampleInputs
+from elc_fx.matching.activations import MODULES, never_falls
+from elc_fx.matching.pooling import max_pooling_of, put_poolings_back
+from elc_fx.matching.serial import SerialGraph, serial_capture
 from elc_fx.planning import sensitivity
-from elc_fx.pooling import max_pooling_of, put_poolings_back
-from elc_fx.serial import SerialGraph, serial_capture
 
 X = torch.randn(4, 3, 12, 13)
 
@@ -266,9 +266,9 @@ class Tent(nn.ReLU6):
 
 
 def test_of_activations_of_the_users_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elc_fx.activations, "FUNCTIONS", {clip})
-    monkeypatch.setattr(elc_fx.activations, "MODULES", {*MODULES, Tent})
-    monkeypatch.setattr(elc_fx.serial, "MODULES", {*MODULES, Tent})
+    monkeypatch.setattr(elc_fx.matching.activations, "FUNCTIONS", {clip})
+    monkeypatch.setattr(elc_fx.matching.activations, "MODULES", {*MODULES, Tent})
+    monkeypatch.setattr(elc_fx.matching.serial, "MODULES", {*MODULES, Tent})
 
     class Clipped(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

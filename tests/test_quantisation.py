@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import elc_fx
 import quantise
-from elc_fx.data import Images
+from elc_fx.training.data import Images
 
 pytest.importorskip("torchao")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import elc_fx
-from elc_fx.randomness import randomness_of_the_caller, reproducibly, seed_all
+from elc_fx.capturing.randomness import randomness_of_the_caller, reproducibly, seed_all
 
 
 class Drawing(nn.Module):

@@ -14,7 +14,7 @@ from networks import RepVGGBlock, assert_same, conv_bn, image, randomize_, ready
 from torch import Tensor, nn
 
 import elc_fx
-from elc_fx import runtimes
+from elc_fx.deploying import runtimes
 
 
 class Two(nn.Module):

@@ -19,12 +19,12 @@ from networks import image, ready
 from torch import Tensor, nn
 
 import elc_fx
+from elc_fx.matching.serial import SerialGraph
 from elc_fx.planning import solve as solving
 from elc_fx.planning.budget import Budget, Costs
 from elc_fx.planning.cost import CostModel, choices_of
 from elc_fx.planning.planner import Planner
 from elc_fx.planning.solve import Problem, solve
-from elc_fx.serial import SerialGraph
 
 # --- the solver against brute force ----------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ NETWORKS = {
 def test_predicted_costs_are_those_of_the_merged_network(name: str) -> None:
     make, shape = NETWORKS[name]
     model, x = ready(make()), image(*shape)
-    graph = SerialGraph.of(model, elc_fx.inputs.ExampleInputs.of(model, x))
+    graph = SerialGraph.of(model, elc_fx.capturing.inputs.ExampleInputs.of(model, x))
     costs = CostModel.of(model, x, graph)
     found = choices_of(graph, longest=4, largest_kernel=7)
     before = elc_fx.measure(model, x)

@@ -22,7 +22,7 @@ from test_properties import models, output_of, randomise
 from torch import Tensor, fx, nn
 
 import elc_fx
-from elc_fx import storing
+from elc_fx.deploying import storing
 
 
 def network() -> nn.Module:

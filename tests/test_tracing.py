@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import elc_fx
-from elc_fx.questions import questions_of
+from elc_fx.capturing.questions import questions_of
 
 
 def join(x: Tensor, skip: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from training_run import Pictures, decoupled, loader, network, short_network
 
 import elc_fx
-from elc_fx.features import Features
+from elc_fx.training.features import Features
 from elc_fx.workarounds import SoundConvolutions
 
 SCRIPT = Path(__file__).parent / "training_run.py"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from elc_fx import widening
-from elc_fx.widening import Widening
+from elc_fx.merging import widening
+from elc_fx.merging.widening import Widening
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -21,8 +21,8 @@ import elc_fx
 import provenance
 import terminal
 from cifar_models import load
-from elc_fx import data as pictures
 from elc_fx.planning.fitting import Substitute
+from elc_fx.training import data as pictures
 
 RESULT = provenance.RESULTS / "finetune.json"
 # start: "fitted" convolutions with a batch norm behind each; the same with filters "unscaled", as long as the fit made

@@ -26,8 +26,8 @@ import elc_fx
 import provenance
 import terminal
 from cifar_models import load
-from elc_fx import data as pictures
 from elc_fx.planning.cost import Choice
+from elc_fx.training import data as pictures
 
 BUDGETS = (0.8, 0.65, 0.5, 0.4, 0.3)
 RANDOM_PLANS = 5

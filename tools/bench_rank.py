@@ -26,8 +26,8 @@ import provenance
 import terminal
 from bench_plan import accuracy, until_met
 from cifar_models import load
-from elc_fx import data as pictures
 from elc_fx.planning.cost import Choice
+from elc_fx.training import data as pictures
 
 RESULT = provenance.RESULTS / "plan_rank.json"
 POWERS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the losses, in the order that candidates are drawn in

@@ -21,7 +21,7 @@ import elc_fx
 import provenance
 import terminal
 from benchmark.methods import CALIBRATION, CALIBRATION_BATCH, Task
-from elc_fx import data as pictures
+from elc_fx.training import data as pictures
 
 SAMPLES = [1024, CALIBRATION]
 RESULT = provenance.RESULTS / "fit_samples.json"

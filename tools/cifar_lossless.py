@@ -24,7 +24,7 @@ import cifar_models
 import elc_fx
 import provenance
 import terminal
-from elc_fx import data as pictures
+from elc_fx.training import data as pictures
 from timing import Timing, milliseconds, side_by_side
 
 TIMED_BATCHES = {1: 100, 128: 10}  # batch size: repeats

@@ -26,9 +26,9 @@ import cifar_models
 import elc_fx
 import provenance
 import terminal
-from elc_fx import data as pictures
-from elc_fx import exporting
+from elc_fx.deploying import exporting
 from elc_fx.planning.latency import rounds
+from elc_fx.training import data as pictures
 from timing import Timing, milliseconds
 
 BATCH = 64  # of calibration

@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from elc_fx.affine import AffineMap, Geometry
-from elc_fx.chains import find_chains
+from elc_fx.capturing.copying import clone
+from elc_fx.capturing.graph import has_hooks, has_unknown_hooks, is_drop_path, is_identity, module_of
+from elc_fx.capturing.inputs import check_unwrapped
 from elc_fx.compiled import REPORT, CompiledModule
-from elc_fx.copying import clone
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.gates import decoupling_nodes
 from elc_fx.decoupling.nodes import (
@@ -29,14 +30,13 @@ from elc_fx.decoupling.nodes import (
     RingPad,
 )
 from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError, Refusal, TrainingModeError, listed
-from elc_fx.fusion import Fusion
-from elc_fx.graph import has_hooks, has_unknown_hooks, is_drop_path, is_identity, module_of
-from elc_fx.inputs import check_unwrapped
-from elc_fx.interpret import Interpreter, Operation
-from elc_fx.lossless import LAYERS, depth_of
-from elc_fx.regions import Chain, Merge, interpret, operations_of
+from elc_fx.matching.chains import find_chains
+from elc_fx.matching.interpret import Interpreter, Operation
+from elc_fx.matching.regions import Chain, Merge, interpret, operations_of
+from elc_fx.matching.serial import channels_of
+from elc_fx.merging.fusion import Fusion
+from elc_fx.merging.lossless import LAYERS, depth_of
 from elc_fx.report import Report, Totals
-from elc_fx.serial import channels_of
 
 KEEPS_CHANNELS = (RegionInput, RingPad, DecoupledPadding)
 

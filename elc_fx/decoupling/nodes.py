@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from elc_fx.affine import CONV, Geometry, Ints, Padding, flat_padding, pad_zeros
-from elc_fx.serial import RingStep, window_padding, window_start
+from elc_fx.matching.serial import RingStep, window_padding, window_start
 
 ORIGINAL, BLENDED, MERGEABLE = "original", "blended", "mergeable"
 AVERAGE: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}

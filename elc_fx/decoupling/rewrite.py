@@ -15,9 +15,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from elc_fx.activations import activation_of, line_for_gaussian
 from elc_fx.affine import Padding
-from elc_fx.copying import clone
+from elc_fx.capturing.copying import clone
+from elc_fx.capturing.graph import function_name, label, module_of
+from elc_fx.capturing.identity import names_and_shapes
+from elc_fx.capturing.inputs import (
+    NO_CALIBRATION,
+    batch_values,
+    batches_of,
+    check_model,
+    fresh,
+    number_type,
+    of_type,
+    running,
+)
+from elc_fx.capturing.origins import origins_of, remember
+from elc_fx.capturing.randomness import randomness_of_the_caller
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.nodes import (
     DecoupledActivation,
@@ -33,17 +46,11 @@ from elc_fx.decoupling.nodes import (
     difference,
 )
 from elc_fx.errors import InvalidInputError, warn
-from elc_fx.graph import function_name, label, module_of
-from elc_fx.identity import names_and_shapes
-from elc_fx.inputs import NO_CALIBRATION, batch_values, batches_of, check_model, fresh, number_type, of_type, running
-from elc_fx.interpret import Operation
-from elc_fx.origins import origins_of, remember
-from elc_fx.planning.candidates import Candidate
-from elc_fx.planning.plan import Plan
-from elc_fx.pooling import max_pooling_of
-from elc_fx.randomness import randomness_of_the_caller
-from elc_fx.regions import Join, Part, operations_of
-from elc_fx.serial import (
+from elc_fx.matching.activations import activation_of, line_for_gaussian
+from elc_fx.matching.interpret import Operation
+from elc_fx.matching.pooling import max_pooling_of
+from elc_fx.matching.regions import Join, Part, operations_of
+from elc_fx.matching.serial import (
     KeptWindows,
     Region,
     RingStep,
@@ -55,6 +62,8 @@ from elc_fx.serial import (
     rings,
     serial_capture,
 )
+from elc_fx.planning.candidates import Candidate
+from elc_fx.planning.plan import Plan
 from elc_fx.workarounds import without_autocast
 
 IN_PLACE = {

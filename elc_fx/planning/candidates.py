@@ -12,15 +12,15 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from elc_fx.activations import activation_name, activation_of
 from elc_fx.affine import Ints
 from elc_fx.arguments import check_whole
+from elc_fx.capturing.graph import label, module_of
+from elc_fx.capturing.inputs import ExampleInputs, check_model
 from elc_fx.errors import InvalidInputError, NotAffineError
-from elc_fx.graph import label, module_of
-from elc_fx.inputs import ExampleInputs, check_model
-from elc_fx.interpret import Operation
-from elc_fx.regions import operations_of
-from elc_fx.serial import KeptWindows, Region, RingStep, SerialGraph, decouples_padding, rings
+from elc_fx.matching.activations import activation_name, activation_of
+from elc_fx.matching.interpret import Operation
+from elc_fx.matching.regions import operations_of
+from elc_fx.matching.serial import KeptWindows, Region, RingStep, SerialGraph, decouples_padding, rings
 
 LONGEST = 12  # layers or blocks in a row that one candidate may replace
 LARGEST_KERNEL = 7  # of a merged convolution, per axis

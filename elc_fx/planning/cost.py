@@ -12,14 +12,14 @@ import numpy as np
 from torch import fx, nn
 
 from elc_fx.affine import Geometry
+from elc_fx.capturing.graph import label, module_of
+from elc_fx.capturing.inputs import fresh
+from elc_fx.capturing.randomness import reproducibly
+from elc_fx.capturing.shapes import PlainInterpreter
 from elc_fx.comparison import layers_between, measure
-from elc_fx.graph import label, module_of
-from elc_fx.inputs import fresh
+from elc_fx.matching.serial import Region, SerialGraph
 from elc_fx.planning.budget import Costs
 from elc_fx.planning.candidates import Candidate, CandidateFinder
-from elc_fx.randomness import reproducibly
-from elc_fx.serial import Region, SerialGraph
-from elc_fx.shapes import PlainInterpreter
 
 
 @dataclass(frozen=True)

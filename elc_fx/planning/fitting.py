@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from elc_fx.affine import AffineMap, Geometry, pad_zeros
 from elc_fx.errors import InvalidInputError
-from elc_fx.fusion import layer_of, padded
+from elc_fx.merging.fusion import layer_of, padded
 
 ROWS_PER_WEIGHT = 12  # windows that a fit looks at, for each weight of an output channel
 FEWEST_ROWS = 16384

@@ -34,21 +34,21 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry
+from elc_fx.capturing.graph import function_name, is_drop_path, is_identity, module_of, runs_foreign_code
+from elc_fx.capturing.identity import described
+from elc_fx.capturing.shapes import run_recording
+from elc_fx.deploying.exporting import onnx_model
+from elc_fx.deploying.runtimes import RUNS
 from elc_fx.errors import ElcError, InvalidInputError, LatencyError
-from elc_fx.exporting import onnx_model
-from elc_fx.fusion import layer_of, padded
-from elc_fx.graph import function_name, is_drop_path, is_identity, module_of, runs_foreign_code
-from elc_fx.identity import described
-from elc_fx.lossless import LosslessCompilation
+from elc_fx.matching.pooling import put_poolings_back
+from elc_fx.matching.serial import SerialGraph
+from elc_fx.merging.fusion import layer_of, padded
+from elc_fx.merging.lossless import LosslessCompilation
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice, LatencyModel
 from elc_fx.planning.stored import StoredTable
 from elc_fx.planning.substitution import substituted
-from elc_fx.pooling import put_poolings_back
-from elc_fx.runtimes import RUNS
-from elc_fx.serial import SerialGraph
-from elc_fx.shapes import run_recording
 
 Backend = Literal["eager", "compile", "onnxruntime", "openvino"]
 Call = Callable[[], object]

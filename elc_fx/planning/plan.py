@@ -14,9 +14,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import Ints
+from elc_fx.capturing.graph import label
+from elc_fx.capturing.inputs import ExampleInputs
 from elc_fx.errors import InvalidInputError, PlanError, listed
-from elc_fx.graph import label
-from elc_fx.inputs import ExampleInputs
+from elc_fx.matching.regions import operations_of
+from elc_fx.matching.serial import Region, SerialGraph, capacity, windows_keeping
 from elc_fx.planning.budget import Costs, cost_text
 from elc_fx.planning.candidates import (
     LARGEST_KERNEL,
@@ -28,8 +30,6 @@ from elc_fx.planning.candidates import (
     operation_texts,
     serial_graph,
 )
-from elc_fx.regions import operations_of
-from elc_fx.serial import Region, SerialGraph, capacity, windows_keeping
 
 FORMAT = 3  # of the JSON
 

@@ -17,7 +17,8 @@ import torch
 from torch import fx, nn
 
 from elc_fx.arguments import check_whole
-from elc_fx.attributes import unchanged
+from elc_fx.capturing.attributes import unchanged
+from elc_fx.capturing.randomness import seeded
 from elc_fx.errors import InvalidInputError, PlanError, warn
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.budget import Budget, cost_text, real_number
@@ -29,7 +30,6 @@ from elc_fx.planning.rehearsal import Rehearsal
 from elc_fx.planning.sensitivity import Calibration, Loss, Sensitivity
 from elc_fx.planning.solve import Pair, Problem, Solution, solve
 from elc_fx.planning.stored import StoredTable
-from elc_fx.randomness import seeded
 from elc_fx.workarounds import without_autocast
 
 LONGEST_PLANNED = 6  # layers or blocks in a row that a planned candidate may replace: measuring all runs takes long

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from elc_fx.copying import clone
+from elc_fx.capturing.copying import clone
+from elc_fx.capturing.inputs import fresh
 from elc_fx.errors import InvalidInputError
-from elc_fx.inputs import fresh
-from elc_fx.losses import distance, of_classes
+from elc_fx.matching.serial import SerialGraph
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.sensitivity import KEPT, Sensitivity, divergence, numbers_of, part_of, samples_of
-from elc_fx.serial import SerialGraph
-from elc_fx.training import FinetuneConfig, optimizer_of, share_of_rate
+from elc_fx.training.finetuning import FinetuneConfig, optimizer_of, share_of_rate
+from elc_fx.training.losses import distance, of_classes
 from elc_fx.workarounds import SoundConvolutions
 
 EPOCHS = 4

@@ -24,21 +24,21 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, fx, nn
 
-from elc_fx.activations import activation_of, flat_beyond
+from elc_fx.capturing.graph import overwritten_argument, runs_foreign_code
+from elc_fx.capturing.identity import add_tensor, described, names_and_shapes
+from elc_fx.capturing.inputs import NO_CALIBRATION, batch_values, batches_of, fresh, number_type, of_type, running
+from elc_fx.capturing.randomness import generators, seed_all
+from elc_fx.capturing.shapes import PlainInterpreter
 from elc_fx.errors import InvalidInputError
-from elc_fx.graph import overwritten_argument, runs_foreign_code
-from elc_fx.identity import add_tensor, described, names_and_shapes
-from elc_fx.inputs import NO_CALIBRATION, batch_values, batches_of, fresh, number_type, of_type, running
-from elc_fx.losses import distance, of_classes
+from elc_fx.matching.activations import activation_of, flat_beyond
+from elc_fx.matching.pooling import max_pooling_of
+from elc_fx.matching.serial import SerialGraph
 from elc_fx.planning.candidates import check_computes
 from elc_fx.planning.cost import Choice
 from elc_fx.planning.fitting import Substitute, Windows
 from elc_fx.planning.stored import StoredTable
 from elc_fx.planning.substitution import substituted
-from elc_fx.pooling import max_pooling_of
-from elc_fx.randomness import generators, seed_all
-from elc_fx.serial import SerialGraph
-from elc_fx.shapes import PlainInterpreter
+from elc_fx.training.losses import distance, of_classes
 
 T = TypeVar("T")
 Loss = Callable[[Any, Any], Any]  # (output, output of the original) → a number, or a tensor with one

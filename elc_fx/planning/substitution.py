@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
-from elc_fx.copying import clone
-from elc_fx.origins import origins_of, remember
+from elc_fx.capturing.copying import clone
+from elc_fx.capturing.origins import origins_of, remember
+from elc_fx.matching.pooling import put_poolings_back
 from elc_fx.planning.cost import Choice
-from elc_fx.pooling import put_poolings_back
 
 
 def substituted(graph_module: fx.GraphModule, choices: Sequence[Choice], by: Mapping[str, nn.Module]) -> fx.GraphModule:

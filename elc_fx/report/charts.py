@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elc_fx.history import Epoch
 from elc_fx.report import drawing
+from elc_fx.training.history import Epoch
 
 INK = "#010203"  # what the page's own colour is put in the place of
 BLUE, ORANGE = "#3b82d6", "#d0702a"  # that can be read on white and on black

@@ -11,8 +11,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from elc_fx.compiled import REPORT
+from elc_fx.deploying.exporting import Exported
 from elc_fx.errors import InvalidInputError
-from elc_fx.exporting import Exported
 from elc_fx.report.alignment import Group, aligned
 from elc_fx.report.network import Layer, Network, flops_of, stored_inputs
 

@@ -17,19 +17,19 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from elc_fx.activations import MODULES
 from elc_fx.affine import Ints
-from elc_fx.attributes import unchanged
-from elc_fx.capture import capture
+from elc_fx.capturing.attributes import unchanged
+from elc_fx.capturing.capture import capture
+from elc_fx.capturing.graph import IN_PLACE_OPERATORS, function_name, module_of
+from elc_fx.capturing.identity import add_tensor
+from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, batch_values, fresh, running
+from elc_fx.capturing.origins import ORIGIN, place_of, recorded_origin
+from elc_fx.capturing.randomness import reproducibly
+from elc_fx.capturing.shapes import PlainInterpreter
+from elc_fx.deploying.exporting import Exported
 from elc_fx.errors import CaptureError, InvalidInputError, TrainingModeError
-from elc_fx.exporting import Exported
-from elc_fx.graph import IN_PLACE_OPERATORS, function_name, module_of
-from elc_fx.identity import add_tensor
-from elc_fx.inputs import NO_EXAMPLES, ExampleInputs, batch_values, fresh, running
-from elc_fx.interpret import Interpreter, Operation
-from elc_fx.origins import ORIGIN, place_of, recorded_origin
-from elc_fx.randomness import reproducibly
-from elc_fx.shapes import PlainInterpreter
+from elc_fx.matching.activations import MODULES
+from elc_fx.matching.interpret import Interpreter, Operation
 
 Size = tuple[int | str, ...]  # an axis of a saved program that takes any size has a name
 

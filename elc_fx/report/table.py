@@ -9,9 +9,9 @@ from typing import Any
 from tabulate import tabulate
 
 from elc_fx.errors import InvalidInputError, Refusal
-from elc_fx.fusion import MergedRegion
-from elc_fx.history import Epoch
+from elc_fx.merging.fusion import MergedRegion
 from elc_fx.planning.plan import Plan
+from elc_fx.training.history import Epoch
 
 MOST_ROWS = 40  # of refusals that the table prints; `Report.refused` has all
 

@@ -18,7 +18,7 @@ import terminal
 from benchmark.methods import BATCHES, FOR_TIME, METHODS, RUNTIMES, Task
 from benchmark.rows import FOLDER, RUNS, deployed
 from cifar_models import load
-from elc_fx import exporting
+from elc_fx.deploying import exporting
 from elc_fx.planning.latency import Backend, rounds, runner
 
 RESULT = provenance.RESULTS / "benchmark_latency.json"

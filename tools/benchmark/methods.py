@@ -16,9 +16,9 @@ from torch.fx.passes.shape_prop import ShapeProp
 import elc_fx
 from benchmark import HELD_OUT, pruning
 from cifar_models import load
-from elc_fx import data as pictures
-from elc_fx.activations import activation_name, activation_of
+from elc_fx.matching.activations import activation_name, activation_of
 from elc_fx.planning.latency import Backend
+from elc_fx.training import data as pictures
 
 RUNTIMES: list[str] = list(get_args(Backend))
 BATCHES = [1, 64]  # whose time is measured

@@ -18,7 +18,7 @@ import provenance
 import terminal
 from benchmark import HELD_OUT
 from cifar_models import load
-from elc_fx import data as pictures
+from elc_fx.training import data as pictures
 
 RESULT = provenance.RESULTS / "benchmark_importance.json"
 IMPORTANCES = ("GroupMagnitude", "GroupTaylor", "BNScale", "LAMP", "FPGM")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import elc_fx
 import provenance
 from benchmark.methods import METHODS, Task
-from elc_fx import data as pictures
-from elc_fx import exporting, training
+from elc_fx.deploying import exporting
+from elc_fx.training import data as pictures
+from elc_fx.training import finetuning as training
 
 FOLDER = provenance.RESULTS / "benchmark"
 RUNS = provenance.ROOT.parent / "elc_fx_benchmark"

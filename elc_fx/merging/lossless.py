@@ -15,21 +15,21 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from elc_fx.affine import Ints
-from elc_fx.attributes import unchanged
-from elc_fx.capture import capture
-from elc_fx.chains import find_chains
+from elc_fx.capturing.attributes import unchanged
+from elc_fx.capturing.capture import capture
+from elc_fx.capturing.copying import clone
+from elc_fx.capturing.equivalence import rounding_of, verify_outputs, verify_trace
+from elc_fx.capturing.graph import is_leaf, module_of, put_attribute
+from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, running
+from elc_fx.capturing.islands import modules_held, replaceable_children
 from elc_fx.comparison import Measurement, run
 from elc_fx.compiled import REPORT, CompiledModule
-from elc_fx.copying import clone
 from elc_fx.errors import CaptureError, InvalidInputError, Refusal, VerificationError
-from elc_fx.fusion import Fusion, MergedRegion
-from elc_fx.graph import is_leaf, module_of, put_attribute
-from elc_fx.inputs import NO_EXAMPLES, ExampleInputs, running
-from elc_fx.interpret import Interpreter, Operation
-from elc_fx.islands import modules_held, replaceable_children
-from elc_fx.partition import MergePlanner
+from elc_fx.matching.chains import find_chains
+from elc_fx.matching.interpret import Interpreter, Operation
+from elc_fx.matching.partition import MergePlanner
+from elc_fx.merging.fusion import Fusion, MergedRegion
 from elc_fx.report import Report, Totals
-from elc_fx.verification import rounding_of, verify_outputs, verify_trace
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from elc_fx.capturing.graph import function_name, has_hooks, is_torchs, module_of
 from elc_fx.errors import InvalidInputError
-from elc_fx.graph import function_name, has_hooks, is_torchs, module_of
 
 MODULES: set[type[nn.Module]] = {
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),

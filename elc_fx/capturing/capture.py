@@ -30,9 +30,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
-from elc_fx.attributes import Attributes
-from elc_fx.errors import CaptureError, Refusal, first_line, warn
-from elc_fx.graph import (
+from elc_fx.capturing.attributes import Attributes
+from elc_fx.capturing.graph import (
     DROPOUT_MODULES,
     KNOWN_PACKAGES,
     VIEW_MODULES,
@@ -50,9 +49,16 @@ from elc_fx.graph import (
     package_of,
     signature_of,
 )
-from elc_fx.questions import Calls, Question, Watch, branches_on_training, may_ask, reads_training
-from elc_fx.randomness import alone, generators, randomness_of_the_caller
-from elc_fx.tidying import caller_of, give_input_by_position, make_batch_norms_modules, make_dropouts_modules, tidy
+from elc_fx.capturing.questions import Calls, Question, Watch, branches_on_training, may_ask, reads_training
+from elc_fx.capturing.randomness import alone, generators, randomness_of_the_caller
+from elc_fx.capturing.tidying import (
+    caller_of,
+    give_input_by_position,
+    make_batch_norms_modules,
+    make_dropouts_modules,
+    tidy,
+)
+from elc_fx.errors import CaptureError, Refusal, first_line, warn
 
 ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
 PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc", "torch.utils._pytree"}  # for others

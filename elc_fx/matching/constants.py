@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from elc_fx.graph import (
+from elc_fx.capturing.graph import (
     allocates,
     attribute_of,
     constants,
@@ -16,7 +16,7 @@ from elc_fx.graph import (
     runs_foreign_code,
     unknown,
 )
-from elc_fx.randomness import generators, randomness_of_the_caller
+from elc_fx.capturing.randomness import generators, randomness_of_the_caller
 
 
 class Constants:

@@ -22,13 +22,13 @@ from elc_fx.affine import (
     regroup,
     transposed_weight,
 )
+from elc_fx.capturing.graph import constants, label, module_of
+from elc_fx.capturing.origins import origins_of, remember
 from elc_fx.errors import NotAffineError, Refusal, VerificationError
-from elc_fx.graph import constants, label, module_of
-from elc_fx.interpret import Operation
-from elc_fx.origins import origins_of, remember
-from elc_fx.partition import is_same_padding, needs_explicit_padding
-from elc_fx.regions import Merge, Regroup, Step
-from elc_fx.verification import verify_merge
+from elc_fx.matching.interpret import Operation
+from elc_fx.matching.partition import is_same_padding, needs_explicit_padding
+from elc_fx.matching.regions import Merge, Regroup, Step
+from elc_fx.merging.verification import verify_merge
 
 CONV_MODULES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE_MODULES: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

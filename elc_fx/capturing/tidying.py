@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from elc_fx.graph import (
+from elc_fx.capturing.graph import (
     DROPOUT_CLASSES,
     function_name,
     is_identity,
@@ -16,7 +16,7 @@ from elc_fx.graph import (
     overwritten_argument,
     signature_of,
 )
-from elc_fx.questions import reads_training
+from elc_fx.capturing.questions import reads_training
 
 
 def tidy(captured: fx.GraphModule, kept: tuple[type[nn.Module], ...] = ()) -> None:

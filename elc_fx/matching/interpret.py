@@ -22,13 +22,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from elc_fx.activations import MODULES, is_activation
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, same_padding, transposed_weight, wide
-from elc_fx.attributes import Attributes
-from elc_fx.capture import assign
-from elc_fx.constants import Constants
-from elc_fx.errors import first_line
-from elc_fx.graph import (
+from elc_fx.capturing.attributes import Attributes
+from elc_fx.capturing.capture import assign
+from elc_fx.capturing.graph import (
     function_name,
     has_unknown_hooks,
     is_leaf,
@@ -36,7 +33,10 @@ from elc_fx.graph import (
     module_of,
     signature_of,
 )
-from elc_fx.randomness import generators, randomness_of_the_caller
+from elc_fx.capturing.randomness import generators, randomness_of_the_caller
+from elc_fx.errors import first_line
+from elc_fx.matching.activations import MODULES, is_activation
+from elc_fx.matching.constants import Constants
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}

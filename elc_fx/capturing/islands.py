@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from elc_fx.capturing.graph import has_hooks, is_leaf
 from elc_fx.errors import Refusal
-from elc_fx.graph import has_hooks, is_leaf
 
 # What hands out children by other ways than their name.
 REFLECTION = frozenset(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from elc_fx.affine import AffineMap, Geometry
+from elc_fx.capturing.graph import label
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import label
-from elc_fx.interpret import Operation
+from elc_fx.matching.interpret import Operation
 
 Cost: TypeAlias = tuple[int, int, int]  # FLOPs, weights, launches: compared in this order
 

@@ -7,10 +7,18 @@ from networkx.utils import UnionFind
 from torch import fx
 
 from elc_fx.affine import AffineMap, Geometry
+from elc_fx.capturing.graph import (
+    allocates,
+    function_name,
+    label,
+    overwritten_argument,
+    runs_foreign_code,
+    signature_of,
+    tuples,
+)
 from elc_fx.errors import Refusal
-from elc_fx.graph import allocates, function_name, label, overwritten_argument, runs_foreign_code, signature_of, tuples
-from elc_fx.interpret import CPU, Feature, Interpreter, Operation
-from elc_fx.regions import Branch, Chain, Join, nodes_of
+from elc_fx.matching.interpret import CPU, Feature, Interpreter, Operation
+from elc_fx.matching.regions import Branch, Chain, Join, nodes_of
 
 DEEPEST_NESTING = 24  # joins inside each other that are planned as one
 

@@ -13,10 +13,10 @@ from typing import TypeAlias
 from torch import fx
 
 from elc_fx.affine import Geometry, Ints, same_padding
+from elc_fx.capturing.graph import label
 from elc_fx.errors import NotAffineError, Refusal
-from elc_fx.graph import label
-from elc_fx.interpret import Interpreter, Operation
-from elc_fx.regions import (
+from elc_fx.matching.interpret import Interpreter, Operation
+from elc_fx.matching.regions import (
     Branch,
     Chain,
     Cost,

@@ -26,19 +26,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from elc_fx.arguments import check_from_zero, check_positive, check_share, check_whole
-from elc_fx.checkpoints import Checkpoint
-from elc_fx.copying import clone
+from elc_fx.capturing.copying import clone
+from elc_fx.capturing.identity import described, fingerprint, structure_of, tensors_of
+from elc_fx.capturing.inputs import fresh, number_type, of_dicts, of_type, running
+from elc_fx.capturing.randomness import parts_of_loader, randomness_of_the_caller, seed_all
 from elc_fx.decoupling.gates import GateSchedule, Order, Shape, decoupling_nodes
 from elc_fx.decoupling.nodes import DecoupledActivation
 from elc_fx.errors import InvalidInputError, TrainingError
-from elc_fx.features import Features
 from elc_fx.files import alone_in, make_folder, write_whole
-from elc_fx.history import METRICS, Epoch, History, metrics
-from elc_fx.identity import described, fingerprint, structure_of, tensors_of
-from elc_fx.inputs import fresh, number_type, of_dicts, of_type, running
-from elc_fx.losses import distance, of_classes
 from elc_fx.packages import required
-from elc_fx.randomness import parts_of_loader, randomness_of_the_caller, seed_all
+from elc_fx.training.checkpoints import Checkpoint
+from elc_fx.training.features import Features
+from elc_fx.training.history import METRICS, Epoch, History, metrics
+from elc_fx.training.losses import distance, of_classes
 from elc_fx.workarounds import SoundConvolutions, without_autocast_cache
 
 Loss = Callable[[Any, Any], Tensor]  # (output, target) → a tensor with one number

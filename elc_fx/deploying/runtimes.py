@@ -10,13 +10,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from elc_fx.attributes import Attributes
+from elc_fx.capturing.attributes import Attributes
+from elc_fx.capturing.equivalence import rounding_of, verify_outputs
+from elc_fx.capturing.inputs import fresh
+from elc_fx.capturing.randomness import generators, seeded
+from elc_fx.deploying.exporting import onnx_bytes
 from elc_fx.errors import ElcError, InvalidInputError, RuntimeFailedError, VerificationError
-from elc_fx.exporting import onnx_bytes
-from elc_fx.inputs import fresh
 from elc_fx.packages import required
-from elc_fx.randomness import generators, seeded
-from elc_fx.verification import rounding_of, verify_outputs
 
 Runtime = Literal["inductor", "onnxruntime", "openvino"]
 PACKAGES = {"onnxruntime": "elc_fx[onnx]", "openvino": "elc_fx[openvino]"}

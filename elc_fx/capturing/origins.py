@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from elc_fx.graph import label, module_of
+from elc_fx.capturing.graph import label, module_of
 
 ORIGIN = "elc_fx_origin"
 

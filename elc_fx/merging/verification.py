@@ -11,18 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from elc_fx.affine import AffineMap, Geometry, Ints, row_blocks, wide
-from elc_fx.capture import Capture
-from elc_fx.errors import CaptureError, VerificationError
-from elc_fx.graph import unknown
-from elc_fx.interpret import weight_of
-from elc_fx.memory import is_out_of_memory
-from elc_fx.regions import Join, Merge
-from elc_fx.shapes import PlainInterpreter, run_recording_shapes
-from elc_fx.widening import Widening
+from elc_fx.affine import AffineMap, Geometry, row_blocks, wide
+from elc_fx.capturing.graph import unknown
+from elc_fx.capturing.shapes import PlainInterpreter
+from elc_fx.errors import VerificationError
+from elc_fx.matching.interpret import weight_of
+from elc_fx.matching.regions import Join, Merge
+from elc_fx.merging.widening import Widening
 
 SLACK = 64 * torch.finfo(torch.float64).eps  # of the float64 arithmetic itself, relative to the sum of magnitudes
 
@@ -133,68 +130,3 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     plain = type(module).__new__(type(module))
     plain.__dict__.update({**vars(module), "_forward_pre_hooks": {}, "weight": weight_of(module)})
     return plain
-
-
-def verify_trace(captured: Capture, expected: Any) -> dict[fx.Node, Ints]:
-    """The shapes of all values on the example inputs, on which the model gives `expected`.
-
-    Both compute with the same weights, so half the digits of the output's own type agree. Raises `CaptureError` where
-    the graph gives something else: tracing recorded what the model does for other inputs.
-    """
-    try:
-        output, shapes = run_recording_shapes(captured)
-        verify_outputs(expected, output)
-    except Exception as error:  # whatever it is, the model itself ran
-        if is_out_of_memory(error):
-            raise
-        raise CaptureError(f"the traced graph does not compute what the model computes: {error}") from error
-    return shapes
-
-
-def rounding_of(*values: Any) -> float:
-    """The eps of the coarsest type that is computed with among tensors, in containers of any kind; 0 without.
-
-    Those of one byte only store numbers.
-    """
-    dtypes = {value.dtype for value in pytree.tree_leaves(values) if isinstance(value, Tensor)}
-    inexact = (dtype for dtype in dtypes if (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1)
-    return max((torch.finfo(dtype).eps for dtype in inexact), default=0.0)
-
-
-def verify_outputs(expected: Any, actual: Any, rounding: float = 0.0, name: str = "the compiled model") -> float:
-    """Compares the outputs of the original and the compiled model; returns the largest relative error.
-
-    Weights that were rounded again move the output by rounding errors, which deep networks amplify. Half the digits
-    must agree, relative to the largest value of each output: those of its data type, or of the coarser one that it was
-    computed with. rounding: the eps of that. name: of what gave the actual ones. Raises `VerificationError`.
-    """
-    left, left_spec = pytree.tree_flatten(expected)
-    right, right_spec = pytree.tree_flatten(actual)
-    if len(left) != len(right) or left_spec != right_spec:
-        raise VerificationError(f"{name} returns {right_spec}, the original {left_spec}")
-    worst = 0.0
-    for a, b in zip(left, right, strict=True):
-        if not isinstance(a, Tensor) or a.is_meta:
-            continue
-        if a.shape != b.shape or a.dtype != b.dtype:
-            raise VerificationError(
-                f"{name} returns {b.dtype} {tuple(b.shape)}, the original {a.dtype} {tuple(a.shape)}"
-            )
-        if a.numel() and (a.is_floating_point() or a.is_complex()):
-            worst = max(worst, relative_error(a, b))
-            if worst > max(torch.finfo(a.dtype).eps, rounding) ** 0.5:
-                raise VerificationError(f"{name}'s output differs by {worst:.3g} of its largest value")
-    return worst
-
-
-def relative_error(expected: Tensor, actual: Tensor) -> float:
-    """Largest difference over the largest finite value of `expected`; NaN and infinities must stand at equal places."""
-    a, b = wide(expected), wide(actual)
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()):
-        return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    scale = a[finite].abs().max().item()
-    difference = (a - b)[finite].abs().max().item()
-    return difference / scale if scale else difference

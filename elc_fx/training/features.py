@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from elc_fx.capturing.identity import names_and_shapes
+from elc_fx.capturing.inputs import batch_values
+from elc_fx.capturing.shapes import PlainInterpreter
 from elc_fx.decoupling.nodes import RegionOutput
 from elc_fx.errors import InvalidInputError
-from elc_fx.identity import names_and_shapes
-from elc_fx.inputs import batch_values
-from elc_fx.losses import relative_square
+from elc_fx.matching.serial import serial_capture
 from elc_fx.planning.fitting import Substitute
-from elc_fx.serial import serial_capture
-from elc_fx.shapes import PlainInterpreter
+from elc_fx.training.losses import relative_square
 
 
 class Features:

@@ -31,12 +31,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
-from elc_fx import capture
+from elc_fx.capturing import capture
+from elc_fx.capturing.graph import has_hooks, module_of, put_attribute
+from elc_fx.capturing.identity import add_tensor
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, StorageError
 from elc_fx.files import write_whole
-from elc_fx.graph import has_hooks, module_of, put_attribute
-from elc_fx.identity import add_tensor
 from elc_fx.report import Report
 
 FORMAT = 2

@@ -13,9 +13,16 @@ from typing import Any
 
 from torch import fx, nn
 
-from elc_fx.activations import never_falls
-from elc_fx.chains import allocating
-from elc_fx.graph import function_name, has_hooks, is_torchs, module_of, overwritten_argument, runs_foreign_code
+from elc_fx.capturing.graph import (
+    function_name,
+    has_hooks,
+    is_torchs,
+    module_of,
+    overwritten_argument,
+    runs_foreign_code,
+)
+from elc_fx.matching.activations import never_falls
+from elc_fx.matching.chains import allocating
 
 MAX_POOLS: dict[type[Any], int] = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 FUNCTIONS = {f"max_pool{dims}d": cls for cls, dims in MAX_POOLS.items()}

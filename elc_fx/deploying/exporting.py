@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from elc_fx.capturing.origins import all_origins
 from elc_fx.errors import ExportError, MissingPackageError, first_line
 from elc_fx.files import write_whole
-from elc_fx.origins import all_origins
 from elc_fx.packages import required
 
 ORIGINS = "elc_fx_origins.json"  # beside the program, in the same file
@@ -26,7 +26,7 @@ ORIGINS = "elc_fx_origins.json"  # beside the program, in the same file
 
 @dataclass(frozen=True)
 class Exported:
-    """A program, and why its batch size is fixed (None: it takes any). origins: of its layers, see `elc_fx.origins`."""
+    """A program, and why its batch size is fixed (None: it takes any). origins: of its layers, see `origins.py`."""
 
     program: ExportedProgram
     fixed_batch: str | None

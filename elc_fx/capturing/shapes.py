@@ -9,10 +9,10 @@ from torch import Tensor, fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from elc_fx.affine import Ints
-from elc_fx.attributes import unchanged
-from elc_fx.capture import Capture
-from elc_fx.inputs import fresh
-from elc_fx.randomness import reproducibly
+from elc_fx.capturing.attributes import unchanged
+from elc_fx.capturing.capture import Capture
+from elc_fx.capturing.inputs import fresh
+from elc_fx.capturing.randomness import reproducibly
 
 T = TypeVar("T")
 

@@ -16,19 +16,19 @@ from typing import Any
 
 from torch import fx, nn
 
-from elc_fx.activations import MODULES, activation_of
 from elc_fx.affine import Geometry, Ints, Padding
-from elc_fx.attributes import unchanged
-from elc_fx.capture import Capture, capture
-from elc_fx.chains import find_chains
+from elc_fx.capturing.attributes import unchanged
+from elc_fx.capturing.capture import Capture, capture
+from elc_fx.capturing.equivalence import verify_trace
+from elc_fx.capturing.graph import is_drop_path, is_identity, module_of
+from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, fresh, running
+from elc_fx.capturing.randomness import reproducibly
 from elc_fx.errors import NotAffineError
-from elc_fx.graph import is_drop_path, is_identity, module_of
-from elc_fx.inputs import NO_EXAMPLES, ExampleInputs, fresh, running
-from elc_fx.interpret import Interpreter, Operation
-from elc_fx.pooling import MAX_POOLS, max_pooling_of, put_poolings_first
-from elc_fx.randomness import reproducibly
-from elc_fx.regions import Chain, Join, Part, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
-from elc_fx.verification import verify_trace
+from elc_fx.matching.activations import MODULES, activation_of
+from elc_fx.matching.chains import find_chains
+from elc_fx.matching.interpret import Interpreter, Operation
+from elc_fx.matching.pooling import MAX_POOLS, max_pooling_of, put_poolings_first
+from elc_fx.matching.regions import Chain, Join, Part, fit_one_layer, interpret, kinds_of, nodes_of, operations_of
 
 KeptWindows = Mapping[fx.Node, Ints]  # the kernel size that a convolution keeps, where that is less than all of it
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from elc_fx.errors import TrainingError
 from elc_fx.files import write_whole
-from elc_fx.history import METRICS, Epoch, metrics
+from elc_fx.training.history import METRICS, Epoch, metrics
 
 NAME = "checkpoint-{:05d}"  # by epochs done
 

@@ -23,11 +23,11 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils.weak import WeakIdKeyDictionary
 
 from elc_fx.affine import Ints
+from elc_fx.capturing.graph import constants, function_name, module_of, signature_of
+from elc_fx.capturing.tidying import tidy
 from elc_fx.errors import ElcError, InvalidInputError, NotAffineError
-from elc_fx.graph import constants, function_name, module_of, signature_of
-from elc_fx.interpret import Interpreter
-from elc_fx.lossless import merge_all
-from elc_fx.tidying import tidy
+from elc_fx.matching.interpret import Interpreter
+from elc_fx.merging.lossless import merge_all
 
 LOG = logging.getLogger("elc_fx")
 Compiled: TypeAlias = Callable[..., Any]

@@ -1,0 +1,1 @@
+"""Where a network goes: torch.compile, torch.export, runtimes, files."""

@@ -1,0 +1,1 @@
+"""Regions become one layer each, and are compared with what they replace."""
