@@ -507,9 +507,9 @@ def same_padding(extent: Sequence[int]) -> Padding:
     return tuple(((e - 1) // 2, e - 1 - (e - 1) // 2) for e in extent)
 
 
-def flat_padding(padding: Padding) -> list[int]:
+def flat_padding(padding: Padding) -> Ints:
     """Padding per axis as `torch.nn.functional.pad` takes it: last axis first."""
-    return [side for sides in reversed(padding) for side in sides]
+    return tuple(side for sides in reversed(padding) for side in sides)
 
 
 def paddings(padding: Padding) -> list[Padding]:

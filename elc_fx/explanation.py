@@ -28,8 +28,8 @@ class Explanation:
 
     report: what `compile` would do, so what merges exactly, what does not, and why. layers: all convolutions and
     linear layers, in the order in which they run. candidates: every region that could become one convolution after
-    decoupling. alone: the layers that neither merge exactly nor are in a candidate, and what they stand between.
-    no_candidates: why there are none, where they were not looked for.
+    decoupling, or a layer whose kernel could shrink. alone: the layers that merge with no other, and what they stand
+    between. no_candidates: why there are none, where they were not looked for.
     """
 
     model: str
@@ -176,7 +176,7 @@ def explain(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[s
     found = [c for _, c in regions if c.activations or c.kernels or c.paddings]  # the others merge exactly
     layers = tuple(label(op.node) for op in graph.interpreter.operations.values() if op.convolves)
     merged = {place for region in report.merged for place in region.nodes}
-    free = set(layers) - {layer for candidate in found for layer in candidate.layers} - merged
+    free = set(layers) - {layer for candidate in found if candidate.merges for layer in candidate.layers} - merged
     return Explanation(name, report, layers, tuple(found), tuple(_alone(graph, free)))
 
 

@@ -256,7 +256,7 @@ def overwrites_unseen(node: fx.Node) -> bool:
         return False
     in_lists = name.startswith(("_foreach_", "_fused_")) and name.endswith("_")
     several = isinstance(node.kwargs.get("out"), tuple | list)
-    return in_lists or several or name in ("set_", "__setitem__") or _updates_statistics(node, name)
+    return in_lists or several or name in ("set_", "setitem", "__setitem__") or _updates_statistics(node, name)
 
 
 def _overloads(operation: Any) -> list[Any]:

@@ -208,7 +208,7 @@ def called_only(cls: Any) -> dict[str, str] | None:
 
     None where the source is missing, or uses `self` in ways that say nothing about its children.
     """
-    uses: dict[str, set[str]] = {}
+    uses: dict[str, set[tuple[str, str]]] = {}  # by method
     for owner in cls.__mro__:
         if owner in (nn.Module, object) or owner.__module__.startswith("typing"):
             continue
@@ -221,23 +221,37 @@ def called_only(cls: Any) -> dict[str, str] | None:
             return None
         if not tree.body:
             return None
-        for me, code in _code_with_self(tree.body[0]):
-            for name, use in _uses_of(me, code):
-                uses.setdefault(name, set()).add(use)
-    if "*" in uses or REFLECTION & set(uses):
+        for method, me, code in _code_with_self(tree.body[0]):
+            uses.setdefault(method, set()).update(_uses_of(me, code))
+    children: dict[str, set[str]] = {}
+    for method in uses:
+        for name, use in uses[method]:
+            children.setdefault(name, set()).add(use)
+    reached = {name for method in _reached(uses) for name, _ in uses[method]}
+    if "*" in reached or REFLECTION & reached:
         return None
-    return {name: next(iter(kinds)) for name, kinds in uses.items() if len(kinds) == 1 and kinds != {"other"}}
+    return {name: next(iter(kinds)) for name, kinds in children.items() if len(kinds) == 1 and kinds != {"other"}}
 
 
-def _code_with_self(definition: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """What `self` is called in the methods of a class, and their code; of `__init__`, what may run after it."""
+def _reached(uses: dict[str, set[tuple[str, str]]]) -> set[str]:
+    """The methods that a call of the module may run. Others, which set weights up, say, may go through its children."""
+    pending = {method for method in uses if method == "forward" or method.startswith("__")}
+    reached = set[str]()
+    while pending:
+        reached |= pending
+        pending = {name for method in pending for name, _ in uses[method]} & uses.keys() - reached
+    return reached
+
+
+def _code_with_self(definition: ast.AST) -> Iterator[tuple[str, str, ast.AST]]:
+    """The methods of a class: name, what `self` is called there, and code; of `__init__`, what may run after it."""
     for function in _functions(definition):
         static = any(isinstance(by, ast.Name) and by.id == "staticmethod" for by in function.decorator_list)
         if static or not function.args.args:
             continue
         inner = [node for node in ast.walk(function) if isinstance(node, ast.FunctionDef | ast.Lambda)]
         for code in inner[1:] if function.name == "__init__" else inner[:1]:
-            yield function.args.args[0].arg, code
+            yield function.name, function.args.args[0].arg, code
 
 
 def _functions(definition: ast.AST) -> Iterator[ast.FunctionDef]:

@@ -38,7 +38,7 @@ from elc_fx.merging.fusion import Fusion
 from elc_fx.merging.lossless import LAYERS, depth_of
 from elc_fx.report import Report, Totals
 
-KEEPS_CHANNELS = (RegionInput, RingPad, DecoupledPadding)
+KEEPS_CHANNELS = (RegionOutput, RingPad, DecoupledPadding)  # a RegionInput has those that its readers say
 
 
 @torch.inference_mode(False)  # what is made in that mode could not be trained

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from elc_fx.affine import Padding
 from elc_fx.capturing.copying import clone
-from elc_fx.capturing.graph import function_name, label, module_of
+from elc_fx.capturing.graph import constants, function_name, label, module_of, overwritten_argument
 from elc_fx.capturing.identity import names_and_shapes
 from elc_fx.capturing.inputs import (
     NO_CALIBRATION,
@@ -111,10 +111,13 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
                     f"{before:,} FLOPs become {after:,}"
                 )
         captured.warn_of_eval_only()
-        read = _attributes_read(captured.graph_module)
+        read, unread = _attributes_read(captured.graph_module), _unread(captured.graph_module)
         rewriter = _Rewriter(graph)
         for candidate, region, windows in located:
             rewriter.rewrite(candidate, region, windows)
+        while without_readers := _unread(captured.graph_module) - unread:  # such as code that computed a weight
+            for node in without_readers:
+                captured.graph_module.graph.erase_node(node)
         for path in read - _attributes_read(captured.graph_module):
             _delete_parameter(captured.graph_module, path)
         decoupled = DecoupledModule(captured.graph_module, captured.graph_module.graph, type(model).__name__)
@@ -136,11 +139,13 @@ def _calls(graph_module: fx.GraphModule) -> Counter[str]:
 
 
 def _attributes_read(graph_module: fx.GraphModule) -> set[str]:
-    """The attributes that the graph reads, after those that nobody uses are taken out of it."""
-    for node in reversed(graph_module.graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph_module.graph.erase_node(node)
-    return {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    return {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr" and node.users}
+
+
+def _unread(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """Constants that nobody reads; but for what is written for its own sake."""
+    found = {node for node in constants(graph_module.graph) if not node.users}
+    return {node for node in found if overwritten_argument(graph_module, node) is None}
 
 
 def _delete_parameter(graph_module: fx.GraphModule, path: str) -> None:

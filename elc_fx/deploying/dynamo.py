@@ -209,7 +209,8 @@ def _why_not(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> str | None:
         return "gradients are enabled; call the model under torch.no_grad()"
     for node in graph_module.graph.nodes:
         arguments = signature_of(node)
-        if arguments.get("training", arguments.get("train")) is True:
+        of_weights = function_name(node) == "batch_norm" and arguments.get("running_mean") is None  # in any mode
+        if arguments.get("training", arguments.get("train")) is True and not of_weights:
             return f"`{node.name}` is in training mode; call model.eval()"
         if function_name(node).startswith(SWITCHES):
             return f"`{node.name}` changes what the nodes after it do"

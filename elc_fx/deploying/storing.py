@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
+from torch.nn.utils.parametrize import is_parametrized
 
 from elc_fx.capturing import capture
 from elc_fx.capturing.graph import has_hooks, module_of, put_attribute
@@ -47,7 +48,9 @@ NAMESPACES = (torch, torch.functional, torch.nn.functional, torch.linalg, torch.
 OF_TENSORS = ("shape", "ndim", "dtype", "device", "layout", "T", "mT", "H", "mH", "real", "imag", "itemsize", "data")
 ATTRIBUTES = frozenset((*OF_TENSORS, "values", "indices"))  # the last two are of what max, sort and topk return
 # Functions and methods for tensors that torch does not list among those that may be overridden.
-FURTHER = frozenset(("hardsigmoid", "hardswish", "rand_like", "randn_like"))
+FURTHER = frozenset(
+    ("arange", "eye", "full", "hardsigmoid", "hardswish", "linspace", "ones", "rand_like", "randn_like", "zeros")
+)
 FURTHER_METHODS = frozenset(("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "stride", "unflatten"))
 # Methods that take functions, change what other tensors of the process are, or give a storage (which imports what
 # its `type` is given the name of).
@@ -247,6 +250,11 @@ class _Writer:
 
     def _layer(self, module: nn.Module, path: str) -> dict[str, Any]:
         cls = type(module)
+        if is_parametrized(module):
+            raise StorageError(
+                f"`{path}` has parametrizations, whose code cannot be stored; call "
+                "torch.nn.utils.parametrize.remove_parametrizations before compiling"
+            )
         if classes().get(cls.__name__) is not cls:
             raise StorageError(
                 f"`{path}` is a {_home(cls)}, whose code cannot be stored; use torch.export or torch.save, or make it "

@@ -130,7 +130,8 @@ class _Finder:
     def _close(self, join: Join) -> None:
         """A join of one source continues the chain before that source, if the join's branches are its only readers."""
         sources = join.sources
-        if self._is_overwritten_between(join):
+        axes = {self.interpreter.features[value].dims for value in (join.node, *sources)} - {None}
+        if len(axes) > 1 or self._is_overwritten_between(join):
             self.chains.update({branch.value: branch.chain for branch in join.branches if branch.chain.parts})
             return
         depth = 1 + max(branch.chain.depth for branch in join.branches)
@@ -151,13 +152,13 @@ class _Finder:
         self.chains[join.node] = chain
 
     def _is_overwritten_between(self, join: Join) -> bool:
-        """Whether somebody may change the source between the first and the last of the join's reads."""
+        """Whether somebody may change a source between the first of the join's reads and the join."""
         nodes = {join.node, *nodes_of([join])}
-        positions = [self.position[node] for node in nodes]
-        for member in {m for source in join.sources for m in self.aliases.of[source]}:
-            for user in member.users:
-                between = min(positions) < self.position[user] < max(positions)
-                if between and user not in nodes and self.aliases.may_overwrite(user):
+        for source in join.sources:
+            first = min(self.position[reader] for reader in nodes.intersection(source.users))
+            for user in {user for member in self.aliases.of[source] for user in member.users} - nodes:
+                between = first < self.position[user] < self.position[join.node]
+                if between and self.aliases.may_overwrite(user):
                     self.refusals.append(
                         Refusal(label(join.node), f"`{label(user)}` may overwrite what its branches read")
                     )

@@ -20,7 +20,7 @@ from elc_fx.capturing.randomness import generators, randomness_of_the_caller
 
 
 class Constants:
-    """Those of a captured graph. written: identities of tensors that the graph may change, which are none."""
+    """Those of a captured graph. written: the memory of tensors that the graph may change, which are none."""
 
     def __init__(self, captured: fx.GraphModule) -> None:
         self.captured = captured
@@ -31,6 +31,10 @@ class Constants:
     def __contains__(self, node: fx.Node) -> bool:
         """Whether no input changes it, though its value may be random or unknown."""
         return node in self._computed_from_attributes
+
+    def may_change(self, tensor: Tensor) -> bool:
+        """Whether the graph may write into its memory, by this name or by another."""
+        return memory_of(tensor) in self.written
 
     def value(self, argument: Any) -> Any:
         """The number or tensor that an argument always is, or None."""
@@ -45,7 +49,7 @@ class Constants:
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             found = attribute_of(self.captured, node)
-            return found.detach() if isinstance(found, Tensor) and id(found) not in self.written else None
+            return found.detach() if isinstance(found, Tensor) and not self.may_change(found) else None
         name = function_name(node)
         if "empty" in name or overwritten_argument(self.captured, node) is not None:  # what nobody filled is nothing
             return None
@@ -65,12 +69,13 @@ class Constants:
             return value if generators() == before else None
 
     def _overwritten_attributes(self) -> set[int]:
-        """Identities of tensors that the graph may change, maybe through a view, and that are thus no constants."""
+        """The memory of tensors that the graph may change, maybe through a view, and that are thus no constants."""
         written: set[int] = set()
         origins: dict[fx.Node, set[int]] = {}  # the attributes that a value may be a view of
         for node in self.captured.graph.nodes:
             if node.op == "get_attr":
-                origins[node] = {id(attribute_of(self.captured, node))}
+                found = attribute_of(self.captured, node)
+                origins[node] = {memory_of(found)} if isinstance(found, Tensor) else set()
                 continue
             given = [origins[value] for value in node.all_input_nodes if origins[value]]
             reached: set[int] = set().union(*given)
@@ -81,3 +86,11 @@ class Constants:
                 written |= origins[value]
                 origins[node] = origins[value]
         return written
+
+
+def memory_of(tensor: Tensor) -> int:
+    """The same number for tensors that share memory; sparse ones, which have none of their own, share it with none."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,10 +26,14 @@ from elc_fx.affine import AffineMap, Geometry, Ints, Padding, same_padding, tran
 from elc_fx.capturing.attributes import Attributes
 from elc_fx.capturing.capture import assign
 from elc_fx.capturing.graph import (
+    ALLOCATING,
+    allocates,
+    attribute_of,
     function_name,
     has_unknown_hooks,
     is_leaf,
     is_torchs,
+    may_be_view,
     module_of,
     signature_of,
 )
@@ -85,8 +89,8 @@ class Feature:
 class Operation:
     """One node as an affine map of `source`. dtype, device: of its weights, None where it has none.
 
-    convolves: it is a convolution or linear layer, which costs FLOPs; elementwise operations count none. inner: further
-    nodes that it stands for, between `source` and `node`.
+    convolves: it is a convolution or linear layer, which costs FLOPs; elementwise operations count none. computes: its
+    weights too, with each call. inner: further nodes that it stands for, between `source` and `node`.
     rank: the number of axes for which it is that map, if it would take others but be another map then.
     """
 
@@ -97,6 +101,7 @@ class Operation:
     dtype: torch.dtype | None = None
     device: torch.device | None = None
     convolves: bool = False
+    computes: bool = False
     inner: tuple[fx.Node, ...] = ()
     rank: int | None = None
 
@@ -119,6 +124,8 @@ class Interpreter:
         self.operations: dict[fx.Node, Operation] = {}
         self.refusals: dict[fx.Node, str] = {}  # operations that look affine but are not, with the reason
         self.features: dict[fx.Node, Feature] = {node: Feature() for node in captured.graph.nodes}
+        self.dtypes: dict[fx.Node, torch.dtype] = {}  # of values whose layers settle it, whatever the input is
+        self.sizes: set[fx.Node] = set()  # numbers that are computed from sizes
         self._interpret()
 
     def _operation(self, node: fx.Node) -> Operation | None:
@@ -143,8 +150,7 @@ class Interpreter:
             return None
         if is_parametrized(module) and (reason := _computes_otherwise(module)):
             raise _Refused(reason)
-        written = self.constants.written
-        if written and any(id(tensor) in written for tensor in (*module.parameters(), *module.buffers())):
+        if self.constants.written and any(map(self.constants.may_change, (*module.parameters(), *module.buffers()))):
             return None
         source = node.args[0]
         readers: tuple[tuple[dict[Any, Any], Callable[..., Operation]], ...] = (
@@ -157,7 +163,9 @@ class Interpreter:
         for classes, read in readers:
             for cls, dims in classes.items():
                 if _computes_as(module, cls):
-                    return read(node, source, module, dims)
+                    operation = read(node, source, module, dims)
+                    computes = is_parametrized(module) or bool(module._forward_pre_hooks)
+                    return replace(operation, computes=computes and operation.convolves)
         if type(module).__name__ in PADS and type(module).__module__ == "torch.nn.modules.padding":
             return self._pad_module(node, source, module)
         return None
@@ -202,17 +210,19 @@ class Interpreter:
         name, arguments = function_name(node), signature_of(node)
         if node.target is assign:
             return self._filled_padding(node)
-        if not is_torchs(node):
+        if not is_torchs(node) or node in self.constants:
             return None
         if name in ADDS | SCALES | QUOTIENTS | {"neg", "negative", "neg_", "rsub"}:
             return self._elementwise(node, name, arguments)
         source = arguments.get("input")
         if not isinstance(source, fx.Node):
             return None
+        computes = any(given.op != "get_attr" for given in node.all_input_nodes if given is not source)
         if name.startswith("conv") and name[-2:-1].isdigit():
-            return self._convolution_function(node, source, name, arguments)
+            return replace(self._convolution_function(node, source, name, arguments), computes=computes)
         if name == "linear":
-            return self._linear(node, source, self._weight(arguments["weight"]), self._weight(arguments.get("bias")))
+            weight, bias = self._weight(arguments["weight"]), self._weight(arguments.get("bias"))
+            return replace(self._linear(node, source, weight, bias), computes=computes)
         if name == "batch_norm":
             return self._batch_norm_function(node, source, arguments)
         if name.startswith("avg_pool"):
@@ -234,9 +244,7 @@ class Interpreter:
             raise _Refused(f"its weight is {why}")
         return value
 
-    def _convolution_function(
-        self, node: fx.Node, source: fx.Node, name: str, arguments: dict[str, Any]
-    ) -> Operation | None:
+    def _convolution_function(self, node: fx.Node, source: fx.Node, name: str, arguments: dict[str, Any]) -> Operation:
         dims = int(name[-2])
         weight = self._weight(arguments.get("weight"))
         stride, dilation = (_per_axis(arguments.get(key, 1), dims) for key in ("stride", "dilation"))
@@ -276,7 +284,7 @@ class Interpreter:
         if (a is None) == (b is None) or not isinstance(alpha, int | float) or arguments.get("rounding_mode"):
             return None
         source, constant = (left, b) if a is None else (right, a)
-        if not isinstance(source, fx.Node):
+        if not isinstance(source, fx.Node) or source in self.sizes:
             return None
         if name in SCALES:
             return self._scale(node, source, constant, None)
@@ -299,15 +307,15 @@ class Interpreter:
     ) -> Operation | None:
         feature = self.features[source]
         channels, dims = feature.channels, feature.dims
-        if source.op == "placeholder" or function_name(source) in ("getitem", "getattr"):
+        if (dtype := self.dtypes.get(source)) is None:
             raise _Refused("the data type of its input is not known, and it may change it")
         if channels is None or dims is None:
-            raise _Refused("the number of channels that it scales is not known; give example_inputs")
+            raise _Refused("the number of channels that it scales is not known")
         tensors = [value for value in (weight, bias) if isinstance(value, Tensor)]
         if not all(_is_per_channel(value, channels, dims) for value in tensors):
             raise _Refused("its constant is not one number per channel")
         dtypes = {value.dtype for value in tensors if value.dim() > 0}
-        if any(not (d.is_floating_point or d.is_complex) for d in dtypes) or len(dtypes) > 1:
+        if dtypes - {dtype}:
             raise _Refused("its constant changes the data type")
         complex_number = any(
             isinstance(v, complex) or (isinstance(v, Tensor) and v.is_complex()) for v in (weight, bias)
@@ -407,10 +415,12 @@ class Interpreter:
             raise _Refused("the batch norm keeps no running statistics: it normalises with those of the batch")
         if not _usable(mean, variance):
             raise _Refused("the batch norm is not initialised")
-        known = self.features[source]
-        dims = dims if dims is not None else known.dims
+        axes = len(self.shapes.get(source, ()))
+        dims = dims if dims is not None else self.features[source].dims
+        if dims is None and axes:
+            dims = axes - 2  # it normalises axis 1, whatever stands before it
         if dims is None:
-            raise _Refused("the number of axes that it normalises is not known; give example_inputs")
+            raise _Refused("the number of axes that it normalises is not known")
         geometry = replace(Geometry.identity(mean.shape[0], dims), bias=True)
 
         def load() -> AffineMap:
@@ -420,7 +430,6 @@ class Interpreter:
             offset = -wide(mean.detach()) * scale
             return AffineMap.scale(scale, offset if bias is None else offset + wide(bias.detach()), dims)
 
-        axes = len(self.shapes.get(source, ()))
         if dims == 0 and axes not in (0, 2):
             raise _Refused(f"the batch norm normalises axis 1 of {axes}, not the last one")
         return Operation(node, source, geometry, load, None, mean.device, rank=2 if dims == 0 and not axes else None)
@@ -447,9 +456,11 @@ class Interpreter:
             raise _Refused("average pooling with ceil_mode divides by fewer values at the border")
         if not count_include_pad and any(sides) and divisor_override is None:
             raise _Refused("average pooling that does not count its padding divides by fewer values at the border")
-        channels = self.features[source].channels
+        channels, shape = self.features[source].channels, self.shapes.get(source, ())
+        if channels is None and len(shape) == dims + 2:
+            channels = shape[1]
         if channels is None:
-            raise _Refused("the number of channels that it pools is not known; give example_inputs")
+            raise _Refused("the number of channels that it pools is not known")
         geometry = Geometry(
             channels,
             channels,
@@ -479,7 +490,7 @@ class Interpreter:
         feature = self.features[source]
         dims = feature.dims
         if not dims or feature.channels is None:
-            raise _Refused("the axes that it pads are not known; give example_inputs")
+            raise _Refused("the axes that it pads are not known")
         pairs = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
         pairs += [(0, 0)] * (dims + 2 - len(pairs))
         *spatial, (before, after), batch = pairs
@@ -652,19 +663,28 @@ class Interpreter:
     # What is known of the values: channels and axes, from the layers before and behind them.
 
     def _interpret(self) -> None:
-        """Reads all nodes, twice: what a later layer says of its input completes what the first pass did not know."""
+        """Reads all nodes, twice: what a later layer says of its input completes what the first pass did not know.
+
+        What is left is completed by a guess from the shapes, and read a third time.
+        """
         nodes = list(self.captured.graph.nodes)
-        for _ in range(2):
+        for guess in (False, False, True):
             for node in nodes:
-                self._complete_from_shape(node)
                 if node not in self.operations and (operation := self._operation(node)) is not None:
                     self.operations[node] = operation
                 if node in self.operations:
                     geometry = self.operations[node].geometry
-                    self._learn(node, Feature(geometry.out_channels, geometry.dims))
+                    self.features[node] = Feature(geometry.out_channels, geometry.dims)
                 else:
                     for source in self._passes_on(node):
                         self._learn(node, self.features[source])
+                    if (joined := self.concatenated(node)) is not None:
+                        self._learn(node, self._concatenation(joined))
+                    self._complete_from_shape(node, guess)
+                if (dtype := self._settled_dtype(node)) is not None:
+                    self.dtypes[node] = dtype
+                if self._is_size(node):
+                    self.sizes.add(node)
             for node in reversed(nodes):
                 if node in self.operations:
                     geometry = self.operations[node].geometry
@@ -673,6 +693,12 @@ class Interpreter:
                     for source in self._passes_on(node):
                         self._learn(source, self.features[node])
 
+    def _concatenation(self, values: Sequence[fx.Node]) -> Feature:
+        features = [self.features[value] for value in values]
+        channels = [feature.channels for feature in features if feature.channels is not None]
+        dims = next((feature.dims for feature in features if feature.dims is not None), None)
+        return Feature(sum(channels) if len(channels) == len(values) else None, dims)
+
     def _learn(self, node: fx.Node, feature: Feature) -> None:
         self.features[node] = self.features[node].known(feature)
 
@@ -680,13 +706,53 @@ class Interpreter:
         """Whether a value has a batch axis, as far as is known: convolutions take one sample without it too."""
         return len(self.shapes.get(node, (0,) * (dims + 2))) == dims + 2 or not dims
 
-    def _complete_from_shape(self, node: fx.Node) -> None:
+    def _complete_from_shape(self, node: fx.Node, guess: bool) -> None:
+        """guess: a value of two axes that nothing else is known of has its channels last."""
         shape, feature = self.shapes.get(node), self.features[node]
         if not shape or len(shape) < 2:
             return
-        dims = feature.dims if feature.dims is not None else (0 if len(shape) == 2 else None)
+        dims = feature.dims if feature.dims is not None else (0 if guess and len(shape) == 2 else None)
         if dims is not None:
             self.features[node] = feature.known(Feature(shape[1] if dims else shape[-1], dims))
+
+    def _settled_dtype(self, node: fx.Node) -> torch.dtype | None:
+        """The floating-point type that layers, conversions and what keeps their types give, whatever the input has."""
+        if (operation := self.operations.get(node)) is not None:
+            return operation.dtype if operation.convolves else self.dtypes.get(operation.source)
+        if node.op == "call_module":
+            module = module_of(self.captured, node)
+            if not allocates(self.captured, node) or isinstance(module, _BatchNorm):
+                return self._common_dtype(self._passes_on(node))
+            weights = (p.dtype for p in module.parameters() if p.is_floating_point())
+            return next(weights, None) or self._common_dtype(node.all_input_nodes)
+        name = function_name(node)
+        if node.op == "get_attr":
+            value = attribute_of(self.captured, node)
+            return value.dtype if isinstance(value, Tensor) and value.is_floating_point() else None
+        if node.op not in ("call_function", "call_method") or node.target is getattr or not is_torchs(node):
+            return None
+        if name in CONVERSIONS:
+            return CONVERSIONS[name]
+        if asked := [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)]:
+            return asked[0] if name in ("to", "type") and asked[0].is_floating_point else None
+        keeps = name.removesuffix("_") in KEEP_DTYPE or is_activation(self.captured, node) or may_be_view(node)
+        return (
+            self._common_dtype(node.all_input_nodes[:1] if "norm" in name else node.all_input_nodes) if keeps else None
+        )
+
+    def _common_dtype(self, sources: Sequence[fx.Node]) -> torch.dtype | None:
+        """Of values that are computed with each other."""
+        numbers = (source for source in sources if _is_number(self.constants.value(source)))
+        dtypes = {self.dtypes.get(source) for source in {*sources} - {*numbers}}
+        return dtypes.pop() if len(dtypes) == 1 else None
+
+    def _is_size(self, node: fx.Node) -> bool:
+        if node.target is getattr:
+            return node.args[1] in ("shape", "ndim")
+        if node.op == "call_method":
+            return node.target in ("size", "dim", "numel")
+        inputs = node.all_input_nodes
+        return node.op == "call_function" and bool(inputs) and self.sizes.issuperset(inputs)
 
     def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The inputs that have the channels and axes of the output."""
@@ -713,10 +779,19 @@ KEEP_CHANNELS_FUNCTIONS = frozenset(
         *tuple(f"{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)),
     )
 )
+CONVERSIONS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+KEEP_DTYPE = (
+    ALLOCATING | ADDS | SCALES | QUOTIENTS | {"assign", "contiguous", "flatten", "negative", "pad", "reshape", "rsub"}
+)
 
 
 class _Refused(Exception):
     """An operation looks affine, but is not; the message is the reason."""
+
+
+def _is_number(value: Any) -> bool:
+    """A tensor of no axes counts as one: it does not change the type of what it is computed with."""
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dim())
 
 
 def _computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:

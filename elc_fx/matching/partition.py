@@ -102,7 +102,7 @@ class MergePlanner:
         """The parts as one map. Raises `NotAffineError`."""
         joins = [part for part in parts if isinstance(part, Join)]
         if any(b.coefficient != 1 and b.scale is None for join in joins for b in join.branches):
-            raise NotAffineError("the number of channels is not known; give example_inputs")
+            raise NotAffineError("the number of channels is not known")
         if not fit_one_layer(kinds_of(parts)):
             raise NotAffineError("the layers differ in data type or device")
         feature = self.interpreter.features[source]
@@ -110,7 +110,7 @@ class MergePlanner:
 
         def identity(channels: int) -> Geometry:
             if dims is None:
-                raise NotAffineError("the number of axes is not known; give example_inputs")
+                raise NotAffineError("the number of axes is not known")
             return Geometry.identity(channels, dims)
 
         geometry = interpret(parts, lambda op: op.geometry, identity, feature.channels)
@@ -130,7 +130,7 @@ class MergePlanner:
             for part in chain.parts:
                 blocks.append(self._single(part, at))
                 at = blocks[-1].output_size(at)
-            while len(merged := self._partition(blocks, size)) < len(blocks):
+            while (merged := self._partition(blocks, size)) != blocks:
                 blocks = merged
             self._splits[key] = blocks
         return self._splits[key]
@@ -173,7 +173,8 @@ class MergePlanner:
     def _spans(self, blocks: list[_Block], start: int) -> Iterator[tuple[int, Geometry]]:
         """The blocks from `start` that can be one convolution: where they end, and its geometry."""
         geometry, kinds = blocks[start].geometry, blocks[start].kinds
-        if geometry is not None and isinstance(blocks[start].parts[0], Join):
+        first = blocks[start].parts[0]
+        if geometry is not None and (isinstance(first, Join) or first.computes):
             yield start + 1, geometry
         for end in range(start + 2, min(start + LONGEST_SPAN, len(blocks)) + 1):
             block = blocks[end - 1]
@@ -305,7 +306,7 @@ def operation_cost(operation: Operation, size: Ints) -> Cost:
     geometry = operation.geometry
     if not operation.convolves:
         return (0, 0, 1)
-    return geometry.flops(size), geometry.weights, 1 + (geometry.padding_mode != "zeros")
+    return geometry.flops(size), geometry.weights, 1 + (geometry.padding_mode != "zeros") + operation.computes
 
 
 def merged_cost(geometry: Geometry, size: Ints) -> Cost:

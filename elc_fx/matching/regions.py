@@ -226,5 +226,5 @@ def interpret(
     if result is not None:
         return result
     if channels is None:
-        raise NotAffineError("the number of channels is not known; give example_inputs")
+        raise NotAffineError("the number of channels is not known")
     return identity(channels)

@@ -42,9 +42,7 @@ class SerialInterpreter(Interpreter):
         super().__init__(captured, shapes)
 
     def _operation(self, node: fx.Node) -> Operation | None:
-        if node.op == "call_module" and (
-            is_identity(self.captured, node) or is_drop_path(module_of(self.captured, node))
-        ):
+        if self._does_nothing(node):
             return self._stand_in(node)
         if (activation := activation_of(self.captured, node)) is not None:
             if not self._acts_per_channel(node, activation):
@@ -59,6 +57,14 @@ class SerialInterpreter(Interpreter):
                 self.poolings.add(node)
             return operation
         return super()._operation(node)
+
+    def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        return tuple(node.all_input_nodes[:1]) if self._does_nothing(node) else super()._passes_on(node)
+
+    def _does_nothing(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and (
+            is_identity(self.captured, node) or is_drop_path(module_of(self.captured, node))
+        )
 
     def _mean_of_windows(self, node: fx.Node, pooling: Any) -> Operation | None:
         source = node.all_input_nodes[0]

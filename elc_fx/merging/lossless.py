@@ -124,7 +124,7 @@ class LosslessCompilation:
         before = depth_of(graph_module, interpreter)
         fusion, refusals = merge_all(interpreter, verify=self.verify)
         self.merged.extend(replace(m, name=_join(path, m.name)) for m in fusion.merged)
-        self.refused.extend(replace(r, where=_join(path, r.where)) for r in refusals)
+        self.refused.extend(replace(self._advised(r), where=_join(path, r.where)) for r in refusals)
         for made in fusion.made:
             self.memo[id(made)] = made
         result = CompiledModule(self._copies(graph_module, path), graph_module.graph, type(graph_module).__name__)
@@ -133,6 +133,10 @@ class LosslessCompilation:
                 module.training = False
         result.graph.lint()
         return result, (before, depth_of(result))
+
+    def _advised(self, refusal: Refusal) -> Refusal:
+        unknown = self.examples is None and refusal.reason.endswith("not known")
+        return replace(refusal, reason=f"{refusal.reason}; give example_inputs") if unknown else refusal
 
     def _copies(self, graph_module: fx.GraphModule, path: str) -> nn.Module:
         """Holds at the same paths copies of all that the graph calls or reads, and of the caller's model nothing else.

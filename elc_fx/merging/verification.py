@@ -74,6 +74,8 @@ def _random_input(geometry: Geometry, kernel: Tensor) -> Tensor:
         second = s if e > 1 and min(low, high) <= 0 else s - 1  # so that there are two output positions
         unpadded = e if geometry.dims == 3 else 0  # torch's avg_pool3d does not count the padding of what is too small
         size.append(max(every_tap, low + 1, high + 1, unpadded) + second)
+    while geometry.transposed and min(geometry.output_size(tuple(size))) < 2:
+        size = [length + 1 for length in size]
     for axis, a, b, stride in geometry.sizes:
         while (size[axis] + a) // stride != (size[axis] + b) // stride:
             size[axis] += 1

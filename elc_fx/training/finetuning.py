@@ -241,6 +241,8 @@ class Finetuning:
             self._begin(last)
             drawn = randomness_of_the_caller(self.batches, self.validation)
             with drawn, without_autocast_cache(), SoundConvolutions(), _Bar(self) as bar:
+                if self.validation is not None and len(self.state.history) < self.config.epochs:
+                    self._check_validation()
                 for number in range(len(self.state.history), self.config.epochs):
                     if self._impatient():
                         break
@@ -462,16 +464,7 @@ class Finetuning:
         self.network.eval()
         total = torch.zeros((2,), device=self.device)
         for batch in self.validation:
-            inputs, target = self._parts(batch)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                output = self._output(self.network, inputs)
-            if self.config.loss is None and _classes(output, target) and output.dim() == 2:
-                wanted = target.argmax(1) if target.is_floating_point() else target.long()
-                right, count = (output.argmax(1) == wanted).sum(), (wanted != IGNORED).sum()
-            else:
-                count = torch.tensor(_size(inputs), device=self.device)
-                right = -self._task_loss(output, target) * count
-            total += torch.stack([right.float(), count.float()])
+            total += self._judged(batch)
         self.network.train()
         if current is not None:
             _load(self.network, current)
@@ -482,6 +475,38 @@ class Finetuning:
                 f"the network scores {score} on the validation data" if total[1] else "validation holds no samples"
             )
         return score
+
+    @torch.no_grad()
+    def _check_validation(self) -> None:
+        """Its errors come before the first epoch, though it is not scored before all gates are closed."""
+        assert self.validation is not None
+        self.network.eval()
+        for batch in self.validation:
+            self._judged(batch)
+            return
+        raise TrainingError("validation holds no samples")
+
+    def _judged(self, batch: Any) -> Tensor:
+        """How many are right, or minus the sum of the losses where no classes are scored; and how many there are."""
+        try:
+            inputs, target = self._parts(batch)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                output = self._output(self.network, inputs)
+            if self.config.loss is None and _classes(output, target) and output.dim() == 2:
+                wanted = target.argmax(1) if target.is_floating_point() else target.long()
+                right, count = (output.argmax(1) == wanted).sum(), (wanted != IGNORED).sum()
+            else:
+                count = torch.tensor(_size(inputs), device=self.device)
+                right = -self._loss_to_judge_by(inputs, output, target) * count
+        except InvalidInputError as error:
+            raise InvalidInputError(f"validation: {error}") from error
+        return torch.stack([right.float(), count.float()])
+
+    def _loss_to_judge_by(self, inputs: Any, output: Any, target: Any) -> Tensor:
+        """Where nothing but the teacher is learned, the distance from it; the targets may be anything then."""
+        if self.teacher is not None and self.config.distillation == 1 and self.config.loss is None:
+            return distance(output, self._output(self.teacher, inputs, "the teacher"), None)
+        return self._task_loss(output, target)
 
     def _impatient(self) -> bool:
         history = History(tuple(self.state.history))
