@@ -468,3 +468,68 @@ def test_a_trace_of_another_function_is_not_decoupled(shape: tuple[int, ...]) ->
         with pytest.raises(elc_fx.CaptureError, match="does not compute what the model computes"):
             ask(model, x)
     assert "does not compute" in str(elc_fx.explain(model, x))
+
+
+class DroppingHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.linear = nn.Dropout(0.1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.drop(x))
+
+
+def test_a_plan_finds_its_regions_again_without_shapes() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        x = s.body(x).relu().mean((-2, -1))
+        return s.a(x) + s.b(x)
+
+    model = ready(Unary(forward, body=nn.Conv2d(3, 8, 3), a=DroppingHead(), b=DroppingHead()))
+    x = image(2, 3, 6, 6)
+    for candidate in elc_fx.candidates(model, x):
+        decoupled = elc_fx.decouple(model, elc_fx.Plan((candidate,), ("x",)))
+        assert_same(decoupled(x), model(x))
+
+
+def test_code_that_computed_a_weight_goes_with_it() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = F.normalize(self.weight.flatten(1)).reshape_as(self.weight)
+            return self._conv_forward(x, weight, self.bias)
+
+    model, x = (
+        ready(nn.Sequential(Standardised(4, 6, 3, padding=1), nn.ReLU(), Standardised(6, 4, 1))),
+        image(2, 4, 5, 5),
+    )
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["conv2d..conv2d_1:3x3"]))
+    assert_same(decoupled(x), model(x))
+    decoupled.train()(x).sum().backward()
+    assert all(p.grad is not None for name, p in decoupled.named_parameters() if not name.startswith("1."))  # its line
+    elc_fx.set_gate(decoupled.eval(), 0)
+    merged = elc_fx.merge(decoupled)
+    assert_same(merged(x), decoupled(x))
+    assert len(list(merged.parameters())) == 2 and not merged.graph.find_nodes(op="get_attr")
+
+
+def test_a_region_of_images_may_begin_at_a_linear_layer() -> None:
+    layers = nn.Linear(8, 8), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(4, 4, 3)
+    model, x = ready(nn.Sequential(*layers)), image(2, 4, 6, 8)
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x))
+    elc_fx.set_gate(decoupled, 0)
+    assert_same(elc_fx.merge(decoupled)(x), decoupled(x))
+
+
+def test_gates_of_functions_are_named_by_the_module_that_calls_them() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.b(F.pad(F.relu(self.a(F.pad(x, (2, 0)))), (2, 0))))
+
+    model, x = ready(nn.Sequential(Causal(), Causal())), image(2, 4, 9)
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["0", "1"]))
+    elc_fx.set_gate(decoupled, {"1.*": 0})
+    gates = elc_fx.gates(decoupled)
+    assert len(gates) == 6 and all(gate == (not name.startswith("1.")) for name, gate in gates.items())

@@ -18,10 +18,11 @@ from xml.etree import ElementTree
 import networkx as nx
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import randomize_
+from networks import Unary, image, randomize_, ready
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from typer.testing import CliRunner
@@ -509,3 +510,12 @@ def test_other_weights_are_told_where_kept_layers_are_not_shown() -> None:
     text = str(elc_fx.diff(before, after, X))
     assert "1 of them with other weights" in text.splitlines()[0]
     assert "1 with other weights" in text.partition("\n")[2] or "(other weights)" in text
+
+
+def test_a_padding_that_is_written_as_another_is_no_change() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return torch.relu(s.bn(s.conv(F.pad(x, (2, 0)))))
+
+    model, x = ready(Unary(forward, conv=nn.Conv1d(4, 4, 3), bn=nn.BatchNorm1d(4))), image(2, 4, 9)
+    kinds = [change.kind for change in elc_fx.diff(model, elc_fx.compile(model, x), x).changes]
+    assert "changed" not in kinds

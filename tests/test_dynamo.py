@@ -384,3 +384,59 @@ def test_networks_of_one_class_are_all_merged_and_forgotten(
         blocks[1].wide[0].weight = nn.Parameter(blocks[1].wide[0].weight.clone())
         assert_same(blocks[1](x), ready(Block(), 1)(x))
     assert "change with every call" in caplog.text
+
+
+class JoinAroundAWrite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        y = self.first(x)
+        x[:, 0] = 0
+        return y + self.second(x)
+
+
+class ScaleThatIsWritten(nn.Module):
+    """view: reads what is written under another name."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.register_buffer("scale", torch.ones(4, 1, 1))
+        self.register_buffer("read", self.scale.view(1, 4, 1, 1) if view else self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale[0] = x.mean()
+        return self.layer(x) * self.read
+
+
+@pytest.mark.parametrize(
+    "make",
+    [JoinAroundAWrite, lambda: ScaleThatIsWritten(False), lambda: ScaleThatIsWritten(True)],
+    ids=["between branches", "into a scale", "into a scale, by another name"],
+)
+@torch.no_grad()
+def test_items_that_are_set_are_writes(seen: Seen, make: Any) -> None:
+    model, twin, x = make().double().eval(), make().double().eval(), image(2, 4, 6, 6)
+    twin.load_state_dict(model.state_dict())
+    fast = compiled(model, seen)
+    for _ in range(3):
+        assert_same(fast(x.clone()), twin(x.clone()))
+
+
+@torch.no_grad()
+def test_a_batch_norm_of_weights_is_no_training_mode(seen: Seen) -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.weight.reshape(1, self.out_channels, -1)
+            weight = nn.functional.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+            return self._conv_forward(x, weight, self.bias)
+
+    model, x = ready(nn.Sequential(Standardised(4, 4, 3), nn.ReLU(), Standardised(4, 4, 1))), image(2, 4, 6, 6)
+    fast = compiled(model, seen)
+    assert_same(fast(x), model(x))
+    assert seen.norms() == 0
+    model[0].weight.mul_(torch.linspace(1, 2, 9).view(3, 3))
+    assert_same(fast(x), model(x))

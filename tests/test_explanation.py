@@ -9,7 +9,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
-from networks import randomize_
+from networks import image, randomize_
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -179,3 +179,9 @@ def test_the_command_prints_it() -> None:
     assert result.exit_code == 0 and "Could merge after decoupling" in result.stdout
     result = CliRunner().invoke(app, ["explain", "torchvision:resnet18", "--json"])
     assert json.loads(result.stdout)["report"]["merged"]
+
+
+def test_a_layer_whose_kernel_could_shrink_is_alone_all_the_same() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3)).eval()
+    explanation = elc_fx.explain(model, image(1, 4, 9, 9, dtype=torch.float32))
+    assert [refusal.where for refusal in explanation.alone] == ["0", "2"] and explanation.candidates

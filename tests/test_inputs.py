@@ -22,6 +22,7 @@ from networks import (
     conv_bn,
     convolutions,
     image,
+    operators,
     pair,
     per_channel,
     randomize_,
@@ -367,3 +368,81 @@ def test_frozen_parameters_stay_frozen() -> None:
     compiled = elc_fx.compile(model)
     assert not any(p.requires_grad for p in compiled.parameters())
     assert not compiled(image(1, 4, 5, 5)).requires_grad
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        lambda x: x.permute(0, 3, 1, 2) / 255,
+        lambda x: (x.permute(0, 3, 1, 2) > 100) * 0.5,
+        lambda x: F.pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1)) * torch.tensor(0.5),
+        lambda x: x.permute(0, 3, 1, 2).contiguous().mul(0.1),
+    ],
+    ids=["quotient", "comparison", "padding", "product"],
+)
+def test_images_in_bytes_become_numbers_before_the_first_layer(prepared: Any) -> None:
+    model = Unary(lambda s, x: s.a(prepared(x)), a=conv_bn(4, 4)).eval()
+    x = torch.randint(0, 255, (2, 5, 5, 4), dtype=torch.uint8)
+    for result in (elc_fx.compile(model), elc_fx.compile(model, x)):
+        assert_same(result(x), model(x), 1e-6)
+        assert not batch_norms(result)
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        lambda x: x.float() / 255,
+        lambda x: x.to(torch.float32).sub(0.5).mul(2),
+        lambda x: F.pad(x.float(), (1, 1, 1, 1)) * 0.5,
+    ],
+    ids=["float", "to", "padding"],
+)
+def test_a_scale_of_what_was_converted_merges(scaled: Any) -> None:
+    model = Unary(lambda s, x: s.b(scaled(s.a(x.float()).relu())), a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 3)).eval()
+    result = elc_fx.compile(model, image(2, 4, 6, 6, dtype=torch.float32))
+    assert elc_fx.report_of(result).merged
+
+
+def test_a_scale_that_would_widen_the_input_of_a_layer_stays() -> None:
+    model = Unary(lambda s, x: s.a(x.half().float().relu() * s.scale), a=nn.Conv2d(4, 4, 1).double())
+    model.register_buffer("scale", torch.full((1,), 2.0, dtype=torch.float64))
+    check(model.eval(), image(2, 4, 5, 5))
+
+
+def test_a_linear_layer_and_a_convolution_may_read_one_value() -> None:
+    layers = {"linear": nn.Linear(8, 8), "conv": nn.Conv2d(2, 4, 1)}
+    check(ready(Unary(lambda s, x: (s.linear(x + x), s.conv(x + x)), **layers)), image(2, 2, 8, 8))
+    check(ready(Unary(lambda s, x: (lambda y: (s.linear(y), s.conv(y)))(x + x), **layers)), image(2, 2, 8, 8))
+
+
+@pytest.mark.parametrize("last", [lambda y: y * 2.0, lambda y: y + y, lambda y: F.pad(y, (1, 1))])
+def test_two_axes_may_be_channels_and_space(last: Any) -> None:
+    model = ready(Unary(lambda s, x: last(s.a(x)), a=nn.Conv1d(4, 4, 3, padding=1)))
+    check(model, image(4, 7))
+    check(model, image(2, 4, 7))
+
+
+def test_numbers_of_a_concatenation_are_known_without_examples() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = torch.cat([s.a(x), s.b(x)], 1)
+        return F.batch_norm(y, s.bn.running_mean, s.bn.running_var)
+
+    parts = {"a": nn.Conv2d(4, 2, 3), "b": nn.Conv2d(4, 6, 3), "bn": nn.BatchNorm2d(8)}
+    result = check(ready(Unary(forward, **parts)), image(2, 4, 5, 5))
+    assert operators(result, image(2, 4, 5, 5)) == {"convolution": 1}
+
+
+def test_sizes_that_are_computed_with_are_no_refusals() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        n, c, h, w = s.a(x).shape
+        return s.a(x).reshape(n, c * 2, h // 2, w) + x.size(0) * 2 + x.shape[1]
+
+    result = check(ready(Unary(forward, a=nn.Conv2d(4, 4, 1))), image(2, 4, 4, 4))
+    assert not [r for r in elc_fx.report_of(result).refused if "not known" in r.reason]
+
+
+def test_advice_to_give_examples_is_for_those_who_gave_none() -> None:
+    model = ready(Unary(lambda s, x: (s.a(x), F.avg_pool2d(x.exp(), 2)), a=nn.Conv2d(4, 4, 1)))
+    without, given = elc_fx.compile(model), elc_fx.compile(model, image(2, 4, 4, 4))
+    assert "give example_inputs" in str(elc_fx.report_of(without))
+    assert "give example_inputs" not in str(elc_fx.report_of(given))

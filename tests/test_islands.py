@@ -428,3 +428,36 @@ def test_functions_that_do_not_reach_children_leave_them_to_be_compiled() -> Non
     for x in (image(2, 3, 6, 6), -image(2, 3, 6, 6)):
         assert_same(compiled(x), model(x))
     assert not batch_norms(compiled)
+
+
+class SetsUp(nn.Module):
+    """Goes through all modules, but never while it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = RepVGGBlock(4, 4), RepVGGBlock(4, 4)
+
+    def init_weights(self) -> None:
+        for module in self.modules():
+            module.apply(lambda m: None)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.second(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.head(x if x.mean() > 0 else -x)
+
+
+class LooksThrough(SetsUp):
+    def head(self, x: Tensor) -> Tensor:
+        self.init_weights()
+        return super().head(x)
+
+
+@pytest.mark.parametrize(("kind", "compiled"), [(SetsUp, 2), (LooksThrough, 0)])
+def test_methods_that_a_call_does_not_run_may_go_through_the_children(kind: Any, compiled: int) -> None:
+    model = ready(kind())
+    result = elc_fx.compile(model)
+    assert len(elc_fx.report_of(result).merged) == compiled
+    assert_same(result(image(2, 4, 5, 5)), model(image(2, 4, 5, 5)))

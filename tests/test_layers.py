@@ -19,6 +19,7 @@ from networks import (
     assert_same,
     batch_norms,
     conv_bn,
+    convolutions,
     flops,
     image,
     operators,
@@ -483,3 +484,39 @@ def test_model_without_inputs_compiles() -> None:
     model = ready(Formula(lambda s: s.c(s.latent), c=conv_bn(4, 4), latent=image(1, 4, 5, 5)))
     assert_same(elc_fx.compile(model)(), model())
     assert_same(elc_fx.compile(model, ())(), model())
+
+
+class Standardised(nn.Conv2d):
+    """Weights normalised with each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return self._conv_forward(x, weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Standardised(4, 4, 3, padding=1),
+        lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+        lambda: parametrizations.spectral_norm(nn.ConvTranspose2d(4, 4, 3, padding=1)),
+        lambda: quiet(nn.utils.weight_norm, nn.Conv2d(4, 4, 3, padding=1, groups=2)),
+    ],
+    ids=["standardised", "weight norm", "spectral norm", "old weight norm"],
+)
+def test_weights_that_are_computed_are_computed_once(layer: Any) -> None:
+    model, x = ready(nn.Sequential(nn.ReLU(), layer(), nn.ReLU())), image(2, 4, 6, 6)
+    plain = check(model, x)
+    (made,) = convolutions(plain)
+    assert set(dict(made.named_parameters())) == {"weight", "bias"} and not operators(plain, x).keys() & {
+        "native_batch_norm",
+        "div",
+    }
+    assert not [refusal for refusal in elc_fx.report_of(plain).refused if "statistics" in refusal.reason]
+
+
+def test_a_transposed_convolution_may_pad_more_than_its_kernel() -> None:
+    for kernel, padding, stride in ((2, 2, 1), (3, 4, 2), (1, 1, 1)):
+        layers = nn.ConvTranspose2d(4, 4, kernel, stride=stride, padding=padding), nn.BatchNorm2d(4)
+        assert not batch_norms(check(ready(nn.Sequential(*layers)), image(2, 4, 9, 9)))

@@ -12,7 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import check, opaque_reasons
-from networks import SHARED, Unary, assert_same, batch_norms, conv_bn, flops, image, operators, pair, ready, sharing
+from networks import (
+    SHARED,
+    Unary,
+    assert_same,
+    batch_norms,
+    conv_bn,
+    convolutions,
+    flops,
+    image,
+    operators,
+    pair,
+    ready,
+    sharing,
+)
 from torch import Tensor, nn
 
 import elc_fx
@@ -421,3 +434,48 @@ def test_parameter_changed_by_forward_is_not_folded() -> None:
         original = copy.deepcopy(model)
         for _ in range(3):
             assert_same(compiled(image(1, 4, 5, 5)), original(image(1, 4, 5, 5)))
+
+
+@pytest.mark.parametrize(
+    "joined", [lambda a, b, c: a + b + c, lambda a, b, c: torch.cat([a, b, c], 1)], ids=["+", "cat"]
+)
+def test_an_activation_in_place_inside_of_a_branch_leaves_the_others_to_be_merged(joined: Any) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return joined(s.a(x), s.b(x), s.c(s.act(s.bn(s.d(x)))))
+
+    def parts(inplace: bool) -> dict[str, nn.Module]:
+        layers = {name: nn.Conv2d(4, 4, 3, padding=1) for name in "abcd"}
+        return {**layers, "bn": nn.BatchNorm2d(4), "act": nn.ReLU(inplace)}
+
+    twins = [check(ready(Unary(forward, **parts(inplace))), image(2, 4, 5, 5)) for inplace in (False, True)]
+    assert len(convolutions(twins[1])) == len(convolutions(twins[0])) == 3
+
+
+def test_a_branch_that_is_overwritten_before_the_sum_is_read_in_time() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.d(x)
+        a, b = s.a(y) + y, s.b(y)
+        y.relu_()
+        return a + b + s.c(y)
+
+    layers = {name: nn.Conv2d(4, 4, 3, padding=1) for name in "abcd"}
+    check(ready(Unary(forward, **layers)), image(2, 4, 5, 5))
+
+
+def test_a_buffer_that_is_written_under_another_name_is_no_constant() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(4, 4, 3)
+            self.register_buffer("scale", torch.ones(4, 1, 1))
+            self.register_buffer("read", self.scale.view(1, 4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.mul_(x.abs().mean() + 1)
+            return self.layer(x) * self.read
+
+    model, twin, x = Model().double().eval(), Model().double().eval(), image(2, 4, 5, 5)
+    twin.load_state_dict(model.state_dict())
+    result = elc_fx.compile(model)
+    for _ in range(3):
+        assert_same(result(x), twin(x))

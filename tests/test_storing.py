@@ -460,3 +460,17 @@ def test_threads_may_write_one_file_and_links_and_permissions_stay(tmp_path: Pat
         assert all(pool.map(write_and_read, range(40)))
     assert link.is_symlink() and file.stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.elc", "small.elc"]
+
+
+def test_networks_that_make_tensors_are_stored(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + torch.ones(4, 1, 1) * torch.arange(4.0).view(4, 1, 1) + torch.zeros(1)
+
+    model, x = Model().eval(), torch.randn(2, 3, 6, 6)
+    elc_fx.save(elc_fx.compile(model), tmp_path / "net.elc")
+    torch.testing.assert_close(elc_fx.load(tmp_path / "net.elc")(x), model(x))

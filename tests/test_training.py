@@ -821,3 +821,38 @@ def test_features_are_what_regions_give_before_others_overwrite_it(inplace: bool
     features.teach(PICTURE)
     collapsed(PICTURE)
     assert float(features.distance().detach()) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        ([torch.zeros(4, 3, 8, 8)], "validation: a batch is a Tensor"),
+        ([], "validation holds no samples"),
+        ([(torch.zeros(4, 5, 8, 8), torch.zeros(4, dtype=torch.long))], "validation: the network does not run"),
+    ],
+    ids=["no pairs", "empty", "other images"],
+)
+def test_validation_that_does_not_fit_is_told_before_anything_is_trained(validation: Any, message: str) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+    before = copy.deepcopy(network.state_dict())
+    data = [(torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4,)))]
+    with pytest.raises(elc_fx.ElcError, match=message):
+        elc_fx.finetune(network, data, epochs=3, validation=validation)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_without_labels_a_network_is_judged_by_its_distance_from_the_teacher() -> None:
+    class Segments(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 2, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"out": self.layer(x)}
+
+    data = [(torch.randn(4, 3, 8, 8), torch.zeros(4)) for _ in range(3)]
+    history = elc_fx.finetune(
+        Segments(), data, teacher=Segments(), epochs=4, distillation=1, validation=data, progress=False
+    )
+    scores = [epoch.score for epoch in history.epochs]
+    assert all(score is not None and score < 0 for score in scores) and scores[-1] > scores[0]

@@ -31,6 +31,7 @@ from elc_fx.capturing.inputs import (
 )
 from elc_fx.capturing.origins import origins_of, remember
 from elc_fx.capturing.randomness import randomness_of_the_caller
+from elc_fx.capturing.tidying import caller_of
 from elc_fx.decoupling.decoupled import DecoupledModule
 from elc_fx.decoupling.nodes import (
     DecoupledActivation,
@@ -249,7 +250,7 @@ class _Rewriter:
                 padding = DecoupledPadding(
                     needed, geometry.padding, geometry.padding_mode, self.rings, pads_itself=op.convolves
                 )
-                value = self._call(padding, f"{label(node)}_padding", value)
+                value = self._call(padding, f"{self._path(node)}_padding", value)
         if pads(op) and splits:  # what stands before it now pads
             remember(padding, origins_of(self.graph_module, [node]))
             node.replace_all_uses_with(value)
@@ -364,7 +365,7 @@ class _Rewriter:
         """Makes a node call a module of its own, in the place of the one that it called if nobody else calls that."""
         remember(module, origins_of(self.graph_module, [node]))
         value = node.args[0]
-        path = str(node.target) if node.op == "call_module" else node.name
+        path = self._path(node)
         if node.op != "call_module" or self.calls[path] > 1:
             if node.op == "call_module":
                 self.calls[path] -= 1
@@ -372,6 +373,17 @@ class _Rewriter:
         self._add(path, module)
         node.op, node.target, node.args, node.kwargs = "call_module", path, (value,), {}
         self.calls[path] = 1
+
+    def _path(self, node: fx.Node) -> str:
+        """Of the module that a node calls; for a function, in the module whose `forward` calls it."""
+        if node.op == "call_module":
+            return str(node.target)
+        owner = caller_of(node)
+        try:
+            self.graph_module.get_submodule(owner)
+        except AttributeError:  # it has no modules and no parameters
+            return node.name
+        return f"{owner}.{node.name}" if owner else node.name
 
     def _free(self, path: str) -> str:
         """The path, or one like it that nobody has, and that is not inside of a module that is called as a whole."""
