@@ -78,7 +78,15 @@ def test_an_input_that_is_not_used_is_borne(backend: Any) -> None:
 def test_costs_of_what_runs_elsewhere_are_not_said_to_be_nothing() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(1, 3, 8, 8)
     away = elc_fx.compile(model, x, backend="onnxruntime")
-    for called in (lambda: elc_fx.measure(away, x), lambda: elc_fx.compare(model, away, x)):
+    for called in (
+        lambda: elc_fx.measure(away, x),
+        lambda: elc_fx.compare(model, away, x),
+        lambda: elc_fx.diff(model, away, x),
+        lambda: elc_fx.compile(away),
+        lambda: elc_fx.candidates(away, x),
+        lambda: elc_fx.plan(away, x, elc_fx.Budget(flops=0.5), loss="uniform"),
+        lambda: elc_fx.finetune(away, [(x, torch.zeros(1))]),
+    ):
         with pytest.raises(elc_fx.InvalidInputError, match="runs in onnxruntime"):
             called()
 

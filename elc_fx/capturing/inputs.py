@@ -75,8 +75,24 @@ class ExampleInputs:
         return None if self.kwargs else self.args
 
 
+class InRuntime(nn.Module):
+    """A network that runs outside of torch. runtime: where."""
+
+    runtime: str
+
+
+def check_visible(module: Any) -> None:
+    """Raises `InvalidInputError` for a network whose layers torch does not run."""
+    if isinstance(module, InRuntime):
+        raise InvalidInputError(
+            f"the model runs in {module.runtime}, where its layers cannot be seen; pass what compile returns without a "
+            "backend"
+        )
+
+
 def check_unwrapped(model: Any) -> None:
-    """Raises `InvalidInputError` for what shares a model among devices or processes."""
+    """Raises `InvalidInputError` for what shares a model among devices or processes, or hides it in a runtime."""
+    check_visible(model)
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise InvalidInputError(f"the model is in a {type(model).__name__}; pass the one inside of it, `model.module`")
 

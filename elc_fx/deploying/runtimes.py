@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from elc_fx.capturing.attributes import Attributes
 from elc_fx.capturing.equivalence import rounding_of, verify_outputs
-from elc_fx.capturing.inputs import fresh
+from elc_fx.capturing.inputs import InRuntime, fresh
 from elc_fx.capturing.randomness import generators, seeded
 from elc_fx.deploying.exporting import onnx_bytes
 from elc_fx.errors import ElcError, InvalidInputError, RuntimeFailedError, VerificationError
@@ -75,7 +75,7 @@ class _Loaded:
         )
 
 
-class Deployed(nn.Module):
+class Deployed(InRuntime):
     """A network in a runtime outside of torch: takes and returns tensors on the CPU, and no gradients.
 
     It takes any batch size, and the other sizes that it was made for.

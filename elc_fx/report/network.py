@@ -22,7 +22,7 @@ from elc_fx.capturing.attributes import unchanged
 from elc_fx.capturing.capture import capture
 from elc_fx.capturing.graph import IN_PLACE_OPERATORS, function_name, module_of
 from elc_fx.capturing.identity import add_tensor
-from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, batch_values, fresh, running
+from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, batch_values, check_visible, fresh, running
 from elc_fx.capturing.origins import ORIGIN, place_of, recorded_origin
 from elc_fx.capturing.randomness import reproducibly
 from elc_fx.capturing.shapes import PlainInterpreter
@@ -112,6 +112,7 @@ class Network:
             raise InvalidInputError(
                 f"a network is a {type(source).__name__}, expected a torch.nn.Module or a program of torch.export"
             )
+        check_visible(source)
         name = name or type(source).__name__
         examples = None if example_inputs is None else ExampleInputs.of(source, example_inputs)
         if isinstance(source, fx.GraphModule):  # traced again, it would show what its modules consist of

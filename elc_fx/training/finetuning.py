@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from elc_fx.arguments import check_from_zero, check_positive, check_share, check_whole
 from elc_fx.capturing.copying import clone
 from elc_fx.capturing.identity import described, fingerprint, structure_of, tensors_of
-from elc_fx.capturing.inputs import fresh, number_type, of_dicts, of_type, running
+from elc_fx.capturing.inputs import check_visible, fresh, number_type, of_dicts, of_type, running
 from elc_fx.capturing.randomness import parts_of_loader, randomness_of_the_caller, seed_all
 from elc_fx.decoupling.gates import GateSchedule, Order, Shape, decoupling_nodes
 from elc_fx.decoupling.nodes import DecoupledActivation
@@ -182,6 +182,7 @@ class Finetuning:
 
         if not isinstance(network, nn.Module):
             raise InvalidInputError(f"network is a {type(network).__name__}, expected a torch.nn.Module")
+        check_visible(network)
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise InvalidInputError(f"teacher is a {type(teacher).__name__}, expected a torch.nn.Module")
         if teacher is network:
