@@ -28,6 +28,7 @@ from elc_fx.errors import CaptureError, InvalidInputError, Refusal, Verification
 from elc_fx.matching.chains import find_chains
 from elc_fx.matching.interpret import Interpreter, Operation
 from elc_fx.matching.partition import MergePlanner
+from elc_fx.merging.distribution import Distribution
 from elc_fx.merging.fusion import Fusion, MergedRegion
 from elc_fx.report import Report, Totals
 
@@ -122,7 +123,11 @@ class LosslessCompilation:
         interpreter = Interpreter(graph_module, shapes)
         interpreter.erase_settled_assertions()
         before = depth_of(graph_module, interpreter)
+        distribution = Distribution(interpreter)
+        if distribution.run():
+            interpreter = Interpreter(graph_module, distribution.shapes)
         fusion, refusals = merge_all(interpreter, verify=self.verify)
+        distribution.settle()
         self.merged.extend(replace(m, name=_join(path, m.name)) for m in fusion.merged)
         self.refused.extend(replace(self._advised(r), where=_join(path, r.where)) for r in refusals)
         for made in fusion.made:
