@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from checks import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import BATCH_NORM, CONV, Unary, assert_same, batch_norms, convolutions, image, operators, ready
+from networks import BATCH_NORM, CONV, Unary, assert_same, batch_norms, conv_bn, convolutions, image, operators, ready
 from torch import Tensor, nn
 
 import elc_fx
@@ -44,6 +44,26 @@ def test_it_goes_into_each_layer(name: str, channels: int, dims: int) -> None:
     model, x = ready(joined(JOINS[name], channels, dims)), image(2, 4, *[3] * dims)
     result = check(model, x)
     assert not batch_norms(result) and len(convolutions(result)) == 3
+
+
+def test_a_function_goes_with_what_it_reads() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.a(x.relu()) + s.b(x.tanh())
+        return F.batch_norm(y, s.norm.running_mean, s.norm.running_var, s.norm.weight.abs(), s.norm.bias) * 2
+
+    layers = {"a": nn.Conv2d(4, 4, 1), "b": nn.Conv2d(4, 4, 1)}
+    result = check(ready(Unary(forward, **layers, norm=nn.BatchNorm2d(4))), image(2, 4, 3, 3))
+    assert not batch_norms(result) and not result.graph.find_nodes(op="get_attr")
+    assert operators(result, image(2, 4, 3, 3)).keys() == {"relu", "tanh", "convolution", "add"}
+
+
+def test_layers_may_have_batch_norms_of_their_own() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.norm(s.a(x.relu()) + s.b(x.tanh())) * 0.5
+
+    model = ready(Unary(forward, a=conv_bn(4, 4), b=conv_bn(4, 4, 1), norm=nn.BatchNorm2d(4)))
+    result = check(model, image(2, 4, 3, 3))
+    assert operators(result, image(2, 4, 3, 3)).keys() == {"relu", "tanh", "convolution", "add"}
 
 
 def test_what_others_read_is_left_alone() -> None:

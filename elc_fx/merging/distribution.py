@@ -46,8 +46,16 @@ class Distribution:
                 scale, offset = numbers.kernel.flatten(), numbers.bias
                 self._into(operation.source, scale, offset, origins_of(self.captured, [node]))
                 node.replace_all_uses_with(operation.source)
-                self.graph.erase_node(node)
+                self._erase(node)
         return bool(self.made)
+
+    def _erase(self, node: fx.Node) -> None:
+        """With the constants that only it read."""
+        sources = [source for source in node.all_input_nodes if source in self.interpreter.constants]
+        self.graph.erase_node(node)
+        for source in sources:
+            if not source.users:
+                self._erase(source)
 
     def settle(self) -> None:
         """What did not merge after all computes in the type of its layer."""
@@ -56,33 +64,32 @@ class Distribution:
                 self.captured.get_submodule(str(node.target)).to(dtype)
 
     def _can_be_distributed(self, operation: Operation) -> bool:
-        geometry, channels = operation.geometry, operation.geometry.in_channels
-        plain = replace(Geometry.identity(channels, geometry.dims), bias=geometry.bias)
-        elementwise = geometry == plain and geometry.dims in NORMS and not operation.convolves
         fresh = overwritten_argument(self.captured, operation.node) is None
         joins = operation.source not in self.interpreter.operations
-        return elementwise and fresh and joins and self._takes_scales(operation.source, channels)
+        elementwise = _is_scale(operation) and operation.geometry.dims in NORMS
+        return elementwise and fresh and joins and self._takes_scales(operation.source, operation.geometry.in_channels)
 
     def _takes_scales(self, value: fx.Node, channels: int) -> bool:
-        """Whether a value that nobody else reads is a layer's, or a join of such."""
+        """Whether a value that nobody else reads is a layer's, scaled or not, or a join of such."""
         known = self.interpreter.features[value].channels == channels
         if not known or len(value.users) != 1 or overwritten_argument(self.captured, value) is not None:
             return False
         if (operation := self.interpreter.operations.get(value)) is not None:
-            return operation.convolves and operation.dtype is not None and operation.dtype.is_floating_point
-        operands = self._operands(value)
-        counts = [self.interpreter.features[operand].channels or 0 for operand in operands]
-        if self.interpreter.concatenated(value) is None:
-            counts = [channels] * len(operands)
-        elif sum(counts) != channels:
-            return False
-        distinct = len(set(operands)) == len(operands) > 1
-        return distinct and all(itertools.starmap(self._takes_scales, zip(operands, counts, strict=True)))
+            if _is_scale(operation):
+                return operation.source in self.interpreter.operations and self._takes_scales(
+                    operation.source, channels
+                )
+            return operation.convolves and self.interpreter.dtypes[value].is_floating_point
+        operands = self._operands(value, channels)
+        distinct = len(dict(operands)) == len(operands) > 1
+        return distinct and all(itertools.starmap(self._takes_scales, operands))
 
-    def _operands(self, join: fx.Node) -> list[fx.Node]:
+    def _operands(self, join: fx.Node, channels: int) -> list[tuple[fx.Node, int]]:
+        """What a sum or a concatenation reads, and the channels that it has to have."""
         if (terms := self.interpreter.summands(join)) is not None:
-            return [term.value for term in terms]
-        return list(self.interpreter.concatenated(join) or ())
+            return [(term.value, channels) for term in terms]
+        values = self.interpreter.concatenated(join) or ()
+        return [(value, self.interpreter.features[value].channels or 0) for value in values]
 
     def _into(self, value: fx.Node, scale: Tensor, offset: Tensor | None, origins: tuple[str, ...]) -> None:
         if value in self.interpreter.operations:
@@ -92,29 +99,29 @@ class Distribution:
             for term in terms:
                 self._into(term.value, scale, offset if term is shifted else None, origins)
         else:
-            operands = self._operands(value)
-            counts = [self._channels(operand) for operand in operands]
+            operands, counts = zip(*self._operands(value, len(scale)), strict=True)
             offsets = [None] * len(counts) if offset is None else offset.split(counts)
             for operand, own, shift in zip(operands, scale.split(counts), offsets, strict=True):
                 self._into(operand, own, shift, origins)
 
-    def _channels(self, value: fx.Node) -> int:
-        channels = self.interpreter.features[value].channels
-        assert channels is not None
-        return channels
-
     def _behind(self, value: fx.Node, scale: Tensor, offset: Tensor | None, origins: tuple[str, ...]) -> None:
-        operation = self.interpreter.operations[value]
-        assert operation.dtype is not None
-        norm: Any = NORMS[operation.geometry.dims](len(scale), eps=0.0, device=operation.device, dtype=torch.float64)
+        dims = self.interpreter.operations[value].geometry.dims
+        norm: Any = NORMS[dims](len(scale), eps=0.0, device=scale.device, dtype=torch.float64)
         norm.weight = nn.Parameter(scale.detach().clone())
         norm.bias = nn.Parameter(torch.zeros_like(scale) if offset is None else offset.detach().clone())
         remember(norm, origins)
-        name = next(name for i in range(len(self.graph.nodes)) if not hasattr(self.captured, name := f"scale_{i}"))
+        name = next(n for i in itertools.count(len(self.made)) if not hasattr(self.captured, n := f"scale_{i}"))
         self.captured.add_module(name, norm.eval())
         with self.graph.inserting_after(value):
             scaled = self.graph.call_module(name, (value,))
         value.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-        self.made[scaled] = operation.dtype
+        self.made[scaled] = self.interpreter.dtypes[value]
         if value in self.shapes:
             self.shapes[scaled] = self.shapes[value]
+
+
+def _is_scale(operation: Operation) -> bool:
+    """Whether it is a scale and a shift of each channel, and nothing else."""
+    geometry = operation.geometry
+    plain = replace(Geometry.identity(geometry.in_channels, geometry.dims), bias=geometry.bias)
+    return geometry == plain and not operation.convolves

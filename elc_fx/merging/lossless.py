@@ -123,11 +123,13 @@ class LosslessCompilation:
         interpreter = Interpreter(graph_module, shapes)
         interpreter.erase_settled_assertions()
         before = depth_of(graph_module, interpreter)
-        distribution = Distribution(interpreter)
-        if distribution.run():
-            interpreter = Interpreter(graph_module, distribution.shapes)
+        distributions = [Distribution(interpreter)]
+        while distributions[-1].run():  # what stands behind it is next
+            interpreter = Interpreter(graph_module, distributions[-1].shapes)
+            distributions.append(Distribution(interpreter))
         fusion, refusals = merge_all(interpreter, verify=self.verify)
-        distribution.settle()
+        for distribution in distributions:
+            distribution.settle()
         self.merged.extend(replace(m, name=_join(path, m.name)) for m in fusion.merged)
         self.refused.extend(replace(self._advised(r), where=_join(path, r.where)) for r in refusals)
         for made in fusion.made:
