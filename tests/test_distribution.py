@@ -7,10 +7,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import check
+from checks import assert_same_or_refused, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import BATCH_NORM, CONV, Unary, assert_same, batch_norms, conv_bn, convolutions, image, operators, ready
+from networks import (
+    BATCH_NORM,
+    CONV,
+    Unary,
+    assert_same,
+    batch_norms,
+    conv_bn,
+    convolutions,
+    image,
+    operators,
+    ready,
+)
 from torch import Tensor, nn
 
 import elc_fx
@@ -132,3 +143,70 @@ def test_the_origin_of_each_layer_is_told() -> None:
     diff = elc_fx.diff(model, elc_fx.compile(model, x), x)
     (change,) = [change for change in diff.changes if change.kind != "kept"]
     assert len(change.before) == 4 and len(change.after) == 3
+
+
+def test_joins_inside_of_each_other_with_batch_norms_between() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.inner(torch.cat([s.a(x.relu()), s.b(x.tanh())], 1))
+        z = s.outer(y + s.d(x.sin()))
+        return s.last(torch.cat([z, s.c(x.cos())], 1))
+
+    layers = {name: nn.Conv2d(4, 4, 1) for name in "abc"}
+    norms = {"inner": nn.BatchNorm2d(8), "outer": nn.BatchNorm2d(8), "last": nn.BatchNorm2d(12)}
+    model = ready(Unary(forward, **layers, **norms, d=nn.Conv2d(4, 8, 1)))
+    assert not batch_norms(check(model, image(2, 4, 3, 3)))
+
+
+def test_branches_of_other_axes_are_left_alone() -> None:
+    """What a 1-d convolution or a linear layer gives has as many channels, on another axis."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.l, self.norm = nn.Conv2d(3, 6, 1), nn.Conv1d(3, 6, 1), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.norm(self.a(x) + self.l(y))
+
+    model = ready(Both())
+    x, y = image(2, 3, 6, 5), image(6, 3, 5)
+    for result in (elc_fx.compile(model), elc_fx.compile(model, (x, y))):
+        assert_same(result(x, y), model(x, y))
+    mixed = {"a": nn.Conv1d(6, 6, 1), "l": nn.Linear(6, 6), "norm": nn.BatchNorm1d(6)}
+    check(ready(Unary(lambda s, x: s.norm(s.a(x) + s.l(x)), **mixed)), image(2, 6, 6))
+
+
+def test_a_scale_of_four_axes_makes_four() -> None:
+    model = ready(Unary(lambda s, x: (s.a(x.relu()) + s.b(x.tanh())) * s.w, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1)))
+    model.register_buffer("w", torch.full((1, 4, 1, 1), 2.0, dtype=torch.float64))
+    assert_same_or_refused(elc_fx.compile(model), model, image(3, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["half", "infinite"])
+def test_scales_that_the_layers_cannot_hold_stay(kind: str) -> None:
+    model = Unary(lambda s, x: s.norm(s.a(x.relu()) + s.b(x.tanh())), a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1))
+    model.add_module("norm", nn.BatchNorm2d(4, eps=1e-9 if kind == "half" else 0.0))
+    with torch.no_grad():
+        model.a.bias.zero_(), model.b.bias.fill_(100.0), model.norm.running_mean.fill_(100.0)
+        model.norm.running_var.fill_(1e-6 if kind == "half" else 0.0)
+    if kind == "half":
+        model.a.half(), model.b.half()
+    x = image(2, 4, 3, 3, dtype=torch.float16 if kind == "half" else torch.float32)
+    result = elc_fx.compile(model.eval())
+    assert torch.equal(result(x).nan_to_num(), model(x).nan_to_num()) and len(batch_norms(result)) == 1
+
+
+def test_a_layer_that_is_read_twice_is_not_doubled() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.c(s.norm(s.a(x.relu()) + s.a(x.tanh())))
+
+    model = ready(Unary(forward, a=nn.Conv2d(4, 64, 3), norm=nn.BatchNorm2d(64), c=nn.Conv2d(64, 4, 1)))
+    result = check(model, image(2, 4, 5, 5))
+    assert sum(p.numel() for p in result.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_a_long_sum_is_no_recursion() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.norm(sum(s.a(x * float(i)) for i in range(1200)))
+
+    check(ready(Unary(forward, a=nn.Conv2d(2, 2, 1), norm=nn.BatchNorm2d(2))), image(1, 2, 2, 2))

@@ -446,3 +446,15 @@ def test_advice_to_give_examples_is_for_those_who_gave_none() -> None:
     without, given = elc_fx.compile(model), elc_fx.compile(model, image(2, 4, 4, 4))
     assert "give example_inputs" in str(elc_fx.report_of(without))
     assert "give example_inputs" not in str(elc_fx.report_of(given))
+
+
+def test_norms_take_other_types_than_their_own() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.last(s.norm(s.first(x)).relu() * s.scale)
+
+    parts = {"first": nn.Conv2d(4, 4, 1).bfloat16(), "norm": nn.GroupNorm(2, 4), "last": nn.Conv2d(4, 4, 1)}
+    model = Unary(forward, **parts)
+    model.register_buffer("scale", torch.full((1, 1, 1), 2.0))
+    x = image(2, 4, 3, 3, dtype=torch.bfloat16)
+    for result in (elc_fx.compile(model.eval()), elc_fx.compile(model.eval(), x)):
+        assert_same(result(x), model(x), 1e-6)

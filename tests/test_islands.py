@@ -461,3 +461,52 @@ def test_methods_that_a_call_does_not_run_may_go_through_the_children(kind: Any,
     result = elc_fx.compile(model)
     assert len(elc_fx.report_of(result).merged) == compiled
     assert_same(result(image(2, 4, 5, 5)), model(image(2, 4, 5, 5)))
+
+
+class SumsUp(nn.Module):
+    """Cannot be traced, and reads its block's parameters, by ways that differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+    def init_weights(self) -> Tensor:
+        return sum(p.sum() for m in self.modules() for p in m.parameters(recurse=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x if x.sum() < 1e9 else -x) + self.total()
+
+
+class ByInheritance(SumsUp):
+    def total(self) -> Tensor:
+        return super().init_weights()
+
+
+class ByReference(SumsUp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.init_weights
+
+
+class ByName(SumsUp):
+    total = SumsUp.init_weights
+
+
+class ByLambda(SumsUp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = lambda: self.init_weights()
+
+
+class ByProperty(SumsUp):
+    def total(self) -> Tensor:
+        return self.sum
+
+    sum = property(SumsUp.init_weights)
+
+
+@pytest.mark.parametrize("kind", [ByInheritance, ByReference, ByName, ByLambda, ByProperty])
+def test_what_sets_weights_up_may_be_called_by_other_ways(kind: Any) -> None:
+    model = ready(kind())
+    result = elc_fx.compile(model)
+    assert_same(result(image(2, 4, 5, 5)), model(image(2, 4, 5, 5)))

@@ -520,3 +520,17 @@ def test_a_transposed_convolution_may_pad_more_than_its_kernel() -> None:
     for kernel, padding, stride in ((2, 2, 1), (3, 4, 2), (1, 1, 1)):
         layers = nn.ConvTranspose2d(4, 4, kernel, stride=stride, padding=padding), nn.BatchNorm2d(4)
         assert not batch_norms(check(ready(nn.Sequential(*layers)), image(2, 4, 9, 9)))
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), lambda: Standardised(4, 4, 1)]
+)
+def test_a_layer_that_is_called_often_stays_one(layer: Any) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = s.a(x).relu()
+        return x
+
+    model = ready(Unary(forward, a=layer()))
+    result = check(model, image(2, 4, 3, 3))
+    assert sum(p.numel() for p in result.parameters()) <= sum(p.numel() for p in model.parameters())

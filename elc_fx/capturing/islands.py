@@ -11,7 +11,7 @@ import functools
 import inspect
 import textwrap
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,12 @@ REFLECTION = frozenset(
         "__iter__",
     )
 )
-
+# What sets weights up.
+SETUP = frozenset(
+    f"{prefix}{name}"
+    for prefix in ("", "_")
+    for name in ("init_weights", "initialize_weights", "init_parameters", "reset_parameters", "reset_weights")
+)
 
 _WITHOUT_MODULES = (str, bytes, int, float, torch.Tensor, type, types.ModuleType, types.FunctionType, types.CodeType)
 
@@ -203,44 +208,64 @@ def _source_of(cls: type) -> _Source | None:
 
 
 @functools.cache
+def _definition(cls: type) -> ast.AST | None:
+    source = _source_of(cls)
+    try:
+        tree = ast.parse(textwrap.dedent("" if source is None else source.text))
+    except SyntaxError:
+        return None
+    return tree.body[0] if tree.body else None
+
+
+@functools.cache
 def called_only(cls: Any) -> dict[str, str] | None:
     """Attributes of `self` that the class's methods only call ("called"), or whose elements they only call.
 
     None where the source is missing, or uses `self` in ways that say nothing about its children.
     """
-    uses: dict[str, set[tuple[str, str]]] = {}  # by method
+    uses: dict[str, set[str]] = {}
+    ignored = _setup_alone(cls)
     for owner in cls.__mro__:
         if owner in (nn.Module, object) or owner.__module__.startswith("typing"):
             continue
         if owner.__module__.startswith("torch.nn."):
             return None
-        source = _source_of(owner)
-        try:
-            tree = ast.parse(textwrap.dedent("" if source is None else source.text))
-        except SyntaxError:
+        if (definition := _definition(owner)) is None:
             return None
-        if not tree.body:
-            return None
-        for method, me, code in _code_with_self(tree.body[0]):
-            uses.setdefault(method, set()).update(_uses_of(me, code))
-    children: dict[str, set[str]] = {}
-    for method in uses:
-        for name, use in uses[method]:
-            children.setdefault(name, set()).add(use)
-    reached = {name for method in _reached(uses) for name, _ in uses[method]}
-    if "*" in reached or REFLECTION & reached:
+        for method, me, code in _code_with_self(definition):
+            if method not in ignored:
+                for name, use in _uses_of(me, code):
+                    uses.setdefault(name, set()).add(use)
+    if "*" in uses or REFLECTION & set(uses):
         return None
-    return {name: next(iter(kinds)) for name, kinds in children.items() if len(kinds) == 1 and kinds != {"other"}}
+    return {name: next(iter(kinds)) for name, kinds in uses.items() if len(kinds) == 1 and kinds != {"other"}}
 
 
-def _reached(uses: dict[str, set[tuple[str, str]]]) -> set[str]:
-    """The methods that a call of the module may run. Others, which set weights up, say, may go through its children."""
-    pending = {method for method in uses if method == "forward" or method.startswith("__")}
-    reached = set[str]()
-    while pending:
-        reached |= pending
-        pending = {name for method in pending for name, _ in uses[method]} & uses.keys() - reached
-    return reached
+def _setup_alone(cls: Any) -> set[str]:
+    """Methods that set weights up when a module is made, and that its classes do not name elsewhere.
+
+    They may go through its children: a call of the module does not run them.
+    """
+    named, called = Counter[str](), Counter[str]()
+    for owner in cls.__mro__:
+        if owner not in (nn.Module, object) and (definition := _definition(owner)) is not None:
+            named.update(map(_name_of, ast.walk(definition)))
+            for function in _functions(definition):
+                if function.name in SETUP or function.name == "__init__":
+                    called.update(_name_of(node.func) for node in _run_at_once(function) if isinstance(node, ast.Call))
+    return {name for name in SETUP if named[name] == called[name]}
+
+
+def _name_of(node: ast.AST) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _run_at_once(code: ast.AST) -> Iterator[ast.AST]:
+    """What is in a function, but not in functions inside of it."""
+    for node in ast.iter_child_nodes(code):
+        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+            yield node
+            yield from _run_at_once(node)
 
 
 def _code_with_self(definition: ast.AST) -> Iterator[tuple[str, str, ast.AST]]:

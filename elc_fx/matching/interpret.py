@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,6 +127,7 @@ class Interpreter:
         self.features: dict[fx.Node, Feature] = {node: Feature() for node in captured.graph.nodes}
         self.dtypes: dict[fx.Node, torch.dtype] = {}  # of values whose layers settle it, whatever the input is
         self.sizes: set[fx.Node] = set()  # numbers that are computed from sizes
+        self.reads = Counter(source for node in captured.graph.nodes for source in self._computed_of(node))
         self._interpret()
 
     def _operation(self, node: fx.Node) -> Operation | None:
@@ -164,8 +166,7 @@ class Interpreter:
             for cls, dims in classes.items():
                 if _computes_as(module, cls):
                     operation = read(node, source, module, dims)
-                    computes = is_parametrized(module) or bool(module._forward_pre_hooks)
-                    return replace(operation, computes=computes and operation.convolves)
+                    return replace(operation, computes=operation.convolves and self._computes_alone(node))
         if type(module).__name__ in PADS and type(module).__module__ == "torch.nn.modules.padding":
             return self._pad_module(node, source, module)
         return None
@@ -217,7 +218,7 @@ class Interpreter:
         source = arguments.get("input")
         if not isinstance(source, fx.Node):
             return None
-        computes = any(given.op != "get_attr" for given in node.all_input_nodes if given is not source)
+        computes = self._computes_alone(node)
         if name.startswith("conv") and name[-2:-1].isdigit():
             return replace(self._convolution_function(node, source, name, arguments), computes=computes)
         if name == "linear":
@@ -243,6 +244,26 @@ class Interpreter:
             why = "random, overwritten, or made by what is not torch's" if constant else "computed from its input"
             raise _Refused(f"its weight is {why}")
         return value
+
+    def _computes_alone(self, node: fx.Node) -> bool:
+        """Whether a layer computes its weights with each call, of what no other does: each call would be a layer."""
+        read = self._computed_of(node)
+        return bool(read) and all(self.reads[source] == 1 for source in read)
+
+    def _computed_of(self, node: fx.Node) -> set[Any]:
+        """What a layer computes its weights of: a module its own, a function attributes, by other functions."""
+        if node.op == "call_module":
+            module = module_of(self.captured, node)
+            return {module} if is_parametrized(module) or module._forward_pre_hooks else set()
+        computed = [source for source in node.all_input_nodes if source in self.constants and source.op != "get_attr"]
+        if node in self.constants or not computed:
+            return set()
+        seen, pending = set(computed), computed
+        while pending:
+            new = set(pending.pop().all_input_nodes) - seen
+            seen |= new
+            pending += new
+        return {str(source.target) for source in seen if source.op == "get_attr"}
 
     def _convolution_function(self, node: fx.Node, source: fx.Node, name: str, arguments: dict[str, Any]) -> Operation:
         dims = int(name[-2])
@@ -721,10 +742,11 @@ class Interpreter:
             return operation.dtype if operation.convolves else self.dtypes.get(operation.source)
         if node.op == "call_module":
             module = module_of(self.captured, node)
-            if not allocates(self.captured, node) or isinstance(module, _BatchNorm):
+            if not allocates(self.captured, node):
                 return self._common_dtype(self._passes_on(node))
-            weights = (p.dtype for p in module.parameters() if p.is_floating_point())
-            return next(weights, None) or self._common_dtype(node.all_input_nodes)
+            weights = () if isinstance(module, NORMS) else module.parameters()  # of norms, which take other types, too
+            own = (p.dtype for p in weights if p.is_floating_point())
+            return next(own, None) or self._common_dtype(node.all_input_nodes)
         name = function_name(node)
         if node.op == "get_attr":
             value = attribute_of(self.captured, node)
@@ -780,6 +802,7 @@ KEEP_CHANNELS_FUNCTIONS = frozenset(
     )
 )
 CONVERSIONS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 KEEP_DTYPE = (
     ALLOCATING | ADDS | SCALES | QUOTIENTS | {"assign", "contiguous", "flatten", "negative", "pad", "reshape", "rsub"}
 )

@@ -9,20 +9,21 @@ behind layers of different values, which are no one layer together.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from elc_fx.affine import Geometry
-from elc_fx.capturing.graph import overwritten_argument
+from elc_fx.affine import AffineMap, Geometry
+from elc_fx.capturing.graph import attribute_of, module_of, overwritten_argument
 from elc_fx.capturing.origins import origins_of, remember
-from elc_fx.errors import NotAffineError
-from elc_fx.matching.interpret import Interpreter, Operation
+from elc_fx.matching.interpret import Feature, Interpreter, Operation
 
 NORMS: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+DEEPEST = 64  # joins inside of each other
 
 
 class Distribution:
@@ -32,6 +33,7 @@ class Distribution:
         self.interpreter = interpreter
         self.captured, self.graph = interpreter.captured, interpreter.captured.graph
         self.shapes = dict(interpreter.shapes)
+        self.readers = Counter(id(tensor) for node in self.graph.nodes for tensor in _weights(self.captured, node))
         self.made: dict[fx.Node, torch.dtype] = {}  # what stands behind layers now, with the type that these compute in
 
     def run(self) -> bool:
@@ -39,11 +41,11 @@ class Distribution:
         for node in list(self.graph.nodes):
             operation = self.interpreter.operations.get(node)
             if operation is not None and self._can_be_distributed(operation):
-                try:
-                    numbers = operation.load()
-                except NotAffineError:
+                numbers = operation.load()
+                scale = numbers.kernel.flatten()
+                offset = torch.zeros_like(scale) if numbers.bias is None else numbers.bias
+                if scale.is_meta or not self._remains_finite(operation.source, scale, offset):
                     continue
-                scale, offset = numbers.kernel.flatten(), numbers.bias
                 self._into(operation.source, scale, offset, origins_of(self.captured, [node]))
                 node.replace_all_uses_with(operation.source)
                 self._erase(node)
@@ -64,25 +66,47 @@ class Distribution:
                 self.captured.get_submodule(str(node.target)).to(dtype)
 
     def _can_be_distributed(self, operation: Operation) -> bool:
-        fresh = overwritten_argument(self.captured, operation.node) is None
+        fresh = overwritten_argument(self.captured, operation.node) is None and operation.rank is None
         joins = operation.source not in self.interpreter.operations
         elementwise = _is_scale(operation) and operation.geometry.dims in NORMS
-        return elementwise and fresh and joins and self._takes_scales(operation.source, operation.geometry.in_channels)
+        feature = Feature(operation.geometry.in_channels, operation.geometry.dims)
+        return elementwise and fresh and joins and self._takes_scales(operation.source, feature)
 
-    def _takes_scales(self, value: fx.Node, channels: int) -> bool:
+    def _takes_scales(self, value: fx.Node, feature: Feature, depth: int = 0) -> bool:
         """Whether a value that nobody else reads is a layer's, scaled or not, or a join of such."""
-        known = self.interpreter.features[value].channels == channels
-        if not known or len(value.users) != 1 or overwritten_argument(self.captured, value) is not None:
+        alone = len(value.users) == 1 and overwritten_argument(self.captured, value) is None
+        if not alone or self.interpreter.features[value] != feature or depth > DEEPEST:
             return False
         if (operation := self.interpreter.operations.get(value)) is not None:
             if _is_scale(operation):
-                return operation.source in self.interpreter.operations and self._takes_scales(
-                    operation.source, channels
-                )
-            return operation.convolves and self.interpreter.dtypes[value].is_floating_point
-        operands = self._operands(value, channels)
+                source = operation.source
+                return source in self.interpreter.operations and self._takes_scales(source, feature, depth)
+            return (
+                operation.convolves and self.interpreter.dtypes[value].is_floating_point and self._is_called_once(value)
+            )
+        operands = self._operands(value, feature.channels or 0)
         distinct = len(dict(operands)) == len(operands) > 1
-        return distinct and all(itertools.starmap(self._takes_scales, operands))
+        return distinct and all(
+            self._takes_scales(operand, replace(feature, channels=channels), depth + 1)
+            for operand, channels in operands
+        )
+
+    def _is_called_once(self, value: fx.Node) -> bool:
+        """A layer with weights that others read, too, would have to be there twice."""
+        read = (value, *(source for source in value.all_input_nodes if source.op == "get_attr"))
+        return all(self.readers[id(tensor)] == 1 for node in read for tensor in _weights(self.captured, node))
+
+    def _remains_finite(self, value: fx.Node, scale: Tensor, offset: Tensor) -> bool:
+        """Whether the layers' own type can hold what they become."""
+        if (operation := self.interpreter.operations.get(value)) is None:
+            return all(self._remains_finite(*branch) for branch in self._branches(value, scale, offset))
+        numbers = operation.load()
+        largest = numbers.kernel.flatten(1).abs().amax(1).double() * scale.abs()
+        shift = offset if numbers.bias is None else offset + numbers.bias * scale
+        if not operation.convolves:
+            return self._remains_finite(operation.source, numbers.kernel.flatten() * scale, shift)
+        most = torch.finfo(self.interpreter.dtypes[value]).max
+        return bool((largest <= most).all() and (shift.abs() <= most).all())
 
     def _operands(self, join: fx.Node, channels: int) -> list[tuple[fx.Node, int]]:
         """What a sum or a concatenation reads, and the channels that it has to have."""
@@ -91,33 +115,49 @@ class Distribution:
         values = self.interpreter.concatenated(join) or ()
         return [(value, self.interpreter.features[value].channels or 0) for value in values]
 
-    def _into(self, value: fx.Node, scale: Tensor, offset: Tensor | None, origins: tuple[str, ...]) -> None:
-        if value in self.interpreter.operations:
-            self._behind(value, scale, offset, origins)
-        elif (terms := self.interpreter.summands(value)) is not None:
+    def _branches(self, join: fx.Node, scale: Tensor, offset: Tensor) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
+        """What goes into each value that a join reads."""
+        operands = self._operands(join, len(scale))
+        if (terms := self.interpreter.summands(join)) is not None:
             shifted = next(term for term in terms if term.coefficient == 1)
             for term in terms:
-                self._into(term.value, scale, offset if term is shifted else None, origins)
+                yield term.value, scale, offset if term is shifted else torch.zeros_like(offset)
         else:
-            operands, counts = zip(*self._operands(value, len(scale)), strict=True)
-            offsets = [None] * len(counts) if offset is None else offset.split(counts)
-            for operand, own, shift in zip(operands, scale.split(counts), offsets, strict=True):
-                self._into(operand, own, shift, origins)
+            counts = [channels for _, channels in operands]
+            for (operand, _), own, shift in zip(operands, scale.split(counts), offset.split(counts), strict=True):
+                yield operand, own, shift
 
-    def _behind(self, value: fx.Node, scale: Tensor, offset: Tensor | None, origins: tuple[str, ...]) -> None:
-        dims = self.interpreter.operations[value].geometry.dims
+    def _into(self, value: fx.Node, scale: Tensor, offset: Tensor, origins: tuple[str, ...]) -> None:
+        if value in self.interpreter.operations:
+            self._behind(value, scale, offset, origins)
+        else:
+            for branch in list(self._branches(value, scale, offset)):
+                self._into(*branch, origins)
+
+    def _behind(self, value: fx.Node, scale: Tensor, offset: Tensor, origins: tuple[str, ...]) -> None:
+        interpreter, dims = self.interpreter, self.interpreter.operations[value].geometry.dims
         norm: Any = NORMS[dims](len(scale), eps=0.0, device=scale.device, dtype=torch.float64)
         norm.weight = nn.Parameter(scale.detach().clone())
-        norm.bias = nn.Parameter(torch.zeros_like(scale) if offset is None else offset.detach().clone())
+        norm.bias = nn.Parameter(offset.detach().clone())
         remember(norm, origins)
         name = next(n for i in itertools.count(len(self.made)) if not hasattr(self.captured, n := f"scale_{i}"))
         self.captured.add_module(name, norm.eval())
         with self.graph.inserting_after(value):
             scaled = self.graph.call_module(name, (value,))
         value.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-        self.made[scaled] = self.interpreter.dtypes[value]
+        self.made[scaled] = interpreter.dtypes[scaled] = interpreter.dtypes[value]
+        interpreter.features[scaled] = interpreter.features[value]
+        geometry = replace(Geometry.identity(len(scale), dims), bias=True)
+        numbers = AffineMap.scale(scale, offset, dims)
+        interpreter.operations[scaled] = Operation(scaled, value, geometry, lambda: numbers)
         if value in self.shapes:
             self.shapes[scaled] = self.shapes[value]
+
+
+def _weights(captured: fx.GraphModule, node: fx.Node) -> Iterable[Any]:
+    if node.op == "call_module":
+        return module_of(captured, node).parameters()
+    return [attribute_of(captured, node)] if node.op == "get_attr" else ()
 
 
 def _is_scale(operation: Operation) -> bool:
