@@ -23,6 +23,7 @@ from elc_fx.capturing.origins import origins_of, remember
 from elc_fx.matching.interpret import Feature, Interpreter, Operation
 
 NORMS: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+META = torch.device("meta")
 DEEPEST = 64  # joins inside of each other
 
 
@@ -44,7 +45,7 @@ class Distribution:
                 numbers = operation.load()
                 scale = numbers.kernel.flatten()
                 offset = torch.zeros_like(scale) if numbers.bias is None else numbers.bias
-                if scale.is_meta or not self._remains_finite(operation.source, scale, offset):
+                if not self._remains_finite(operation.source, scale, offset):
                     continue
                 self._into(operation.source, scale, offset, origins_of(self.captured, [node]))
                 node.replace_all_uses_with(operation.source)
@@ -81,9 +82,8 @@ class Distribution:
             if _is_scale(operation):
                 source = operation.source
                 return source in self.interpreter.operations and self._takes_scales(source, feature, depth)
-            return (
-                operation.convolves and self.interpreter.dtypes[value].is_floating_point and self._is_called_once(value)
-            )
+            real = self.interpreter.dtypes[value].is_floating_point and operation.device != META
+            return operation.convolves and real and self._is_called_once(value)
         operands = self._operands(value, feature.channels or 0)
         distinct = len(dict(operands)) == len(operands) > 1
         return distinct and all(
@@ -96,16 +96,22 @@ class Distribution:
         read = (value, *(source for source in value.all_input_nodes if source.op == "get_attr"))
         return all(self.readers[id(tensor)] == 1 for node in read for tensor in _weights(self.captured, node))
 
+    def _layer(self, value: fx.Node) -> Operation:
+        """The layer that gives a value, up to scales."""
+        operation = self.interpreter.operations[value]
+        return operation if operation.convolves else self._layer(operation.source)
+
     def _remains_finite(self, value: fx.Node, scale: Tensor, offset: Tensor) -> bool:
         """Whether the layers' own type can hold what they become."""
         if (operation := self.interpreter.operations.get(value)) is None:
             return all(self._remains_finite(*branch) for branch in self._branches(value, scale, offset))
-        numbers = operation.load()
-        largest = numbers.kernel.flatten(1).abs().amax(1).double() * scale.abs()
-        shift = offset if numbers.bias is None else offset + numbers.bias * scale
+        device = self._layer(value).device  # where a scale by a number need not be
+        numbers, scale, offset = operation.load(), scale.to(device), offset.to(device)
+        kernel = numbers.kernel.flatten(1).to(device)
+        shift = offset if numbers.bias is None else offset + numbers.bias.to(device) * scale
         if not operation.convolves:
-            return self._remains_finite(operation.source, numbers.kernel.flatten() * scale, shift)
-        most = torch.finfo(self.interpreter.dtypes[value]).max
+            return self._remains_finite(operation.source, kernel.flatten() * scale, shift)
+        largest, most = kernel.abs().amax(1) * scale.abs(), torch.finfo(self.interpreter.dtypes[value]).max
         return bool((largest <= most).all() and (shift.abs() <= most).all())
 
     def _operands(self, join: fx.Node, channels: int) -> list[tuple[fx.Node, int]]:
@@ -136,9 +142,10 @@ class Distribution:
 
     def _behind(self, value: fx.Node, scale: Tensor, offset: Tensor, origins: tuple[str, ...]) -> None:
         interpreter, dims = self.interpreter, self.interpreter.operations[value].geometry.dims
-        norm: Any = NORMS[dims](len(scale), eps=0.0, device=scale.device, dtype=torch.float64)
-        norm.weight = nn.Parameter(scale.detach().clone())
-        norm.bias = nn.Parameter(offset.detach().clone())
+        where: Any = {"device": self._layer(value).device, "dtype": torch.float64}
+        norm: Any = NORMS[dims](len(scale), eps=0.0, **where)
+        norm.weight = nn.Parameter(scale.detach().to(**where, copy=True))
+        norm.bias = nn.Parameter(offset.detach().to(**where, copy=True))
         remember(norm, origins)
         name = next(n for i in itertools.count(len(self.made)) if not hasattr(self.captured, n := f"scale_{i}"))
         self.captured.add_module(name, norm.eval())
@@ -148,7 +155,7 @@ class Distribution:
         self.made[scaled] = interpreter.dtypes[scaled] = interpreter.dtypes[value]
         interpreter.features[scaled] = interpreter.features[value]
         geometry = replace(Geometry.identity(len(scale), dims), bias=True)
-        numbers = AffineMap.scale(scale, offset, dims)
+        numbers = AffineMap.scale(norm.weight.detach(), norm.bias.detach(), dims)
         interpreter.operations[scaled] = Operation(scaled, value, geometry, lambda: numbers)
         if value in self.shapes:
             self.shapes[scaled] = self.shapes[value]
