@@ -612,3 +612,12 @@ class Remembers(nn.Module):
         self.last = x
         self.seen.append(x)
         return self.block(x) + torch.ones(4, 1, 1)
+
+
+class Standardised(nn.Conv2d):
+    """Weights normalised with each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return self._conv_forward(x, weight, self.bias)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Unary, assert_same, image, ready
+from networks import Standardised, Unary, assert_same, image, ready
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
@@ -381,10 +381,11 @@ def test_calibration_without_a_sample_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "seed"),
+    ("stems", "body", "seed"),
     [
         # A layer that a module calls, which cannot be traced, and that the graph calls too, was changed in both places.
         (
+            [[]],
             [
                 ("opaque", [("conv", 4, 1, 1, True)]),
                 ("cat", [[("again", 0), ("conv", 4, 3, 4, False)], [("conv", 4, 1, 1, True), ("again", 3)]]),
@@ -392,13 +393,18 @@ def test_calibration_without_a_sample_is_refused() -> None:
             101,
         ),
         # One value that is concatenated twice shared a ring, and the region was not found again.
-        ([("cat", [[("conv", 4, 3, 1, False)], [], []])], 43),
-        ([("cat", [[], [("conv", 4, 3, 4, False)], []])], 1049),
+        ([[]], [("cat", [[("conv", 4, 3, 1, False)], [], []])], 43),
+        ([[]], [("cat", [[], [("conv", 4, 3, 4, False)], []])], 1049),
+        # The type of what a region reads was not known any more, and so not what 0 + x is.
+        ([[], []], [("sum", [[], [("conv", 4, 1, 2, False)]])], 3),
+        # Neither were its channels, where no layer reads them first.
+        ([[("cat", [[], [("dropout",), ("conv", 2, 1, 2, False)]])]], [], 20),
+        ([[], []], [("sum", [[("scale",), ("conv", 8, 1, 4, False)], [("scale",)]])], 5001),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_found_by_fuzz(body: list[Any], seed: int) -> None:
-    check([[]], body, seed=seed)
+def test_found_by_fuzz(stems: list[Any], body: list[Any], seed: int) -> None:
+    check(stems, body, seed=seed)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "zeros"])
@@ -492,15 +498,8 @@ def test_a_plan_finds_its_regions_again_without_shapes() -> None:
 
 
 def test_code_that_computed_a_weight_goes_with_it() -> None:
-    class Standardised(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            weight = F.normalize(self.weight.flatten(1)).reshape_as(self.weight)
-            return self._conv_forward(x, weight, self.bias)
-
-    model, x = (
-        ready(nn.Sequential(Standardised(4, 6, 3, padding=1), nn.ReLU(), Standardised(6, 4, 1))),
-        image(2, 4, 5, 5),
-    )
+    layers = Standardised(4, 6, 3, padding=1), nn.ReLU(), Standardised(6, 4, 1)
+    model, x = ready(nn.Sequential(*layers)), image(2, 4, 5, 5)
     decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["conv2d..conv2d_1:3x3"]))
     assert_same(decoupled(x), model(x))
     decoupled.train()(x).sum().backward()

@@ -85,6 +85,12 @@ def test_networks_without_numbers_compile() -> None:
     assert elc_fx.compile(model)(torch.empty(2, 4, 3, 3, device="meta")).shape == (2, 4, 3, 3)
 
 
+def test_a_pooling_of_the_input_is_no_layer() -> None:
+    layers = {"pool": nn.AvgPool1d(3, 1, 1), "a": nn.BatchNorm1d(2), "norm": nn.BatchNorm1d(4)}
+    model = ready(Unary(lambda s, x: s.norm(torch.cat([s.pool(x), s.a(x)], 1)), **layers))
+    check(model, image(2, 2, 5))
+
+
 def test_what_others_read_is_left_alone() -> None:
     def forward(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         y = s.a(x.relu())

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_same, image, ready
+from networks import Standardised, assert_same, image, ready
 from torch import Tensor, fx, nn
 
 from elc_fx.deploying.dynamo import MergedGraph, backend
@@ -428,12 +428,6 @@ def test_items_that_are_set_are_writes(seen: Seen, make: Any) -> None:
 
 @torch.no_grad()
 def test_a_batch_norm_of_weights_is_no_training_mode(seen: Seen) -> None:
-    class Standardised(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            rows = self.weight.reshape(1, self.out_channels, -1)
-            weight = nn.functional.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
-            return self._conv_forward(x, weight, self.bias)
-
     model, x = ready(nn.Sequential(Standardised(4, 4, 3), nn.ReLU(), Standardised(4, 4, 1))), image(2, 4, 6, 6)
     fast = compiled(model, seen)
     assert_same(fast(x), model(x))

@@ -15,6 +15,7 @@ from networks import (
     Formula,
     Gate,
     RepVGGBlock,
+    Standardised,
     Unary,
     assert_same,
     batch_norms,
@@ -486,15 +487,6 @@ def test_model_without_inputs_compiles() -> None:
     assert_same(elc_fx.compile(model, ())(), model())
 
 
-class Standardised(nn.Conv2d):
-    """Weights normalised with each call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.weight.reshape(1, self.out_channels, -1)
-        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
-        return self._conv_forward(x, weight, self.bias)
-
-
 @pytest.mark.parametrize(
     "layer",
     [
@@ -534,3 +526,9 @@ def test_a_layer_that_is_called_often_stays_one(layer: Any) -> None:
     model = ready(Unary(forward, a=layer()))
     result = check(model, image(2, 4, 3, 3))
     assert sum(p.numel() for p in result.parameters()) <= sum(p.numel() for p in model.parameters())
+
+
+def test_the_weights_of_lazy_layers_may_be_asked() -> None:
+    layers = {"layer": conv_bn(4, 4), "lazy": nn.LazyConv2d(3, 1)}
+    model = Unary(lambda s, x: s.lazy(s.layer(x).to(s.lazy.weight.dtype)), **layers)
+    assert len(elc_fx.report_of(elc_fx.compile(model.eval())).merged) == 1

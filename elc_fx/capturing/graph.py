@@ -129,6 +129,18 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def erase_unread(node: fx.Node, constant: Container[fx.Node]) -> list[fx.Node]:
+    """Erases a node if it has no readers, and the constants that only it read; returns those that it erased."""
+    erased, pending = list[fx.Node](), [node]
+    while pending:
+        node = pending.pop()
+        if not node.users and not node._erased:
+            pending += [source for source in node.all_input_nodes if source in constant]
+            node.graph.erase_node(node)
+            erased.append(node)
+    return erased
+
+
 def unknown(node: fx.Node, known: Container[fx.Node]) -> Iterator[fx.Node]:
     """The node and what it is computed from, inputs first; the caller makes each known before it asks for the next."""
     pending = [node]

@@ -26,19 +26,20 @@ from elc_fx.decoupling.nodes import (
     DecoupledPooling,
     InteriorBatchNorm,
     RegionInput,
+    RegionMarker,
     RegionOutput,
     RingPad,
 )
 from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError, Refusal, TrainingModeError, listed
 from elc_fx.matching.chains import find_chains
-from elc_fx.matching.interpret import Interpreter, Operation
+from elc_fx.matching.interpret import Feature, Interpreter, Operation
 from elc_fx.matching.regions import Chain, Merge, interpret, operations_of
 from elc_fx.matching.serial import channels_of
 from elc_fx.merging.fusion import Fusion
 from elc_fx.merging.lossless import LAYERS, depth_of
 from elc_fx.report import Report, Totals
 
-KEEPS_CHANNELS = (RegionOutput, RingPad, DecoupledPadding)  # a RegionInput has those that its readers say
+KEEPS_CHANNELS = (RegionOutput, RingPad, DecoupledPadding)
 
 
 @torch.inference_mode(False)  # what is made in that mode could not be trained
@@ -115,7 +116,7 @@ def _merge_of(
 ) -> Merge:
     chain = next((chain for chain in chains.values() if chain.parts and chain.parts[-1].node is end), None)
     begins = chain is not None and chain.source.op == "call_module" and module_of(graph_module, chain.source)
-    if chain is not None and type(begins) is RegionInput and begins.candidate == name:
+    if chain is not None and isinstance(begins, RegionInput) and begins.candidate == name:
         operations = list(operations_of(chain.parts))
         dims, layers = operations[0].geometry.dims, sum(op.convolves for op in operations)
         geometry = interpret(
@@ -128,7 +129,7 @@ def _merge_of(
 
 def _erase_markers(graph_module: fx.GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
-        if node.op == "call_module" and isinstance(marker := module_of(graph_module, node), RegionInput):
+        if node.op == "call_module" and isinstance(marker := module_of(graph_module, node), RegionMarker):
             if has_hooks(marker):
                 raise NotAffineError(f"`{node.target}` has hooks, which the merged network would not have; remove them")
             node.replace_all_uses_with(node.all_input_nodes[0])
@@ -159,10 +160,19 @@ class ClosedInterpreter(Interpreter):
             return self._identity(node, source, **settings)
         return super()._module(node)
 
+    def _declared(self, node: fx.Node) -> Feature:
+        module = module_of(self.captured, node) if node.op == "call_module" else None
+        return Feature(module.channels, module.dims) if isinstance(module, RegionInput) else super()._declared(node)
+
     def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
         if node.op == "call_module" and isinstance(module_of(self.captured, node), KEEPS_CHANNELS):
             return tuple(node.all_input_nodes)
         return super()._passes_on(node)
+
+    def _settled_dtype(self, node: fx.Node) -> torch.dtype | None:
+        if node.op == "call_module" and isinstance(module_of(self.captured, node), (RegionInput, *KEEPS_CHANNELS)):
+            return self._common_dtype(node.all_input_nodes)
+        return super()._settled_dtype(node)
 
     def _closed_convolution(self, node: fx.Node, source: fx.Node, module: DecoupledConvolution) -> Operation:
         on, bias = module.rings.on, module._parameters["bias"]

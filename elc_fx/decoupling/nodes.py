@@ -434,8 +434,8 @@ def _interior(x: Tensor, ring: Padding) -> Tensor:
     return x[tuple(inside)]
 
 
-class RegionInput(nn.Module):
-    """Where a region begins: the value goes through."""
+class RegionMarker(nn.Module):
+    """Where a region begins or ends: the value goes through."""
 
     def __init__(self, candidate: str) -> None:
         super().__init__()
@@ -448,8 +448,16 @@ class RegionInput(nn.Module):
         return self.candidate
 
 
-class RegionOutput(RegionInput):
-    """Where it ends. original: the node of the captured model whose value this is. model: its `names_and_shapes`."""
+class RegionInput(RegionMarker):
+    """channels, dims: those of the value, as the layers of the region read it."""
+
+    def __init__(self, candidate: str, channels: int, dims: int) -> None:
+        super().__init__(candidate)
+        self.channels, self.dims = channels, dims
+
+
+class RegionOutput(RegionMarker):
+    """original: the node of the captured model whose value this is. model: its `names_and_shapes`."""
 
     def __init__(self, candidate: str, original: str, model: str) -> None:
         super().__init__(candidate)

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from elc_fx.affine import Padding
 from elc_fx.capturing.copying import clone
-from elc_fx.capturing.graph import constants, function_name, label, module_of, overwritten_argument
+from elc_fx.capturing.graph import constants, erase_unread, function_name, label, module_of, overwritten_argument
 from elc_fx.capturing.identity import names_and_shapes
 from elc_fx.capturing.inputs import (
     NO_CALIBRATION,
@@ -112,13 +112,12 @@ def decouple(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = N
                     f"{before:,} FLOPs become {after:,}"
                 )
         captured.warn_of_eval_only()
-        read, unread = _attributes_read(captured.graph_module), _unread(captured.graph_module)
+        read, constant = _attributes_read(captured.graph_module), _constants_read(captured.graph_module)
         rewriter = _Rewriter(graph)
         for candidate, region, windows in located:
             rewriter.rewrite(candidate, region, windows)
-        while without_readers := _unread(captured.graph_module) - unread:  # such as code that computed a weight
-            for node in without_readers:
-                captured.graph_module.graph.erase_node(node)
+        for node in constant:  # such as code that computed a weight
+            erase_unread(node, constant)
         for path in read - _attributes_read(captured.graph_module):
             _delete_parameter(captured.graph_module, path)
         decoupled = DecoupledModule(captured.graph_module, captured.graph_module.graph, type(model).__name__)
@@ -143,9 +142,9 @@ def _attributes_read(graph_module: fx.GraphModule) -> set[str]:
     return {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr" and node.users}
 
 
-def _unread(graph_module: fx.GraphModule) -> set[fx.Node]:
-    """Constants that nobody reads; but for what is written for its own sake."""
-    found = {node for node in constants(graph_module.graph) if not node.users}
+def _constants_read(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """Constants that somebody reads; but for what is written for its own sake, too."""
+    found = {node for node in constants(graph_module.graph) if node.users or node.op == "get_attr"}
     return {node for node in found if overwritten_argument(graph_module, node) is None}
 
 
@@ -188,7 +187,8 @@ class _Rewriter:
         inside, readers = region.nodes(), list(output.users)
         entered = [user for user in source.users if user in inside]
         with self.graph.inserting_before(min(entered, key=self.position.__getitem__)):
-            self.begin = self._call(RegionInput(candidate.full_name), f"{entered[0].name}_region_input", source)
+            read = RegionInput(candidate.full_name, region.geometry(windows).in_channels, region.dims)
+            self.begin = self._call(read, f"{entered[0].name}_region_input", source)
         for node in entered:
             node.replace_input_with(source, self.begin)
         end, _ = self._rewrite_parts(parts, self.begin, nothing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx
+from torch.nn.parameter import is_lazy
 
 from elc_fx.capturing.graph import (
     allocates,
@@ -28,7 +29,7 @@ class Constants:
         self._computed_from_attributes = constants(captured.graph)
         self._known: dict[fx.Node, Any] = {}
 
-    def __contains__(self, node: fx.Node) -> bool:
+    def __contains__(self, node: object) -> bool:
         """Whether no input changes it, though its value may be random or unknown."""
         return node in self._computed_from_attributes
 
@@ -49,7 +50,8 @@ class Constants:
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             found = attribute_of(self.captured, node)
-            return found.detach() if isinstance(found, Tensor) and not self.may_change(found) else None
+            settled = isinstance(found, Tensor) and not is_lazy(found) and not self.may_change(found)
+            return found.detach() if settled else None
         name = function_name(node)
         if "empty" in name or overwritten_argument(self.captured, node) is not None:  # what nobody filled is nothing
             return None
@@ -89,8 +91,8 @@ class Constants:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """The same number for tensors that share memory; sparse ones, which have none of their own, share it with none."""
+    """The same number for tensors that share memory; sparse and lazy ones, which have none yet, share it with none."""
     try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
+        return id(tensor) if is_lazy(tensor) else tensor.untyped_storage()._cdata
+    except NotImplementedError:  # sparse
         return id(tensor)

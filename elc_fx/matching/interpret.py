@@ -124,11 +124,15 @@ class Interpreter:
         self.constants = Constants(captured)
         self.operations: dict[fx.Node, Operation] = {}
         self.refusals: dict[fx.Node, str] = {}  # operations that look affine but are not, with the reason
-        self.features: dict[fx.Node, Feature] = {node: Feature() for node in captured.graph.nodes}
+        self.features: dict[fx.Node, Feature] = {node: self._declared(node) for node in captured.graph.nodes}
         self.dtypes: dict[fx.Node, torch.dtype] = {}  # of values whose layers settle it, whatever the input is
         self.sizes: set[fx.Node] = set()  # numbers that are computed from sizes
         self.reads = Counter(source for node in captured.graph.nodes for source in self._computed_of(node))
         self._interpret()
+
+    def _declared(self, node: fx.Node) -> Feature:
+        """What a node itself says of its value."""
+        return Feature()
 
     def _operation(self, node: fx.Node) -> Operation | None:
         """The node as an affine map, or None; `refusals` then has the reason where one is worth telling."""

@@ -8,9 +8,10 @@ behind layers of different values, which are no one layer together.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry
-from elc_fx.capturing.graph import attribute_of, module_of, overwritten_argument
+from elc_fx.capturing.graph import attribute_of, erase_unread, module_of, overwritten_argument
 from elc_fx.capturing.origins import origins_of, remember
 from elc_fx.matching.interpret import Feature, Interpreter, Operation
+from elc_fx.merging.fusion import BATCH_NORM_MODULES
 
-NORMS: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-META = torch.device("meta")
 DEEPEST = 64  # joins inside of each other
 
 
@@ -34,31 +34,25 @@ class Distribution:
         self.interpreter = interpreter
         self.captured, self.graph = interpreter.captured, interpreter.captured.graph
         self.shapes = dict(interpreter.shapes)
-        self.readers = Counter(id(tensor) for node in self.graph.nodes for tensor in _weights(self.captured, node))
         self.made: dict[fx.Node, torch.dtype] = {}  # what stands behind layers now, with the type that these compute in
 
     def run(self) -> bool:
         """Whether anything was changed; then the graph is to be read again, with the shapes that there are now."""
         for node in list(self.graph.nodes):
             operation = self.interpreter.operations.get(node)
-            if operation is not None and self._can_be_distributed(operation):
-                numbers = operation.load()
-                scale = numbers.kernel.flatten()
-                offset = torch.zeros_like(scale) if numbers.bias is None else numbers.bias
-                if not self._remains_finite(operation.source, scale, offset):
-                    continue
-                self._into(operation.source, scale, offset, origins_of(self.captured, [node]))
+            if operation is None or not self._can_be_distributed(operation):
+                continue
+            numbers = operation.load()
+            scale = numbers.kernel.flatten()
+            offset = torch.zeros_like(scale) if numbers.bias is None else numbers.bias
+            layers = list(self._at_layers(operation.source, scale, offset))
+            if all(itertools.starmap(self._remains_finite, layers)):
+                origins = origins_of(self.captured, [node])
+                for layer in layers:
+                    self._behind(*layer, origins)
                 node.replace_all_uses_with(operation.source)
-                self._erase(node)
+                erase_unread(node, self.interpreter.constants)
         return bool(self.made)
-
-    def _erase(self, node: fx.Node) -> None:
-        """With the constants that only it read."""
-        sources = [source for source in node.all_input_nodes if source in self.interpreter.constants]
-        self.graph.erase_node(node)
-        for source in sources:
-            if not source.users:
-                self._erase(source)
 
     def settle(self) -> None:
         """What did not merge after all computes in the type of its layer."""
@@ -69,7 +63,7 @@ class Distribution:
     def _can_be_distributed(self, operation: Operation) -> bool:
         fresh = overwritten_argument(self.captured, operation.node) is None and operation.rank is None
         joins = operation.source not in self.interpreter.operations
-        elementwise = _is_scale(operation) and operation.geometry.dims in NORMS
+        elementwise = _is_scale(operation) and operation.geometry.dims in BATCH_NORM_MODULES
         feature = Feature(operation.geometry.in_channels, operation.geometry.dims)
         return elementwise and fresh and joins and self._takes_scales(operation.source, feature)
 
@@ -82,8 +76,8 @@ class Distribution:
             if _is_scale(operation):
                 source = operation.source
                 return source in self.interpreter.operations and self._takes_scales(source, feature, depth)
-            real = self.interpreter.dtypes[value].is_floating_point and operation.device != META
-            return operation.convolves and real and self._is_called_once(value)
+            dtype = operation.dtype if operation.convolves else None
+            return dtype is not None and dtype.is_floating_point and self._is_called_once(value)
         operands = self._operands(value, feature.channels or 0)
         distinct = len(dict(operands)) == len(operands) > 1
         return distinct and all(
@@ -91,10 +85,15 @@ class Distribution:
             for operand, channels in operands
         )
 
+    @functools.cached_property
+    def _readers(self) -> Counter[int]:
+        """How many nodes read a tensor, by its identity; only asked where there is something to distribute."""
+        return Counter(id(tensor) for node in self.graph.nodes for tensor in _weights(self.captured, node))
+
     def _is_called_once(self, value: fx.Node) -> bool:
         """A layer with weights that others read, too, would have to be there twice."""
         read = (value, *(source for source in value.all_input_nodes if source.op == "get_attr"))
-        return all(self.readers[id(tensor)] == 1 for node in read for tensor in _weights(self.captured, node))
+        return all(self._readers[id(tensor)] == 1 for node in read for tensor in _weights(self.captured, node))
 
     def _layer(self, value: fx.Node) -> Operation:
         """The layer that gives a value, up to scales."""
@@ -102,15 +101,15 @@ class Distribution:
         return operation if operation.convolves else self._layer(operation.source)
 
     def _remains_finite(self, value: fx.Node, scale: Tensor, offset: Tensor) -> bool:
-        """Whether the layers' own type can hold what they become."""
-        if (operation := self.interpreter.operations.get(value)) is None:
-            return all(self._remains_finite(*branch) for branch in self._branches(value, scale, offset))
-        device = self._layer(value).device  # where a scale by a number need not be
-        numbers, scale, offset = operation.load(), scale.to(device), offset.to(device)
+        """Whether the layer's own type can hold what it becomes."""
+        operation, device = self.interpreter.operations[value], self._layer(value).device
+        numbers, scale, offset = operation.load(), scale.to(device), offset.to(device)  # a number may be elsewhere
         kernel = numbers.kernel.flatten(1).to(device)
         shift = offset if numbers.bias is None else offset + numbers.bias.to(device) * scale
         if not operation.convolves:
             return self._remains_finite(operation.source, kernel.flatten() * scale, shift)
+        if kernel.is_meta:
+            return False
         largest, most = kernel.abs().amax(1) * scale.abs(), torch.finfo(self.interpreter.dtypes[value]).max
         return bool((largest <= most).all() and (shift.abs() <= most).all())
 
@@ -121,29 +120,23 @@ class Distribution:
         values = self.interpreter.concatenated(join) or ()
         return [(value, self.interpreter.features[value].channels or 0) for value in values]
 
-    def _branches(self, join: fx.Node, scale: Tensor, offset: Tensor) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
-        """What goes into each value that a join reads."""
-        operands = self._operands(join, len(scale))
-        if (terms := self.interpreter.summands(join)) is not None:
+    def _at_layers(self, value: fx.Node, scale: Tensor, offset: Tensor) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
+        """What is to stand behind each layer that joins read."""
+        if value in self.interpreter.operations:
+            yield value, scale, offset
+        elif (terms := self.interpreter.summands(value)) is not None:
             shifted = next(term for term in terms if term.coefficient == 1)
             for term in terms:
-                yield term.value, scale, offset if term is shifted else torch.zeros_like(offset)
+                yield from self._at_layers(term.value, scale, offset if term is shifted else torch.zeros_like(offset))
         else:
-            counts = [channels for _, channels in operands]
-            for (operand, _), own, shift in zip(operands, scale.split(counts), offset.split(counts), strict=True):
-                yield operand, own, shift
-
-    def _into(self, value: fx.Node, scale: Tensor, offset: Tensor, origins: tuple[str, ...]) -> None:
-        if value in self.interpreter.operations:
-            self._behind(value, scale, offset, origins)
-        else:
-            for branch in list(self._branches(value, scale, offset)):
-                self._into(*branch, origins)
+            operands, counts = zip(*self._operands(value, len(scale)), strict=True)
+            for branch in zip(operands, scale.split(counts), offset.split(counts), strict=True):
+                yield from self._at_layers(*branch)
 
     def _behind(self, value: fx.Node, scale: Tensor, offset: Tensor, origins: tuple[str, ...]) -> None:
         interpreter, dims = self.interpreter, self.interpreter.operations[value].geometry.dims
         where: Any = {"device": self._layer(value).device, "dtype": torch.float64}
-        norm: Any = NORMS[dims](len(scale), eps=0.0, **where)
+        norm: Any = BATCH_NORM_MODULES[dims](len(scale), eps=0.0, **where)
         norm.weight = nn.Parameter(scale.detach().to(**where, copy=True))
         norm.bias = nn.Parameter(offset.detach().to(**where, copy=True))
         remember(norm, origins)
@@ -168,7 +161,5 @@ def _weights(captured: fx.GraphModule, node: fx.Node) -> Iterable[Any]:
 
 
 def _is_scale(operation: Operation) -> bool:
-    """Whether it is a scale and a shift of each channel, and nothing else."""
-    geometry = operation.geometry
-    plain = replace(Geometry.identity(geometry.in_channels, geometry.dims), bias=geometry.bias)
-    return geometry == plain and not operation.convolves
+    """Whether it is a scale and a shift of each channel, and no layer."""
+    return operation.geometry.is_scale and not operation.convolves

@@ -22,7 +22,7 @@ from elc_fx.affine import (
     regroup,
     transposed_weight,
 )
-from elc_fx.capturing.graph import constants, label, module_of
+from elc_fx.capturing.graph import constants, erase_unread, label, module_of
 from elc_fx.capturing.origins import origins_of, remember
 from elc_fx.errors import NotAffineError, Refusal, VerificationError
 from elc_fx.matching.interpret import Operation
@@ -32,6 +32,7 @@ from elc_fx.merging.verification import verify_merge
 
 CONV_MODULES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE_MODULES: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BATCH_NORM_MODULES: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by axes
 
@@ -129,19 +130,9 @@ class Fusion:
 
     def _erase(self, nodes: set[fx.Node]) -> None:
         for node in sorted(nodes, key=lambda n: self.position[n], reverse=True):
-            self._forget(node)
-
-    def _forget(self, node: fx.Node) -> None:
-        """Erases a node without readers, and the constants that only it read."""
-        pending = [node]
-        while pending:
-            node = pending.pop()
-            if node.users or node._erased:
-                continue
-            pending += [source for source in node.all_input_nodes if source in self.constant]
-            if node.op in ("call_module", "get_attr"):
-                self.calls[str(node.target)] -= 1
-            self.graph.erase_node(node)
+            for erased in erase_unread(node, self.constant):
+                if erased.op in ("call_module", "get_attr"):
+                    self.calls[str(erased.target)] -= 1
 
     def _insert(self, merge: Merge) -> fx.Node | None:
         """The merged layer, where the region first reads its source; None if its numbers do not allow the merge."""

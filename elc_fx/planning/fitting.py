@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from elc_fx.affine import AffineMap, Geometry, pad_zeros
 from elc_fx.errors import InvalidInputError
-from elc_fx.merging.fusion import layer_of, padded
+from elc_fx.merging.fusion import BATCH_NORM_MODULES, layer_of, padded
 
 ROWS_PER_WEIGHT = 12  # windows that a fit looks at, for each weight of an output channel
 FEWEST_ROWS = 16384
@@ -29,7 +29,6 @@ GAIN = 0.03  # of the error, which a larger ridge must be worth
 ROUNDING = 1e-6  # of the squared targets
 PART = 4096  # weights at a time, of which rows are needed in float64
 TINY = torch.finfo(torch.float32).tiny
-BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 FILTER_LENGTH = math.sqrt(2)  # of weights of variance 2 / fan-in (He et al., "Delving Deep into Rectifiers", 2015)
 SHORTEST = 1e-12  # scale of a filter, which may be zero
 ROUNDS = 8  # of moving the targets on a flat side
@@ -76,7 +75,7 @@ class Substitute(nn.Module):
         variance = variance / scale.square()
         if variance.isfinite().all() and variance.max() > torch.finfo(outputs[0].dtype).max:
             return  # half precision may not hold that either
-        norm: Any = BATCH_NORMS[self.geometry.dims](self.geometry.out_channels, device=values.device)
+        norm: Any = BATCH_NORM_MODULES[self.geometry.dims](self.geometry.out_channels, device=values.device)
         norm = norm.to(outputs[0])
         norm.running_mean.copy_((mean - bias) / scale)
         norm.running_var.copy_(variance)
