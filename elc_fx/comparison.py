@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakIdRef
 
 from elc_fx.capturing.copying import UNCOPYABLE, clone
@@ -165,13 +166,30 @@ def _with_own_buffers(model: nn.Module) -> nn.Module:
         return model
 
 
+class _NoModules(ModuleTracker):
+    """Only the total is asked for; and modules that take views of parameters make the tracker fail under no_grad."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's own counter of FLOPs, for the total."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    return counter
+
+
 def run(model: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
     """The model's output on copies of the inputs, and what it cost."""
     for module in model.modules():
         check_visible(module)
     args, kwargs = fresh((examples.args, examples.kwargs))
     layers = _Layers(tree_leaves((args, kwargs)))
-    flops = FlopCounterMode(display=False)
+    flops = flop_counter()
     with reproducibly(), _attention_as_products(), flops, layers:
         output = model(*args, **kwargs)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -323,6 +323,25 @@ def test_a_weight_that_a_hook_has_computed_is_compared_in_float64() -> None:
     assert compare(model, model, IMAGE).dtype == "float64"
 
 
+def test_modules_that_take_views_of_parameters_are_measured() -> None:
+    """Torch's tracker of modules, which its counter of FLOPs brings along, fails on these under no_grad."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.norms = nn.Parameter(torch.ones(1, 1, 8)), Each(nn.LayerNorm(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat(self.norms((x, self.token.expand(len(x), -1, -1))), 1)
+
+    class Each(nn.Sequential):
+        def forward(self, values: tuple[Tensor, ...]) -> list[Tensor]:
+            return [super(Each, self).forward(value) for value in values]
+
+    model = nn.Sequential(nn.Linear(4, 8), Tokens()).eval()
+    assert elc_fx.measure(model, torch.randn(2, 3, 4)).flops == 2 * 2 * 3 * 4 * 8
+
+
 def test_training_mode_is_refused_by_name() -> None:
     model = nn.Sequential(conv(), nn.BatchNorm2d(2))
     with pytest.raises(TrainingModeError, match=r"the model \(Sequential\) is in training mode"):

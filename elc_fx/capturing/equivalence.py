@@ -8,27 +8,27 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from elc_fx.affine import Ints, wide
+from elc_fx.affine import wide
 from elc_fx.capturing.capture import Capture
-from elc_fx.capturing.shapes import run_recording_shapes
+from elc_fx.capturing.shapes import Value, run_recording_values
 from elc_fx.errors import CaptureError, VerificationError
 from elc_fx.memory import is_out_of_memory
 
 
-def verify_trace(captured: Capture, expected: Any) -> dict[fx.Node, Ints]:
-    """The shapes of all values on the example inputs, on which the model gives `expected`.
+def verify_trace(captured: Capture, expected: Any) -> dict[fx.Node, Value]:
+    """The shapes and types of all values on the example inputs, on which the model gives `expected`.
 
     Both compute with the same weights, so half the digits of the output's own type agree. Raises `CaptureError` where
     the graph gives something else: tracing recorded what the model does for other inputs.
     """
     try:
-        output, shapes = run_recording_shapes(captured)
+        output, values = run_recording_values(captured)
         verify_outputs(expected, output)
     except Exception as error:  # whatever it is, the model itself ran
         if is_out_of_memory(error):
             raise
         raise CaptureError(f"the traced graph does not compute what the model computes: {error}") from error
-    return shapes
+    return values
 
 
 def rounding_of(*values: Any) -> float:

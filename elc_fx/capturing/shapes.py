@@ -1,10 +1,11 @@
-"""The shapes of all values of a captured graph, from one run on its example inputs."""
+"""The shapes and types of all values of a captured graph, from one run on its example inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
@@ -17,13 +18,20 @@ from elc_fx.capturing.randomness import reproducibly
 T = TypeVar("T")
 
 
-def run_recording_shapes(captured: Capture) -> tuple[Any, dict[fx.Node, Ints]]:
-    """The output on the example inputs, and the shape of every tensor on the way. The modules stay as they were."""
-    return run_recording(captured, lambda value: tuple(value.shape))
+class Value(NamedTuple):
+    """What is known of a tensor."""
+
+    shape: Ints
+    dtype: torch.dtype
+
+
+def run_recording_values(captured: Capture) -> tuple[Any, dict[fx.Node, Value]]:
+    """The output on the example inputs, and every tensor on the way. The modules stay as they were."""
+    return run_recording(captured, lambda value: Value(tuple(value.shape), value.dtype))
 
 
 def run_recording(captured: Capture, what: Callable[[Tensor], T]) -> tuple[Any, dict[fx.Node, T]]:
-    """As `run_recording_shapes`, with anything else of the tensors."""
+    """As `run_recording_values`, with anything else of the tensors."""
     recorder = _Recorder(captured.graph_module, what)
     with unchanged(captured.graph_module), reproducibly():
         output = recorder.run(*fresh(captured.inputs or ()))

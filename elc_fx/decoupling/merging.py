@@ -139,6 +139,8 @@ def _erase_markers(graph_module: fx.GraphModule) -> None:
 class ClosedInterpreter(Interpreter):
     """Reads decoupling nodes as what they compute with closed gates, while rings are computed."""
 
+    trusting = True
+
     def _module(self, node: fx.Node) -> Operation | None:
         module, source = module_of(self.captured, node), node.args[0] if node.args else None
         if not isinstance(source, fx.Node):  # none of those that decouple inserts
@@ -168,11 +170,6 @@ class ClosedInterpreter(Interpreter):
         if node.op == "call_module" and isinstance(module_of(self.captured, node), KEEPS_CHANNELS):
             return tuple(node.all_input_nodes)
         return super()._passes_on(node)
-
-    def _settled_dtype(self, node: fx.Node) -> torch.dtype | None:
-        if node.op == "call_module" and isinstance(module_of(self.captured, node), (RegionInput, *KEEPS_CHANNELS)):
-            return self._common_dtype(node.all_input_nodes)
-        return super()._settled_dtype(node)
 
     def _closed_convolution(self, node: fx.Node, source: fx.Node, module: DecoupledConvolution) -> Operation:
         on, bias = module.rings.on, module._parameters["bias"]

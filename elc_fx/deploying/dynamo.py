@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils.weak import WeakIdKeyDictionary
 
-from elc_fx.affine import Ints
 from elc_fx.capturing.graph import constants, function_name, module_of, signature_of
+from elc_fx.capturing.shapes import Value
 from elc_fx.capturing.tidying import tidy
 from elc_fx.errors import ElcError, InvalidInputError, NotAffineError
 from elc_fx.matching.interpret import Interpreter
@@ -157,8 +157,8 @@ class MergedGraph:
             bound = _with_attributes(self.original, {i: inputs[i] for i in self.static})
             tidy(bound)
             readers = _readers(bound.graph)
-            shapes = {node: shape for node in bound.graph.nodes if (shape := _shape(node)) is not None}
-            fusion, _ = merge_all(Interpreter(bound, shapes), verify=True)
+            values = {node: value for node in bound.graph.nodes if (value := _value(node)) is not None}
+            fusion, _ = merge_all(Interpreter(bound, values), verify=True)
             if not fusion.merged:
                 raise NotAffineError("nothing in it merges exactly")
             merged = {
@@ -227,13 +227,13 @@ def _is_static(node: fx.Node, value: Any) -> bool:
     return kind is not None and type(value) in (Tensor, nn.Parameter) and not value.is_meta
 
 
-def _shape(node: fx.Node) -> Ints | None:
-    """The shape that dynamo saw; of sizes that may change, the one that it happened to see."""
+def _value(node: fx.Node) -> Value | None:
+    """The shape and type that dynamo saw; of sizes that may change, the one that it happened to see."""
     value = node.meta.get("example_value")
     if not isinstance(value, Tensor):
         return None
     sizes = [size if isinstance(size, int) else size.node.hint for size in value.shape]
-    return None if None in sizes else tuple(sizes)
+    return None if None in sizes else Value(tuple(sizes), value.dtype)
 
 
 def _with_attributes(original: fx.GraphModule, values: Mapping[int, Tensor]) -> fx.GraphModule:

@@ -27,21 +27,19 @@ from elc_fx.affine import AffineMap, Geometry, Ints, Padding, same_padding, tran
 from elc_fx.capturing.attributes import Attributes
 from elc_fx.capturing.capture import assign
 from elc_fx.capturing.graph import (
-    ALLOCATING,
-    allocates,
-    attribute_of,
     function_name,
     has_unknown_hooks,
     is_leaf,
     is_torchs,
-    may_be_view,
     module_of,
     signature_of,
 )
 from elc_fx.capturing.randomness import generators, randomness_of_the_caller
+from elc_fx.capturing.shapes import Value
 from elc_fx.errors import first_line
 from elc_fx.matching.activations import MODULES, is_activation
 from elc_fx.matching.constants import Constants
+from elc_fx.matching.dtypes import Sort, settled_dtypes
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -116,17 +114,24 @@ class Term:
 
 
 class Interpreter:
-    """Reads the nodes of one captured graph. shapes: of the values, where example inputs gave them."""
+    """Reads the nodes of one captured graph. values: what example inputs told of them.
 
-    def __init__(self, captured: fx.GraphModule, shapes: Mapping[fx.Node, Ints] | None = None) -> None:
+    trusting: types that are not known are those that fit, as they were where the examples of a plan told them.
+    """
+
+    trusting = False
+
+    def __init__(self, captured: fx.GraphModule, values: Mapping[fx.Node, Value] | None = None) -> None:
         self.captured = captured
-        self.shapes = shapes or {}
+        self.values = values or {}
+        self.shapes: dict[fx.Node, Ints] = {node: value.shape for node, value in self.values.items()}
         self.constants = Constants(captured)
         self.operations: dict[fx.Node, Operation] = {}
         self.refusals: dict[fx.Node, str] = {}  # operations that look affine but are not, with the reason
         self.features: dict[fx.Node, Feature] = {node: self._declared(node) for node in captured.graph.nodes}
-        self.dtypes: dict[fx.Node, torch.dtype] = {}  # of values whose layers settle it, whatever the input is
-        self.sizes: set[fx.Node] = set()  # numbers that are computed from sizes
+        self.sizes = _sizes(captured.graph)
+        recorded = {node: value.dtype for node, value in self.values.items()}
+        self.dtypes = settled_dtypes(captured, self.constants, self.sizes, recorded)
         self.reads = Counter(source for node in captured.graph.nodes for source in self._computed_of(node))
         self._interpret()
 
@@ -332,16 +337,21 @@ class Interpreter:
     ) -> Operation | None:
         feature = self.features[source]
         channels, dims = feature.channels, feature.dims
-        if (dtype := self.dtypes.get(source)) is None:
-            raise _Refused("the data type of its input is not known, and it may change it")
+        if not self._is_inexact(source):
+            raise _Refused(
+                "it makes floating-point numbers of others"
+                if source in self.dtypes
+                else "it may make floating-point numbers of others: the data type of its input is not known"
+            )
         if channels is None or dims is None:
             raise _Refused("the number of channels that it scales is not known")
         tensors = [value for value in (weight, bias) if isinstance(value, Tensor)]
         if not all(_is_per_channel(value, channels, dims) for value in tensors):
             raise _Refused("its constant is not one number per channel")
         dtypes = {value.dtype for value in tensors if value.dim() > 0}
-        if dtypes - {dtype}:
-            raise _Refused("its constant changes the data type")
+        if dtypes and not self._has_dtype(source, dtypes):
+            known = self.dtypes.get(source) is not Sort.INEXACT
+            raise _Refused(f"its constant {'changes' if known else 'may change'} the data type")
         complex_number = any(
             isinstance(v, complex) or (isinstance(v, Tensor) and v.is_complex()) for v in (weight, bias)
         )
@@ -362,6 +372,15 @@ class Interpreter:
             return AffineMap.scale(scale, offset, dims)
 
         return Operation(node, source, geometry, load, next(iter(dtypes), None), next(iter(devices), None), rank=rank)
+
+    def _is_inexact(self, value: fx.Node) -> bool:
+        """Whether it is known that a number does not change the type of a value that it scales."""
+        return self.trusting if value not in self.dtypes else self.dtypes[value] is not Sort.EXACT
+
+    def _has_dtype(self, value: fx.Node, dtypes: set[torch.dtype]) -> bool:
+        """Whether it is known that this is its type."""
+        known = self.dtypes.get(value)
+        return dtypes == {known} if isinstance(known, torch.dtype) else self.trusting
 
     # The operations themselves, however they were spelled.
 
@@ -656,7 +675,9 @@ class Interpreter:
             return None
         arguments = signature_of(node)
         tensors, axis = arguments.get("tensors"), arguments.get("dim", 0)
-        if not isinstance(tensors, tuple | list) or not all(isinstance(t, fx.Node) for t in tensors):
+        if not isinstance(tensors, tuple | list) or not isinstance(axis, int):
+            return None
+        if not all(isinstance(t, fx.Node) for t in tensors):
             return None
         dims = next((d for t in tensors if (d := self.features[t].dims) is not None), None)
         if dims is None or len(tensors) < 2 or (axis > 0 and not self._may_be_batched(tensors[0], dims)):
@@ -706,10 +727,6 @@ class Interpreter:
                     if (joined := self.concatenated(node)) is not None:
                         self._learn(node, self._concatenation(joined))
                     self._complete_from_shape(node, guess)
-                if (dtype := self._settled_dtype(node)) is not None:
-                    self.dtypes[node] = dtype
-                if self._is_size(node):
-                    self.sizes.add(node)
             for node in reversed(nodes):
                 if node in self.operations:
                     geometry = self.operations[node].geometry
@@ -740,46 +757,6 @@ class Interpreter:
         if dims is not None:
             self.features[node] = feature.known(Feature(shape[1] if dims else shape[-1], dims))
 
-    def _settled_dtype(self, node: fx.Node) -> torch.dtype | None:
-        """The floating-point type that layers, conversions and what keeps their types give, whatever the input has."""
-        if (operation := self.operations.get(node)) is not None:
-            return operation.dtype if operation.convolves else self.dtypes.get(operation.source)
-        if node.op == "call_module":
-            module = module_of(self.captured, node)
-            if not allocates(self.captured, node):
-                return self._common_dtype(self._passes_on(node))
-            weights = () if isinstance(module, NORMS) else module.parameters()  # of norms, which take other types, too
-            own = (p.dtype for p in weights if p.is_floating_point())
-            return next(own, None) or self._common_dtype(node.all_input_nodes)
-        name = function_name(node)
-        if node.op == "get_attr":
-            value = attribute_of(self.captured, node)
-            return value.dtype if isinstance(value, Tensor) and value.is_floating_point() else None
-        if node.op not in ("call_function", "call_method") or node.target is getattr or not is_torchs(node):
-            return None
-        if name in CONVERSIONS:
-            return CONVERSIONS[name]
-        if asked := [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)]:
-            return asked[0] if name in ("to", "type") and asked[0].is_floating_point else None
-        keeps = name.removesuffix("_") in KEEP_DTYPE or is_activation(self.captured, node) or may_be_view(node)
-        return (
-            self._common_dtype(node.all_input_nodes[:1] if "norm" in name else node.all_input_nodes) if keeps else None
-        )
-
-    def _common_dtype(self, sources: Sequence[fx.Node]) -> torch.dtype | None:
-        """Of values that are computed with each other."""
-        numbers = (source for source in sources if _is_number(self.constants.value(source)))
-        dtypes = {self.dtypes.get(source) for source in {*sources} - {*numbers}}
-        return dtypes.pop() if len(dtypes) == 1 else None
-
-    def _is_size(self, node: fx.Node) -> bool:
-        if node.target is getattr:
-            return node.args[1] in ("shape", "ndim")
-        if node.op == "call_method":
-            return node.target in ("size", "dim", "numel")
-        inputs = node.all_input_nodes
-        return node.op == "call_function" and bool(inputs) and self.sizes.issuperset(inputs)
-
     def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The inputs that have the channels and axes of the output."""
         name, inputs = function_name(node), node.all_input_nodes
@@ -805,20 +782,26 @@ KEEP_CHANNELS_FUNCTIONS = frozenset(
         *tuple(f"{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)),
     )
 )
-CONVERSIONS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-KEEP_DTYPE = (
-    ALLOCATING | ADDS | SCALES | QUOTIENTS | {"assign", "contiguous", "flatten", "negative", "pad", "reshape", "rsub"}
-)
+
+
+def _sizes(graph: fx.Graph) -> set[fx.Node]:
+    """Numbers that are computed from sizes."""
+    sizes = set[fx.Node]()
+    for node in graph.nodes:
+        if node.target is getattr:
+            is_size = node.args[1] in ("shape", "ndim")
+        elif node.op == "call_method":
+            is_size = node.target in ("size", "dim", "numel")
+        else:
+            inputs = node.all_input_nodes
+            is_size = node.op == "call_function" and bool(inputs) and sizes.issuperset(inputs)
+        if is_size:
+            sizes.add(node)
+    return sizes
 
 
 class _Refused(Exception):
     """An operation looks affine, but is not; the message is the reason."""
-
-
-def _is_number(value: Any) -> bool:
-    """A tensor of no axes counts as one: it does not change the type of what it is computed with."""
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dim())
 
 
 def _computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:

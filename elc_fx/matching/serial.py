@@ -23,6 +23,7 @@ from elc_fx.capturing.equivalence import verify_trace
 from elc_fx.capturing.graph import is_drop_path, is_identity, module_of
 from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, fresh, running
 from elc_fx.capturing.randomness import reproducibly
+from elc_fx.capturing.shapes import Value
 from elc_fx.errors import NotAffineError
 from elc_fx.matching.activations import MODULES, activation_of
 from elc_fx.matching.chains import find_chains
@@ -36,10 +37,12 @@ KeptWindows = Mapping[fx.Node, Ints]  # the kernel size that a convolution keeps
 class SerialInterpreter(Interpreter):
     """Reads activations as scales and shifts, max poolings as means, and what does nothing in eval as the identity."""
 
-    def __init__(self, captured: fx.GraphModule, shapes: Mapping[fx.Node, Ints] | None = None) -> None:
+    trusting = True
+
+    def __init__(self, captured: fx.GraphModule, values: Mapping[fx.Node, Value] | None = None) -> None:
         self.activations: set[fx.Node] = set()
         self.poolings: set[fx.Node] = set()
-        super().__init__(captured, shapes)
+        super().__init__(captured, values)
 
     def _operation(self, node: fx.Node) -> Operation | None:
         if self._does_nothing(node):
@@ -232,11 +235,11 @@ def window_start(kernel_size: int, kept: int) -> int:
 class SerialGraph:
     """A captured model with its serial chains, those inside of branches included."""
 
-    def __init__(self, captured: Capture, shapes: Mapping[fx.Node, Ints] | None = None) -> None:
+    def __init__(self, captured: Capture, values: Mapping[fx.Node, Value] | None = None) -> None:
         self.captured = captured
         self.graph_module = captured.graph_module
-        self.shapes = shapes or {}
-        self.interpreter = SerialInterpreter(self.graph_module, shapes)
+        self.interpreter = SerialInterpreter(self.graph_module, values)
+        self.shapes = self.interpreter.shapes
         self.interpreter.erase_settled_assertions()
         chains, joins, _ = find_chains(self.interpreter)
         self.chains = list(_all_chains(chains, joins))
@@ -245,7 +248,7 @@ class SerialGraph:
 
     @classmethod
     def of(cls, model: nn.Module, examples: ExampleInputs) -> SerialGraph:
-        """The graph of a model in eval mode, with the shapes of all values.
+        """The graph of a model in eval mode, with the shapes and types of all values.
 
         Raises `CaptureError`, also where the graph computes something else there, and `InvalidInputError` where the
         model does not run on the examples.

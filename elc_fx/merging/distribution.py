@@ -33,11 +33,11 @@ class Distribution:
     def __init__(self, interpreter: Interpreter) -> None:
         self.interpreter = interpreter
         self.captured, self.graph = interpreter.captured, interpreter.captured.graph
-        self.shapes = dict(interpreter.shapes)
+        self.values = dict(interpreter.values)
         self.made: dict[fx.Node, torch.dtype] = {}  # what stands behind layers now, with the type that these compute in
 
     def run(self) -> bool:
-        """Whether anything was changed; then the graph is to be read again, with the shapes that there are now."""
+        """Whether anything was changed; then the graph is to be read again, with the values that there are now."""
         for node in list(self.graph.nodes):
             operation = self.interpreter.operations.get(node)
             if operation is None or not self._can_be_distributed(operation):
@@ -110,7 +110,7 @@ class Distribution:
             return self._remains_finite(operation.source, kernel.flatten() * scale, shift)
         if kernel.is_meta:
             return False
-        largest, most = kernel.abs().amax(1) * scale.abs(), torch.finfo(self.interpreter.dtypes[value]).max
+        largest, most = kernel.abs().amax(1) * scale.abs(), torch.finfo(kernel.dtype).max
         return bool((largest <= most).all() and (shift.abs() <= most).all())
 
     def _operands(self, join: fx.Node, channels: int) -> list[tuple[fx.Node, int]]:
@@ -145,13 +145,13 @@ class Distribution:
         with self.graph.inserting_after(value):
             scaled = self.graph.call_module(name, (value,))
         value.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-        self.made[scaled] = interpreter.dtypes[scaled] = interpreter.dtypes[value]
+        self.made[scaled] = self._layer(value).load().kernel.dtype
         interpreter.features[scaled] = interpreter.features[value]
         geometry = replace(Geometry.identity(len(scale), dims), bias=True)
         numbers = AffineMap.scale(norm.weight.detach(), norm.bias.detach(), dims)
         interpreter.operations[scaled] = Operation(scaled, value, geometry, lambda: numbers)
-        if value in self.shapes:
-            self.shapes[scaled] = self.shapes[value]
+        if value in self.values:
+            self.values[scaled] = self.values[value]
 
 
 def _weights(captured: fx.GraphModule, node: fx.Node) -> Iterable[Any]:

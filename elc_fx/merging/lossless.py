@@ -14,7 +14,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from elc_fx.affine import Ints
 from elc_fx.capturing.attributes import unchanged
 from elc_fx.capturing.capture import capture
 from elc_fx.capturing.copying import clone
@@ -22,6 +21,7 @@ from elc_fx.capturing.equivalence import rounding_of, verify_outputs, verify_tra
 from elc_fx.capturing.graph import is_leaf, module_of, put_attribute
 from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, running
 from elc_fx.capturing.islands import modules_held, replaceable_children
+from elc_fx.capturing.shapes import Value
 from elc_fx.comparison import Measurement, run
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import CaptureError, InvalidInputError, Refusal, VerificationError
@@ -110,22 +110,22 @@ class LosslessCompilation:
         """The compiled module, and the depth before and after."""
         try:
             captured = capture(module, given, bind_defaults=bind_defaults)
-            shapes = {} if captured.inputs is None else verify_trace(captured, self.expected)
+            values = {} if captured.inputs is None else verify_trace(captured, self.expected)
         except CaptureError as error:
             self.opaque.append(Refusal(path or "the model", str(error)))
             return self._compile_children(module, path)
         self.opaque.extend(replace(r, where=_join(path, r.where)) for r in captured.opaque)
-        return self._merge(captured.graph_module, path, shapes)
+        return self._merge(captured.graph_module, path, values)
 
     def _merge(
-        self, graph_module: fx.GraphModule, path: str, shapes: dict[fx.Node, Ints]
+        self, graph_module: fx.GraphModule, path: str, values: dict[fx.Node, Value]
     ) -> tuple[fx.GraphModule, tuple[int, int]]:
-        interpreter = Interpreter(graph_module, shapes)
+        interpreter = Interpreter(graph_module, values)
         interpreter.erase_settled_assertions()
         before = depth_of(graph_module, interpreter)
         distributions = [Distribution(interpreter)]
         while distributions[-1].run():  # what stands behind it is next
-            interpreter = Interpreter(graph_module, distributions[-1].shapes)
+            interpreter = Interpreter(graph_module, distributions[-1].values)
             distributions.append(Distribution(interpreter))
         fusion, refusals = merge_all(interpreter, verify=self.verify)
         for distribution in distributions:

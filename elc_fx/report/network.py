@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from elc_fx.affine import Ints
 from elc_fx.capturing.attributes import unchanged
@@ -25,7 +24,8 @@ from elc_fx.capturing.identity import add_tensor
 from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, batch_values, check_visible, fresh, running
 from elc_fx.capturing.origins import ORIGIN, place_of, recorded_origin
 from elc_fx.capturing.randomness import reproducibly
-from elc_fx.capturing.shapes import PlainInterpreter
+from elc_fx.capturing.shapes import PlainInterpreter, Value
+from elc_fx.comparison import flop_counter
 from elc_fx.deploying.exporting import Exported
 from elc_fx.errors import CaptureError, InvalidInputError, TrainingModeError
 from elc_fx.matching.activations import MODULES
@@ -173,22 +173,25 @@ def _layers(graph_module: fx.GraphModule, inputs: Any, origins: Mapping[str, Any
     if inputs is not None:
         measured.on(inputs)
     sizes = {node: shape for node, shape in measured.shapes.items() if all(isinstance(n, int) for n in shape)}
-    operations = Interpreter(graph_module, sizes).operations  # type: ignore[arg-type]
+    values: Any = {node: Value(size, measured.dtypes[node]) for node, size in sizes.items()}  # type: ignore[arg-type]
+    operations = Interpreter(graph_module, values).operations
     reader = _Reader(graph_module, operations, measured, origins or {})
     return [reader.layer(node) for node in graph_module.graph.nodes if node.op != "get_attr"]
 
 
 class _Measuring(PlainInterpreter):
-    """The shape of every value, and the FLOPs of every node, from one run."""
+    """The shape and type of every value, and the FLOPs of every node, from one run."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.shapes: dict[fx.Node, Size] = {}
+        self.dtypes: dict[fx.Node, torch.dtype] = {}
         self.flops: dict[fx.Node, int] = {}
-        self.counter = FlopCounterMode(display=False)
+        self.counter = flop_counter()
         for node in graph_module.graph.nodes:  # as saved programs know them
             if isinstance(value := node.meta.get("val"), Tensor):
                 self.shapes[node] = tuple(n if isinstance(n, int) else str(n) for n in value.shape)
+                self.dtypes[node] = value.dtype
 
     def on(self, inputs: Any) -> None:
         """Raises `InvalidInputError` where the network does not run on the inputs."""
@@ -200,7 +203,7 @@ class _Measuring(PlainInterpreter):
         value = super().run_node(n)
         self.flops[n] = self.counter.get_total_flops() - before
         if isinstance(value, Tensor):
-            self.shapes[n] = tuple(value.shape)
+            self.shapes[n], self.dtypes[n] = tuple(value.shape), value.dtype
         return value
 
 
