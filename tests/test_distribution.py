@@ -91,6 +91,24 @@ def test_a_pooling_of_the_input_is_no_layer() -> None:
     check(model, image(2, 2, 5))
 
 
+def test_layers_of_two_types_are_left_alone() -> None:
+    """The whole shift would be rounded to the narrower one."""
+    model = ready(
+        Unary(
+            lambda s, x: s.norm(s.a(x.half()) + s.b(x)),
+            a=nn.Conv2d(4, 4, 1),
+            b=nn.Conv2d(4, 4, 1),
+            norm=nn.BatchNorm2d(4),
+        )
+    )
+    model.float().a.half()
+    with torch.no_grad():
+        model.b.bias.add_(1000.0)
+        model.norm.running_mean.fill_(1000.0)
+    x = image(2, 4, 6, 6).float()
+    assert_same(elc_fx.compile(model)(x), model(x), 1e-4)
+
+
 def test_what_others_read_is_left_alone() -> None:
     def forward(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         y = s.a(x.relu())

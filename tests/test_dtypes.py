@@ -84,9 +84,9 @@ def check_claim(claim: Any, actual: Any, call: fx.Node) -> None:
     dtype = actual.dtype if isinstance(actual, Tensor) else None
     inexact = dtype is not None and (dtype.is_floating_point or dtype.is_complex)
     if isinstance(claim, torch.dtype):
-        assert dtype in (claim, None), f"{call.target} gives {dtype}, claimed was {claim}"
+        assert dtype == claim, f"{call.target} gives {dtype}, claimed was {claim}"
     elif claim is not None:
-        assert inexact == (claim is Sort.INEXACT) or dtype is None, f"{call.target} gives {dtype}, claimed was {claim}"
+        assert inexact == (claim is Sort.INEXACT), f"{call.target} gives {dtype}, claimed was {claim}"
 
 
 class Layers(nn.Module):
@@ -145,6 +145,14 @@ def test_scales_behind_what_keeps_types_merge(forward: Any, given: bool) -> None
     assert report.merged and not any("type" in refusal.reason for refusal in report.refused if given)
 
 
+class Tempered(nn.MaxPool2d):
+    """With a parameter that it does not use."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.temperature = nn.Parameter(torch.ones(1))
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -153,12 +161,20 @@ def test_scales_behind_what_keeps_types_merge(forward: Any, given: bool) -> None
         lambda s, x: s.c(F.max_pool2d(s.a(x), 3, 1, 1, return_indices=True)[1] * 0.5),
         lambda s, x: s.c(s.pool(s.a(x))[1] * 0.5),
         lambda s, x: s.a((x.permute(0, 1, 3, 2) > 0) * 0.5),
+        lambda s, x: s.c(s.a(x).type_as(x > 0) * 0.5),
+        lambda s, x: s.c(s.a(x).type(dtype="torch.ByteTensor") * 0.5),
+        lambda s, x: s.c(operator.add(s.a(x).flatten(2).topk(36), (1,))[1].view(2, 8, 6, 6) * 0.5),
+        lambda s, x: s.c(torch.native_dropout(s.a(x), 0.5, False)[1] * 0.5),
+        lambda s, x: s.a(x.byte() * s.a(x).nelement() * 0.5),
+        lambda s, x: s.a(s.tempered(x.byte()) * 0.5),
+        lambda s, x: s.c(s.a(x).to(x > 0) * 0.5),
     ],
 )
 @pytest.mark.parametrize("given", [False, True], ids=["without examples", "with examples"])
 def test_scales_that_make_floats_of_others_stay(forward: Any, given: bool) -> None:
     model = Layers(forward)
     model.pool = nn.MaxPool2d(3, 1, 1, return_indices=True)
+    model.tempered = Tempered(1)
     model, x = ready(model).float(), image(2, 4, 6, 6).float()
     assert_same(elc_fx.compile(model, x if given else None)(x), model(x), 1e-4)
 
@@ -183,3 +199,61 @@ def test_examples_of_floats_tell_that_they_are_given() -> None:
 def test_an_axis_that_is_computed_is_no_concatenation_of_channels() -> None:
     model = ready(Layers(lambda s, x: s.first(torch.cat([x, x], x.dim() - 4)) * 0.5))
     assert_same(elc_fx.compile(model)(x := image(2, 4, 6, 6)), model(x))
+
+
+@pytest.mark.parametrize("name", sorted(name for name in dir(Tensor) if not name.startswith("_")))
+def test_methods_that_give_no_tensors_are_none(name: str) -> None:
+    """Those without arguments: what they give is no operand that decides a type."""
+    x = torch.ones(2, 3)
+    try:
+        result = getattr(x, name)()
+    except Exception:  # whatever those raise that take arguments, or another tensor
+        return
+    (claim,) = claims_of(fx.Graph().call_method(name), ((x,), {}), 0)
+    if not isinstance(result, tuple | list):
+        check_claim(claim, result, fx.Graph().call_method(name))
+
+
+def test_a_parametrization_may_give_another_type() -> None:
+    class Half(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight.half()
+
+    halved = nn.Conv2d(4, 8, 3, bias=False)
+    nn.utils.parametrize.register_parametrization(halved, "weight", Half(), unsafe=True)
+    model = Layers(lambda s, x: s.c(s.halved(x.half()) * s.scales)).float()
+    model.halved, model.scales = halved, nn.Parameter(torch.ones(8, 1, 1))
+    x = image(2, 4, 6, 6).float()
+    assert_same(elc_fx.compile(model.eval())(x), model(x), 1e-3)
+
+
+def test_a_plan_holds_though_examples_tell_more_than_the_graph() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = torch.index_select(dim=1, index=s.order, input=s.a(x))
+        return s.c(s.d(y).relu() + y * 0.5)  # type: ignore[no-any-return]
+
+    model = Layers(forward)
+    model.d, model.order = nn.Conv2d(8, 8, 3, padding=1), torch.arange(8)
+    model, x = ready(model), image(2, 4, 6, 6)
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x))
+    assert_same(decoupled(x), model(x))
+
+
+@pytest.mark.parametrize("constant", [torch.arange(8) % 2 == 0, torch.arange(8), torch.arange(8).float()])
+def test_constants_of_narrower_types_merge(constant: Tensor) -> None:
+    model = Layers(lambda s, x: s.c(s.a(x) * s.mask))
+    model.mask = constant.view(8, 1, 1)
+    model, x = ready(model), image(2, 4, 6, 6)
+    compiled = elc_fx.compile(model)
+    assert_same(compiled(x), model(x))
+    assert len(elc_fx.report_of(compiled).merged) == 1
+
+
+def test_inputs_are_normalised_in_the_first_layer() -> None:
+    model = Layers(lambda s, x: s.first((x - s.mean) / s.deviation))
+    model.register_buffer("mean", torch.rand(1, 4, 1, 1))
+    model.register_buffer("deviation", torch.rand(1, 4, 1, 1) + 0.5)
+    model, x = ready(model), image(2, 4, 6, 6)
+    compiled = elc_fx.compile(model, x)
+    assert_same(compiled(x), model(x))
+    assert len(elc_fx.report_of(compiled).merged) == 1

@@ -1,12 +1,13 @@
 """Which type the numbers of each value have, whatever the input is: a scale that changes it is no affine map.
 
 Layers, conversions and example inputs settle it, and nearly all that torch computes keeps it: what does not is named
-here, and tests/test_dtypes.py asks all of torch's functions whether it is complete.
+here, and tests/test_dtypes.py asks all functions that torch's own tests have samples for whether it is complete.
 """
 
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 from elc_fx.capturing.capture import assign
 from elc_fx.capturing.graph import (
     IN_PLACE_OPERATORS,
+    SPLITS,
     attribute_of,
     function_name,
     has_unknown_hooks,
@@ -40,18 +42,26 @@ CONVERSIONS: dict[str, DType] = {
     "double": torch.float64,
     "half": torch.float16,
     "bfloat16": torch.bfloat16,
-    **dict.fromkeys(("bool", "byte", "char", "short", "int", "long", "item", "tolist", "numel", "dim"), Sort.EXACT),
+    **dict.fromkeys(("bool", "byte", "char", "short", "int", "long", "item", "tolist"), Sort.EXACT),
 }
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # which take other types, too
+WEIGHTED = (  # which give the type of their weights
+    *(nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.PReLU),
+    *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
+)
 HOMES = ("torch", "torch.functional", "torch.nn.functional", "torch._ops.aten", "_operator")
 # Of functions and methods that give other types than they take.
 EXACT = frozenset(
     (
         *("lt", "le", "eq", "ne", "ge", "gt", "less", "less_equal", "greater", "greater_equal", "not_equal", "equal"),
         *("all", "any", "allclose", "isclose", "isin", "isfinite", "isinf", "isnan", "isneginf", "isposinf", "isreal"),
-        *("argmax", "argmin", "argsort", "argwhere", "nonzero", "nonzero_static", "nonzero_numpy", "signbit", "not_"),
+        *("argmax", "argmin", "argsort", "argwhere", "nonzero", "nonzero_static", "signbit", "not", "indices"),
         *("logical_and", "logical_or", "logical_xor", "logical_not", "bucketize", "searchsorted", "count_nonzero"),
-        *("multinomial", "linalg_matrix_rank", "is_floating_point", "is_complex", "is_nonzero", "hash_tensor"),
+        *("multinomial", "linalg_matrix_rank", "hash_tensor"),
+        # And what gives Python's numbers.
+        *("nelement", "ndimension", "stride", "storage_offset", "element_size", "get_device", "data_ptr", "has_names"),
+        *("dim", "numel", "numpy", "storage", "untyped_storage", "const_data_ptr", "mutable_data_ptr"),
+        *("dense_dim", "sparse_dim", "q_scale", "q_zero_point", "qscheme", "storage_type", "dim_order"),
     )
 )
 OTHERWISE = frozenset(  # inexact, but not of the same type
@@ -60,18 +70,12 @@ OTHERWISE = frozenset(  # inexact, but not of the same type
         *("cfloat", "cdouble", "chalf"),
     )
 )
-INDEXED = frozenset(  # tuples that begin with what has the type, and go on with what may not
-    (
-        *("max", "min", "median", "nanmedian", "mode", "kthvalue", "cummax", "cummin", "sort", "topk", "msort"),
-        *("unique", "unique_consecutive", "unique_dim", "unique2", "frexp", "lu", "batch_norm_with_update"),
-    )
-)
 SEPARATE = frozenset(  # tuples of what has a type of its own each
     ("broadcast_tensors", "meshgrid", "align_tensors", "atleast_1d", "atleast_2d", "atleast_3d")
 )
 OF_THE_FIRST = frozenset(  # the type is that of the first argument
     (
-        *("getitem", "assign", "view_as", "reshape_as", "expand_as", "masked_fill", "masked_scatter", "index_select"),
+        *("view_as", "reshape_as", "expand_as", "masked_fill", "masked_scatter", "index_select"),
         *("gather", "take", "take_along_dim", "scatter", "scatter_add", "index_add", "index_copy", "index_fill"),
         *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "batch_norm", "instance_norm", "group_norm"),
         *("layer_norm", "rms_norm", "index_put", "masked_select", "repeat_interleave"),
@@ -137,34 +141,47 @@ class _Reader:
         return None
 
     def _module(self, node: fx.Node, module: nn.Module) -> DType | None:
-        if has_unknown_hooks(module) or not is_leaf(module):
+        torchs = str(type(module).forward.__module__).startswith("torch.nn.")  # quantised ones compute otherwise
+        if has_unknown_hooks(module) or not is_leaf(module) or not torchs:
             return None
         operands = self._operands(node.all_input_nodes)
         if isinstance(module, NORMS):
             return _promoted(operands) or Sort.INEXACT
+        if not isinstance(module, WEIGHTED):
+            return _promoted(operands)
+        lists: Any = getattr(module, "parametrizations", {})
+        if any(parametrization.unsafe for parametrization in lists.values()):  # which may give another type
+            return None
         weights = (sort_of(parameter.dtype) for parameter in module.parameters())
-        return next((dtype for dtype in weights if dtype is not Sort.EXACT), None) or _promoted(operands)
+        return next((dtype for dtype in weights if dtype is not Sort.EXACT), None)
 
     def _function(self, node: fx.Node, called: str) -> DType | None:
         name, inputs = called.strip("_") or called, node.all_input_nodes
-        first = self.found.get(inputs[0]) if inputs else None
+        given = node.args[0] if node.args else node.kwargs.get("input")
+        first = self.found.get(given) if isinstance(given, fx.Node) else None
         if isinstance(out := node.kwargs.get("out"), fx.Node):
             return self.found.get(out)
-        in_place = called.endswith("_") and not called.endswith("__")
+        in_place = called.endswith("_") and not called.endswith("__") and not hasattr(operator, called)  # as not_ is
         if in_place or called in IN_PLACE_OPERATORS or node.target is assign:
-            return first
-        if name in EXACT:
+            return None if first is Sort.EXACT else first  # a number may be added to
+        if name in EXACT or name.startswith("is_"):
             return Sort.EXACT
         if asked := self._asked(node):
             return asked[0]
         if name in CONVERSIONS:
             return CONVERSIONS[name]
-        if name in ("to", "type", "type_as"):
-            return self._conversion(node, name)
+        if name in ("to", "type_as"):  # of another tensor, or on another device
+            tensors = [source for source in inputs if source.target is not getattr]
+            return self.found.get(tensors[-1]) if tensors else None
+        if name == "getitem":
+            return self._item(node)
         if name in OF_THE_FIRST:
-            return None if name == "getitem" and self._is_another(node) else first or INEXACT.get(name)
+            return first or INEXACT.get(name)
+        if name == "type" or any(isinstance(argument, complex) for argument in node.args):
+            return None
         if name == "where":  # its condition has no part in it
-            condition = node.kwargs.get("condition", node.args[0] if node.args else None)
+            position = int(node.op == "call_method")
+            condition = node.kwargs.get("condition", node.args[position] if len(node.args) > position else None)
             inputs = [source for source in inputs if source is not condition]
         operands = self._operands(inputs)
         known = [dtype for dtype in operands if isinstance(dtype, torch.dtype)]
@@ -172,13 +189,6 @@ class _Reader:
         if isinstance(dtype, torch.dtype) and (dtype.is_complex or name in OTHERWISE or name.startswith("fft_")):
             return dtype if name in ALIKE else Sort.INEXACT
         return dtype or (None if node.kwargs.get("rounding_mode") else INEXACT.get(name))
-
-    def _conversion(self, node: fx.Node, name: str) -> DType | None:
-        """To the type of another tensor, or to another device."""
-        if name == "type" and not all(isinstance(a, fx.Node) for a in node.args):  # by a text or a class
-            return None
-        tensors = [source for source in node.all_input_nodes if self.found.get(source) is not Sort.EXACT]
-        return self.found.get(tensors[-1]) if tensors else Sort.EXACT
 
     def _asked(self, node: fx.Node) -> list[DType | None]:
         """The type that an argument names."""
@@ -190,21 +200,22 @@ class _Reader:
                 asked.append(self.found.get(argument))
         return asked
 
-    def _is_another(self, item: fx.Node) -> bool:
-        """Whether an item of a tuple may have another type than the first."""
-        source = item.all_input_nodes[0]
+    def _item(self, node: fx.Node) -> DType | None:
+        """The first item of a tuple is of its type, and all are where they are parts of one value."""
+        source = node.all_input_nodes[0]
+        module = module_of(self.captured, source) if source.op == "call_module" else None
         name = function_name(source).partition(".")[0].strip("_")
-        indices = source.op == "call_module" and getattr(module_of(self.captured, source), "return_indices", False)
-        indexed = indices or name in INDEXED or "max_pool" in name or name.startswith("linalg_")
-        return name in SEPARATE or bool(indexed and item.args[1] != 0)
+        alike = name in SPLITS or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+        known = name not in SEPARATE and (alike or not isinstance(node.args[1], int) or node.args[1] == 0)
+        return self.found.get(source) if known else None
 
     def _operands(self, sources: Iterable[fx.Node]) -> list[DType | None]:
         """The types of what is computed with each other; numbers, and tensors of no axes, have no part in it."""
         operands: list[DType | None] = []
         for source in sources:
             value = self.constants.value(source)
-            if isinstance(value, Tensor) and value.dim():
-                operands.append(sort_of(value.dtype))
+            if isinstance(value, complex) or (isinstance(value, Tensor) and (value.dim() or value.is_complex())):
+                operands.append(sort_of(value.dtype) if isinstance(value, Tensor) else Sort.INEXACT)
             elif value is None:
                 operands.append(self.found.get(source))
         return operands

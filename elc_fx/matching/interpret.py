@@ -39,7 +39,7 @@ from elc_fx.capturing.shapes import Value
 from elc_fx.errors import first_line
 from elc_fx.matching.activations import MODULES, is_activation
 from elc_fx.matching.constants import Constants
-from elc_fx.matching.dtypes import Sort, settled_dtypes
+from elc_fx.matching.dtypes import DType, Sort, settled_dtypes
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -337,21 +337,21 @@ class Interpreter:
     ) -> Operation | None:
         feature = self.features[source]
         channels, dims = feature.channels, feature.dims
-        if not self._is_inexact(source):
-            raise _Refused(
-                "it makes floating-point numbers of others"
-                if source in self.dtypes
-                else "it may make floating-point numbers of others: the data type of its input is not known"
-            )
+        known = self._told(source)
+        if known is Sort.EXACT:
+            raise _Refused("it makes floating-point numbers of others")
+        if known is None and not self.trusting:
+            raise _Refused("it may make floating-point numbers of others: the data type of its input is not known")
         if channels is None or dims is None:
             raise _Refused("the number of channels that it scales is not known")
         tensors = [value for value in (weight, bias) if isinstance(value, Tensor)]
         if not all(_is_per_channel(value, channels, dims) for value in tensors):
             raise _Refused("its constant is not one number per channel")
         dtypes = {value.dtype for value in tensors if value.dim() > 0}
-        if dtypes and not self._has_dtype(source, dtypes):
-            known = self.dtypes.get(source) is not Sort.INEXACT
-            raise _Refused(f"its constant {'changes' if known else 'may change'} the data type")
+        if dtypes and known is Sort.INEXACT:
+            raise _Refused("its constant may change the data type")
+        if isinstance(known, torch.dtype) and any(torch.promote_types(known, dtype) != known for dtype in dtypes):
+            raise _Refused("its constant changes the data type")
         complex_number = any(
             isinstance(v, complex) or (isinstance(v, Tensor) and v.is_complex()) for v in (weight, bias)
         )
@@ -371,16 +371,12 @@ class Interpreter:
             offset = None if bias is None else shift * _vector(bias, channels)
             return AffineMap.scale(scale, offset, dims)
 
-        return Operation(node, source, geometry, load, next(iter(dtypes), None), next(iter(devices), None), rank=rank)
+        dtype = known if dtypes and isinstance(known, torch.dtype) else next(iter(dtypes), None)
+        return Operation(node, source, geometry, load, dtype, next(iter(devices), None), rank=rank)
 
-    def _is_inexact(self, value: fx.Node) -> bool:
-        """Whether it is known that a number does not change the type of a value that it scales."""
-        return self.trusting if value not in self.dtypes else self.dtypes[value] is not Sort.EXACT
-
-    def _has_dtype(self, value: fx.Node, dtypes: set[torch.dtype]) -> bool:
-        """Whether it is known that this is its type."""
-        known = self.dtypes.get(value)
-        return dtypes == {known} if isinstance(known, torch.dtype) else self.trusting
+    def _told(self, value: fx.Node) -> DType | None:
+        """What is known of its type."""
+        return None if self.trusting and value not in self.values else self.dtypes.get(value)
 
     # The operations themselves, however they were spelled.
 
@@ -769,8 +765,9 @@ class Interpreter:
         if name in ADDS | SCALES | QUOTIENTS | {"rsub"}:
             operands = [n for n in inputs if self.constants.value(n) is None]
             constants = [self.constants.value(n) for n in inputs if n not in operands]
-            if any(isinstance(c, Tensor) and c.numel() > 1 for c in constants):
-                return ()  # which may broadcast one channel to many
+            broadcast = any(isinstance(c, Tensor) and c.numel() > 1 for c in constants)
+            if broadcast and not (operands and self.shapes.get(node, ()) == self.shapes.get(operands[0])):
+                return ()  # it may make many channels of one
             return tuple(operands) if len(operands) == 1 or self.summands(node) else ()
         return tuple(inputs[:1]) if name in KEEP_CHANNELS_FUNCTIONS else ()
 
@@ -794,7 +791,8 @@ def _sizes(graph: fx.Graph) -> set[fx.Node]:
             is_size = node.target in ("size", "dim", "numel")
         else:
             inputs = node.all_input_nodes
-            is_size = node.op == "call_function" and bool(inputs) and sizes.issuperset(inputs)
+            plain = getattr(node.target, "__module__", None) in ("_operator", "math", "builtins")  # makes no tensors
+            is_size = node.op == "call_function" and plain and bool(inputs) and sizes.issuperset(inputs)
         if is_size:
             sizes.add(node)
     return sizes

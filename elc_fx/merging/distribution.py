@@ -46,7 +46,8 @@ class Distribution:
             scale = numbers.kernel.flatten()
             offset = torch.zeros_like(scale) if numbers.bias is None else numbers.bias
             layers = list(self._at_layers(operation.source, scale, offset))
-            if all(itertools.starmap(self._remains_finite, layers)):
+            alike = len({self._layer(value).dtype for value, *_ in layers}) == 1  # else a narrow one rounds for a wide
+            if alike and all(itertools.starmap(self._remains_finite, layers)):
                 origins = origins_of(self.captured, [node])
                 for layer in layers:
                     self._behind(*layer, origins)
@@ -145,7 +146,9 @@ class Distribution:
         with self.graph.inserting_after(value):
             scaled = self.graph.call_module(name, (value,))
         value.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-        self.made[scaled] = self._layer(value).load().kernel.dtype
+        dtype = self._layer(value).dtype
+        assert dtype is not None  # of what convolves
+        self.made[scaled] = dtype
         interpreter.features[scaled] = interpreter.features[value]
         geometry = replace(Geometry.identity(len(scale), dims), bias=True)
         numbers = AffineMap.scale(norm.weight.detach(), norm.bias.detach(), dims)
