@@ -95,6 +95,8 @@ class Layers(nn.Module):
         self.a, self.c, self.l = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
         self.gate, self.norm, self.flat = nn.Linear(8, 8), nn.BatchNorm2d(8), nn.Flatten()
         self.first = nn.Conv2d(4, 8, 3)
+        self.lstm = nn.LSTM(36, 8)
+        self.weighted = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 8, 1))
         self.scale, self.shift = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
         self.body = forward
 
@@ -129,6 +131,9 @@ def gated(s: Any, x: Tensor) -> Tensor:
         lambda s, x: s.c(s.a(x).masked_fill(x.mean(1, keepdim=True) > 0, 1.0) * 0.5),
         lambda s, x: s.c(torch.where(s.a(x) > 0, s.a(x), s.shift) * 0.5),
         lambda s, x: s.l(s.a(x).flatten(2).max(2)[0] * 0.5),
+        lambda s, x: s.l(s.lstm(s.a(x).flatten(2))[1][0][-1] * 0.5),
+        lambda s, x: s.l(s.a(x).permute(2, 0, 3, 1)[1] * 0.5),
+        lambda s, x: s.c(s.weighted(x) * 0.5),
         lambda s, x: s.c((s.a(x) + x.mean((1, 2, 3), keepdim=True)) * 0.5),  # whose type the input has
         lambda s, x: s.first((x / 255) * 2 - 1),
         lambda s, x: s.first(F.batch_norm(x, s.mean, s.variance) * 2 - 1),
@@ -164,6 +169,8 @@ class Tempered(nn.MaxPool2d):
         lambda s, x: s.c(s.a(x).type_as(x > 0) * 0.5),
         lambda s, x: s.c(s.a(x).type(dtype="torch.ByteTensor") * 0.5),
         lambda s, x: s.c(operator.add(s.a(x).flatten(2).topk(36), (1,))[1].view(2, 8, 6, 6) * 0.5),
+        lambda s, x: s.c((s.a(x).flatten(2).topk(36) * 2)[3].view(2, 8, 6, 6) * 0.5),
+        lambda s, x: s.c(s.a(x).flatten(2).topk(36)[1:][0].view(2, 8, 6, 6) * 0.5),
         lambda s, x: s.c(torch.native_dropout(s.a(x), 0.5, False)[1] * 0.5),
         lambda s, x: s.a(x.byte() * s.a(x).nelement() * 0.5),
         lambda s, x: s.a(s.tempered(x.byte()) * 0.5),
@@ -257,3 +264,45 @@ def test_inputs_are_normalised_in_the_first_layer() -> None:
     compiled = elc_fx.compile(model, x)
     assert_same(compiled(x), model(x))
     assert len(elc_fx.report_of(compiled).merged) == 1
+
+
+@pytest.mark.parametrize("constant", [torch.arange(8) % 2 == 0, torch.arange(8) + 1, torch.rand(8).float() + 0.5])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: s.e(s.d(s.a(x) * s.q).relu()),
+        lambda s, x: s.d((s.a(x) * s.q).relu()),
+        lambda s, x: s.d(s.a(x).relu()) * s.q,
+        lambda s, x: (lambda y: y * s.q + s.e(s.d(y).relu()))(s.a(x)),
+    ],
+)
+def test_plans_with_constants_of_narrower_types_hold(forward: Any, constant: Tensor) -> None:
+    check_plan(forward, constant.view(8, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: s.d(s.a(x).relu()) * s.q,
+        lambda s, x: s.e((s.d(s.a(x).relu()) * s.q).float()),
+        lambda s, x: (lambda y: (y + s.e(s.d(y).relu()) * s.q).float())(s.a(x).relu()),
+    ],
+)
+def test_plans_with_constants_of_wider_types_hold(forward: Any) -> None:
+    check_plan(forward, torch.rand(8, 1, 1).double() + 0.5, torch.float32)
+
+
+def check_plan(forward: Any, constant: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    model = Layers(forward)
+    model.d, model.e = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    model, x = ready(model).to(dtype), image(2, 4, 6, 6).to(dtype)
+    model.q = constant
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    plan = elc_fx.Plan.of(model, x)
+    assert plan.candidates
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of merges that cost more
+        decoupled = elc_fx.decouple(model, plan).eval()
+    assert_same(decoupled(x), model(x), tolerance)
+    elc_fx.set_gate(decoupled, 0)
+    assert_same(elc_fx.merge(decoupled)(x), decoupled(x), tolerance)

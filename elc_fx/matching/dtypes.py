@@ -18,10 +18,12 @@ from elc_fx.capturing.capture import assign
 from elc_fx.capturing.graph import (
     IN_PLACE_OPERATORS,
     SPLITS,
+    allocates,
     attribute_of,
     function_name,
     has_unknown_hooks,
     is_leaf,
+    may_be_view,
     module_of,
     package_of,
 )
@@ -70,6 +72,7 @@ OTHERWISE = frozenset(  # inexact, but not of the same type
         *("cfloat", "cdouble", "chalf"),
     )
 )
+JOINS = ("add", "mul", "iadd", "imul")  # of tuples, too
 SEPARATE = frozenset(  # tuples of what has a type of its own each
     ("broadcast_tensors", "meshgrid", "align_tensors", "atleast_1d", "atleast_2d", "atleast_3d")
 )
@@ -117,6 +120,8 @@ def settled_dtypes(
         dtype = sort_of(recorded[node]) if node in recorded else exact or reader.read(node)
         if dtype is not None:
             reader.found[node] = dtype
+        if reader.are_alike(node):
+            reader.alike.add(node)
     return reader.found
 
 
@@ -126,6 +131,7 @@ class _Reader:
     def __init__(self, captured: fx.GraphModule, constants: Constants) -> None:
         self.captured, self.constants = captured, constants
         self.found: dict[fx.Node, DType] = {}
+        self.alike: set[fx.Node] = set()
 
     def read(self, node: fx.Node) -> DType | None:
         if node.op == "get_attr":
@@ -150,7 +156,8 @@ class _Reader:
         if not isinstance(module, WEIGHTED):
             return _promoted(operands)
         lists: Any = getattr(module, "parametrizations", {})
-        if any(parametrization.unsafe for parametrization in lists.values()):  # which may give another type
+        own = (made for made in lists.values() if any(not _is_torchs(part) for part in made))
+        if any(made.unsafe for made in own):  # which may give another type
             return None
         weights = (sort_of(parameter.dtype) for parameter in module.parameters())
         return next((dtype for dtype in weights if dtype is not Sort.EXACT), None)
@@ -171,7 +178,7 @@ class _Reader:
         if name in CONVERSIONS:
             return CONVERSIONS[name]
         if name in ("to", "type_as"):  # of another tensor, or on another device
-            tensors = [source for source in inputs if source.target is not getattr]
+            tensors = [source for source in inputs if source.target not in (getattr, "get_device")]
             return self.found.get(tensors[-1]) if tensors else None
         if name == "getitem":
             return self._item(node)
@@ -201,13 +208,24 @@ class _Reader:
         return asked
 
     def _item(self, node: fx.Node) -> DType | None:
-        """The first item of a tuple is of its type, and all are where they are parts of one value."""
-        source = node.all_input_nodes[0]
-        module = module_of(self.captured, source) if source.op == "call_module" else None
-        name = function_name(source).partition(".")[0].strip("_")
-        alike = name in SPLITS or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
-        known = name not in SEPARATE and (alike or not isinstance(node.args[1], int) or node.args[1] == 0)
+        """Of a tuple, the first item at least has the type that is known."""
+        source, index = node.all_input_nodes[0], node.args[1]
+        whole = isinstance(index, tuple | type(...))  # no index of a tuple
+        first = type(index) is int and index == 0 and function_name(source) not in SEPARATE
+        known = source in self.alike or whole or first
         return self.found.get(source) if known else None
+
+    def are_alike(self, node: fx.Node) -> bool:
+        """Whether a value is known to be one tensor, or several of one type."""
+        if node.op == "call_module":
+            module = module_of(self.captured, node)
+            return is_leaf(module) and not getattr(module, "return_indices", False)
+        name = function_name(node).removesuffix("_")
+        if name in ("getitem", *JOINS):  # of tensors, or of tuples
+            return node.all_input_nodes[0] in self.alike
+        if name in SEPARATE or "max_pool" in name:  # which may give indices
+            return False
+        return name in SPLITS or allocates(self.captured, node) or may_be_view(node)
 
     def _operands(self, sources: Iterable[fx.Node]) -> list[DType | None]:
         """The types of what is computed with each other; numbers, and tensors of no axes, have no part in it."""
@@ -219,6 +237,10 @@ class _Reader:
             elif value is None:
                 operands.append(self.found.get(source))
         return operands
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _is_documented(node: fx.Node) -> bool:

@@ -371,12 +371,14 @@ class Interpreter:
             offset = None if bias is None else shift * _vector(bias, channels)
             return AffineMap.scale(scale, offset, dims)
 
-        dtype = known if dtypes and isinstance(known, torch.dtype) else next(iter(dtypes), None)
+        dtype = known if dtypes and isinstance(known, torch.dtype) else None  # else that of the layer that it fits
         return Operation(node, source, geometry, load, dtype, next(iter(devices), None), rank=rank)
 
     def _told(self, value: fx.Node) -> DType | None:
         """What is known of its type."""
-        return None if self.trusting and value not in self.values else self.dtypes.get(value)
+        known = self.dtypes.get(value)
+        settled = not self.trusting or value in self.values or isinstance(known, torch.dtype)
+        return known if settled else None
 
     # The operations themselves, however they were spelled.
 
