@@ -84,6 +84,8 @@ def test_networks_of_the_same_layers_take_the_same_time(results: Path) -> None:
     assert short.endswith("2.00×") and long.endswith("2.00×")
     assert tables._layers({**row("features", 0.9), **plan}) == tables._layers(stored[0])
     assert tables._layers({**row("slopes", 0.9), **plan}) != tables._layers(stored[0])  # other activations
+    pruned = row("torch-pruning", 0.87)
+    assert tables._layers({**pruned, "epochs": 10, "seed": 1}) == tables._layers(pruned) != tables._layers(stored[0])
 
 
 def test_times_of_what_a_row_was_before_it_was_run_again_do_not_count(results: Path) -> None:
@@ -111,7 +113,7 @@ def test_a_pruned_network_is_compared_with_the_best_that_is_as_fast(results: Pat
 def test_points_at_equal_flops_and_lost_by_each_method(results: Path) -> None:
     stored = tables.stored()
     (line,) = tables.flops_table(stored).splitlines()[2:]
-    assert line.split() == ["net", "50%", "87.00%", "(1)", "+0.00", "(2)"]
+    assert line.split() == ["net", "50%", "5", "87.00%", "(1)", "+0.00", "(2)"]
     header, _, *lines = tables.ablation_table(stored).splitlines()
     assert "net, 50%" in header
     assert [" ".join(line.split()) for line in lines] == [

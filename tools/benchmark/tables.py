@@ -82,8 +82,10 @@ def _speedups(rows: Sequence[Row], name: str = LATENCIES[0]) -> dict[tuple[str, 
 
 
 def _layers(row: Row) -> str:
-    """Equal for networks of the same layers, which take the same time."""
+    """Equal for networks of the same layers, which take the same time. Pruned ones of equal costs were pruned alike."""
     plan, activations = row.get("plan"), METHODS[row["method"]].activations
+    if row["method"].startswith(PRUNED) and "after" in row:
+        return f"{row['network']} {row['method']} {json.dumps(row['after'], sort_keys=True)}"
     return f"{row['network']} {activations} {json.dumps(plan['candidates'], sort_keys=True)}" if plan else _stem(row)
 
 
@@ -148,8 +150,8 @@ def versus_table(rows: Sequence[Row], style: str = "simple") -> str:
             slower = any(faster is not None for faster, _ in found)
             cells.append(f"{100 * best:+.2f}" if best is not None else "slower" if slower else NOT_RUN)
         accuracy, _, _, flops, _, _ = _cells(pruned)
-        lines.append([key[0], pruned[0]["method"], flops, accuracy, *cells])
-    return terminal.table(lines, ("network", "method", "FLOPs", "test accuracy", *TIMES), style)
+        lines.append([key[0], pruned[0]["method"], flops, key[1], accuracy, *cells])
+    return terminal.table(lines, ("network", "method", "FLOPs", "epochs", "test accuracy", *TIMES), style)
 
 
 def flops_table(rows: Sequence[Row], style: str = "simple") -> str:
@@ -160,8 +162,8 @@ def flops_table(rows: Sequence[Row], style: str = "simple") -> str:
         if method == PRUNED and not _missing(pruned):
             others = (groups.get((network, name, budget, epochs)) for name in ours)
             points = [_counted(own, _accuracy(pruned)) if own else "" for own in others]
-            lines.append([network, _share(budget), f"{_accuracy(pruned):.2%} ({len(pruned)})", *points])
-    return terminal.table(lines, ("network", "budget", PRUNED, *ours), style)
+            lines.append([network, _share(budget), epochs, f"{_accuracy(pruned):.2%} ({len(pruned)})", *points])
+    return terminal.table(lines, ("network", "budget", "epochs", PRUNED, *ours), style)
 
 
 def ablation_table(rows: Sequence[Row], style: str = "simple") -> str:
