@@ -44,10 +44,7 @@ def claims_of(call: fx.Node, arguments: Any, items: int) -> list[Any]:
         return graph.call_method("float", (given,)) if argument.dtype == torch.float32 else given
 
     args, kwargs = tree_map(value, arguments)
-    if call.op == "call_function":
-        result = graph.call_function(call.target, args, kwargs)  # type: ignore[arg-type]
-    else:
-        result = graph.call_method(call.target, args, kwargs)  # type: ignore[arg-type]
+    result = graph.create_node(call.op, call.target, args, kwargs)
     found = [graph.call_function(operator.getitem, (result, i)) for i in range(items)] or [result]
     module = fx.GraphModule({}, graph)
     nodes = dict(zip(graph.nodes, module.graph.nodes, strict=True))
@@ -67,9 +64,11 @@ def test_claims_are_true(op: Any) -> None:
             for call in calls(op):
                 fresh = tree_map(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, arguments)
                 try:
-                    method = call.op == "call_method" and getattr(fresh[0][0], str(call.target))
-                    given = (fresh[0][1:] if method else fresh[0]), fresh[1]
-                    result = (method or call.target)(*given[0], **given[1])  # type: ignore[operator]
+                    args, kwargs = fresh
+                    called: Any = call.target
+                    if call.op == "call_method":
+                        called, args = getattr(args[0], called), args[1:]
+                    result = called(*args, **kwargs)
                 except (TypeError, RuntimeError, AttributeError):  # a spelling that does not take these
                     continue
                 several = isinstance(result, tuple | list)
@@ -109,10 +108,10 @@ def pooled(s: Any, x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(s.a(x).relu(), 1)
 
 
-def gated(s: Any, x: Tensor) -> Tensor:
+def gated(s: Any, x: Tensor) -> Any:
     y = s.a(x).relu()
     gate = torch.sigmoid(s.gate(y.mean((2, 3)))).view(y.size(0), y.size(1), 1, 1)
-    return s.c(s.norm(y * gate) * 0.5)  # type: ignore[no-any-return]
+    return s.c(s.norm(y * gate) * 0.5)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["without examples", "with examples"])
@@ -214,11 +213,12 @@ def test_methods_that_give_no_tensors_are_none(name: str) -> None:
     x = torch.ones(2, 3)
     try:
         result = getattr(x, name)()
-    except Exception:  # whatever those raise that take arguments, or another tensor
+    except (TypeError, RuntimeError, AttributeError, AssertionError):  # those of other arguments, tensors, devices
         return
-    (claim,) = claims_of(fx.Graph().call_method(name), ((x,), {}), 0)
+    call = fx.Graph().call_method(name)
+    (claim,) = claims_of(call, ((x,), {}), 0)
     if not isinstance(result, tuple | list):
-        check_claim(claim, result, fx.Graph().call_method(name))
+        check_claim(claim, result, call)
 
 
 def test_a_parametrization_may_give_another_type() -> None:
@@ -235,9 +235,9 @@ def test_a_parametrization_may_give_another_type() -> None:
 
 
 def test_a_plan_holds_though_examples_tell_more_than_the_graph() -> None:
-    def forward(s: Any, x: Tensor) -> Tensor:
+    def forward(s: Any, x: Tensor) -> Any:
         y = torch.index_select(dim=1, index=s.order, input=s.a(x))
-        return s.c(s.d(y).relu() + y * 0.5)  # type: ignore[no-any-return]
+        return s.c(s.d(y).relu() + y * 0.5)
 
     model = Layers(forward)
     model.d, model.order = nn.Conv2d(8, 8, 3, padding=1), torch.arange(8)

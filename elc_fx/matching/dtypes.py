@@ -98,7 +98,7 @@ INEXACT: dict[str, DType] = dict.fromkeys(  # whatever the input is
     Sort.INEXACT,
 )
 OF_THE_VALUE = frozenset(("T", "mT", "H", "mH", "data", "values", "dtype"))  # attributes that have, or are, its type
-NUMBERS: dict[Any, DType] = dict.fromkeys(
+NUMBERS: dict[str, DType] = dict.fromkeys(
     ("shape", "ndim", "device", "indices", "layout", "requires_grad", "is_cuda", "itemsize"), Sort.EXACT
 )
 
@@ -140,8 +140,8 @@ class _Reader:
         if node.op == "call_module":
             return self._module(node, module_of(self.captured, node))
         if node.target is getattr:
-            attribute = node.args[1]
-            return self.found.get(node.all_input_nodes[0]) if attribute in OF_THE_VALUE else NUMBERS.get(attribute)  # type: ignore[arg-type]
+            attribute = str(node.args[1])
+            return self.found.get(node.all_input_nodes[0]) if attribute in OF_THE_VALUE else NUMBERS.get(attribute)
         if node.op == "call_method" or (node.op == "call_function" and _is_documented(node)):
             return self._function(node, function_name(node).partition(".")[0])
         return None
@@ -232,10 +232,12 @@ class _Reader:
         operands: list[DType | None] = []
         for source in sources:
             value = self.constants.value(source)
-            if isinstance(value, complex) or (isinstance(value, Tensor) and (value.dim() or value.is_complex())):
-                operands.append(sort_of(value.dtype) if isinstance(value, Tensor) else Sort.INEXACT)
-            elif value is None:
+            if value is None:
                 operands.append(self.found.get(source))
+            elif isinstance(value, complex):
+                operands.append(Sort.INEXACT)
+            elif isinstance(value, Tensor) and (value.dim() or value.is_complex()):
+                operands.append(sort_of(value.dtype))
         return operands
 
 

@@ -27,6 +27,7 @@ from elc_fx.affine import AffineMap, Geometry, Ints, Padding, same_padding, tran
 from elc_fx.capturing.attributes import Attributes
 from elc_fx.capturing.capture import assign
 from elc_fx.capturing.graph import (
+    erase_unread,
     function_name,
     has_unknown_hooks,
     is_leaf,
@@ -687,8 +688,10 @@ class Interpreter:
 
     def erase_settled_assertions(self) -> None:
         """Erases assertions on axes that the layers settle, and what only those read: they stand between layers."""
+        nodes = self.captured.graph.nodes
+        of_sizes = {node for node in nodes if node.target in (operator.eq, getattr, "dim")}
         for assertion in self._settled_assertions():
-            _erase_unread(self.captured.graph, assertion)
+            erase_unread(assertion, of_sizes)
 
     def _settled_assertions(self) -> list[fx.Node]:
         """Assertions that a value has as many axes as the layer before it gives."""
@@ -868,15 +871,6 @@ def _is_per_channel(value: Tensor, channels: int, dims: int) -> bool:
         and value.dim() >= (dims + 1 if dims else 1)
         and (dims > 0 or value.dim() == 1)
     )
-
-
-def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Erases a node, and the comparisons and attributes of sizes that only it read."""
-    inputs = node.all_input_nodes
-    graph.erase_node(node)
-    for source in inputs:
-        if not source.users and source.target in (operator.eq, getattr, "dim"):
-            _erase_unread(graph, source)
 
 
 def _whose_axes(node: fx.Node) -> fx.Node | None:

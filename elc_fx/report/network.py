@@ -172,9 +172,7 @@ def _layers(graph_module: fx.GraphModule, inputs: Any, origins: Mapping[str, Any
     measured = _Measuring(graph_module)
     if inputs is not None:
         measured.on(inputs)
-    sizes = {node: shape for node, shape in measured.shapes.items() if all(isinstance(n, int) for n in shape)}
-    values: Any = {node: Value(size, measured.dtypes[node]) for node, size in sizes.items()}  # type: ignore[arg-type]
-    operations = Interpreter(graph_module, values).operations
+    operations = Interpreter(graph_module, measured.values).operations
     reader = _Reader(graph_module, operations, measured, origins or {})
     return [reader.layer(node) for node in graph_module.graph.nodes if node.op != "get_attr"]
 
@@ -185,13 +183,12 @@ class _Measuring(PlainInterpreter):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.shapes: dict[fx.Node, Size] = {}
-        self.dtypes: dict[fx.Node, torch.dtype] = {}
+        self.values: dict[fx.Node, Value] = {}  # those of known sizes
         self.flops: dict[fx.Node, int] = {}
         self.counter = flop_counter()
         for node in graph_module.graph.nodes:  # as saved programs know them
             if isinstance(value := node.meta.get("val"), Tensor):
-                self.shapes[node] = tuple(n if isinstance(n, int) else str(n) for n in value.shape)
-                self.dtypes[node] = value.dtype
+                self._note(node, value)
 
     def on(self, inputs: Any) -> None:
         """Raises `InvalidInputError` where the network does not run on the inputs."""
@@ -203,8 +200,13 @@ class _Measuring(PlainInterpreter):
         value = super().run_node(n)
         self.flops[n] = self.counter.get_total_flops() - before
         if isinstance(value, Tensor):
-            self.shapes[n], self.dtypes[n] = tuple(value.shape), value.dtype
+            self._note(n, value)
         return value
+
+    def _note(self, node: fx.Node, tensor: Tensor) -> None:
+        self.shapes[node] = tuple(n if isinstance(n, int) else str(n) for n in tensor.shape)
+        if all(isinstance(n, int) for n in tensor.shape):
+            self.values[node] = Value(tuple(tensor.shape), tensor.dtype)
 
 
 class _Reader:
