@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from tabulate import tabulate
@@ -109,12 +109,12 @@ def compare(a: nn.Module, b: nn.Module, example_inputs: _Given) -> Comparison:
     for model in (a, b):
         _require_eval(model)
         examples = ExampleInputs.of(model, example_inputs)
-    (output_a, before), (output_b, after) = _runs_in_float64((a, b), examples) or _runs_as_they_are((a, b), examples)
-    reference, other = _tensors(output_a), _tensors(output_b)
+    before, after = _runs_in_float64((a, b), examples) or _runs_as_they_are((a, b), examples)
+    reference, other = _tensors(before.output), _tensors(after.output)
     _require_equal_structure(reference, other)
     errors = [_errors(reference[path], other[path]) for path in reference]
     max_abs_error, max_rel_error = (_largest(column) for column in zip(*errors, strict=True))
-    return Comparison(max_abs_error, max_rel_error, _dtype_of(reference.values()), before, after)
+    return Comparison(max_abs_error, max_rel_error, _dtype_of(reference.values()), before.cost, after.cost)
 
 
 def measure(model: nn.Module, example_inputs: _Given) -> Measurement:
@@ -125,7 +125,7 @@ def measure(model: nn.Module, example_inputs: _Given) -> Measurement:
     Raises TrainingModeError where batch norm or dropout would train, and InvalidInputError as `compare` does.
     """
     _require_eval(model)
-    return run(_with_own_buffers(model), ExampleInputs.of(model, example_inputs))[1]
+    return run(_with_own_buffers(model), ExampleInputs.of(model, example_inputs)).cost
 
 
 def _require_eval(model: nn.Module) -> None:
@@ -143,7 +143,7 @@ def _require_eval(model: nn.Module) -> None:
 # Running
 
 
-def _runs_in_float64(models: Sequence[nn.Module], examples: ExampleInputs) -> list[tuple[Any, Measurement]] | None:
+def _runs_in_float64(models: Sequence[nn.Module], examples: ExampleInputs) -> list[Run] | None:
     """None where a parameter is not a real number, or where a model cannot be copied or does not run in float64."""
     if not all(parameter.is_floating_point() for model in models for parameter in model.parameters()):
         return None
@@ -154,7 +154,7 @@ def _runs_in_float64(models: Sequence[nn.Module], examples: ExampleInputs) -> li
         return None
 
 
-def _runs_as_they_are(models: Sequence[nn.Module], examples: ExampleInputs) -> list[tuple[Any, Measurement]]:
+def _runs_as_they_are(models: Sequence[nn.Module], examples: ExampleInputs) -> list[Run]:
     return [run(_with_own_buffers(model), examples) for model in models]
 
 
@@ -183,8 +183,16 @@ def flop_counter() -> FlopCounterMode:
     return counter
 
 
-def run(model: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
-    """The model's output on copies of the inputs, and what it cost."""
+class Run(NamedTuple):
+    """What a model gave, and what was seen meanwhile."""
+
+    output: Any
+    cost: Measurement
+    dtypes: frozenset[torch.dtype]  # that its layers computed in: under its own autocast, not those of its weights
+
+
+def run(model: nn.Module, examples: ExampleInputs) -> Run:
+    """On copies of the inputs."""
     for module in model.modules():
         check_visible(module)
     args, kwargs = fresh((examples.args, examples.kwargs))
@@ -193,7 +201,8 @@ def run(model: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
     with reproducibly(), _attention_as_products(), flops, layers:
         output = model(*args, **kwargs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return output, Measurement(int(flops.get_total_flops()), parameters, layers.convolutions, layers.depth)
+    cost = Measurement(int(flops.get_total_flops()), parameters, layers.convolutions, layers.depth)
+    return Run(output, cost, frozenset(layers.dtypes))
 
 
 def layers_between(source: Any, others: Any, call: Callable[[], Any]) -> int | None:
@@ -240,6 +249,7 @@ class _Layers(TorchDispatchMode):
         super().__init__()
         self.convolutions = 0
         self.depth = 0
+        self.dtypes: set[torch.dtype] = set()  # of what the layers gave
         self._depths: dict[StorageWeakRef | WeakIdRef, int] = {}
         self._mark(inputs, 0)
 
@@ -257,7 +267,10 @@ class _Layers(TorchDispatchMode):
         values = tree_leaves((args, kwargs))
         known = [depth for value in values if (depth := self._depth_of(value)) is not None]
         if known:
-            depth = max(known) + (packet in _CONVOLUTIONS or self._is_linear(packet, args))
+            layer = packet in _CONVOLUTIONS or self._is_linear(packet, args)
+            depth = max(known) + layer
+            if layer:
+                self.dtypes.update(value.dtype for value in tree_leaves(output) if isinstance(value, Tensor))
             self._mark([*tree_leaves(output), *(written_arguments(func, args, kwargs) if operation else ())], depth)
         return output
 

@@ -32,11 +32,12 @@ def verify_trace(captured: Capture, expected: Any) -> dict[fx.Node, Value]:
 
 
 def rounding_of(*values: Any) -> float:
-    """The eps of the coarsest type that is computed with among tensors, in containers of any kind; 0 without.
+    """The eps of the coarsest type among types and those of tensors, in containers of any kind; 0 without.
 
     Those of one byte only store numbers.
     """
-    dtypes = {value.dtype for value in pytree.tree_leaves(values) if isinstance(value, Tensor)}
+    leaves = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor | torch.dtype))
+    dtypes = {leaf.dtype if isinstance(leaf, Tensor) else leaf for leaf in leaves}
     inexact = (dtype for dtype in dtypes if (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1)
     return max((torch.finfo(dtype).eps for dtype in inexact), default=0.0)
 

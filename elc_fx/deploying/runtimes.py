@@ -98,7 +98,7 @@ class Deployed(InRuntime):
             raise RuntimeFailedError(f"{runtime} does not take this network: {error}{self._way_out()}") from error
         self.eval()
         if verify and not random:
-            rounding = rounding_of(*network.parameters(), inputs, torch.empty(0, dtype=torch.float32))
+            rounding = rounding_of(*network.parameters(), inputs, torch.float32)
             try:
                 verify_outputs(expected, self(*inputs), rounding, runtime)
             except VerificationError as error:

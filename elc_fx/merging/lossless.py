@@ -22,7 +22,7 @@ from elc_fx.capturing.graph import is_leaf, module_of, put_attribute
 from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, running
 from elc_fx.capturing.islands import modules_held, replaceable_children
 from elc_fx.capturing.shapes import Value
-from elc_fx.comparison import Measurement, run
+from elc_fx.comparison import Run, run
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import CaptureError, InvalidInputError, Refusal, VerificationError
 from elc_fx.matching.chains import find_chains
@@ -65,11 +65,11 @@ class LosslessCompilation:
         original = model if original is None else original
         self.model = model
         if self.examples is not None:
-            self.expected, before = _measured(model, self.examples)
-            if original is not model:
-                before = _measured(original, self.examples)[1]
+            seen = _measured(model, self.examples)
+            self.expected = seen.output
+            before = seen.cost if original is model else _measured(original, self.examples).cost
             numbers = *original.parameters(), *original.buffers(), *model.parameters(), self.examples.args
-            self.rounding = rounding_of(*numbers, self.examples.kwargs)
+            self.rounding = rounding_of(*numbers, self.examples.kwargs, *seen.dtypes)
         given = None if self.examples is None else self.examples.bound(model)
         compiled, depth = self._compile(model, "", given)
         totals = Totals(
@@ -79,7 +79,7 @@ class LosslessCompilation:
         )
         if self.examples is not None:
             try:
-                actual, after = _measured(compiled, self.examples)
+                actual, after, _ = _measured(compiled, self.examples)
             except InvalidInputError as error:  # the model itself ran
                 raise VerificationError(f"the compiled model fails where the model runs: {error}") from error
             totals = replace(totals, flops=(before.flops, after.flops), depth=(before.depth, after.depth))
@@ -198,7 +198,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _measured(module: nn.Module, examples: ExampleInputs) -> tuple[Any, Measurement]:
+def _measured(module: nn.Module, examples: ExampleInputs) -> Run:
     """Output and costs on the example inputs. Raises `InvalidInputError` if the module does not run on them."""
     with unchanged(module), running(f"{type(module).__name__} {NO_EXAMPLES}"):
         return run(module, examples)
