@@ -9,7 +9,7 @@ import operator
 import re
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -335,6 +335,84 @@ def test_input_that_may_be_a_tensor_or_a_list() -> None:
         assert_same(compiled(x), model(x))
         assert_same_or_refused(compiled, model, [x[:, :1], x[:, 1:]])
         assert not batch_norms(compiled)
+
+
+class Asked(nn.Module):
+    """Asks something of what its layer gives, and computes something else where the answer is no."""
+
+    def __init__(self, question: Callable[[Any, Any], bool]) -> None:
+        super().__init__()
+        self.first, self.second = conv_bn(4, 4), conv_bn(4, 4)
+        self.scale = nn.Parameter(torch.full((1, 4, 1, 1), 2.0))
+        self.lstm = nn.LSTM(5, 5)
+        self.question = question
+
+    def forward(self, x: Any) -> Tensor:
+        y = self.first(x)
+        z: Tensor = self.second(y) if self.question(self, y) else y * 3
+        return z
+
+
+class OfFour(type):
+    """Whose instances are what has four axes."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return bool(instance.ndim == 4)
+
+
+class FourAxes(metaclass=OfFour):
+    pass
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda s, y: isinstance(y, Tensor),
+        lambda s, y: not isinstance(y, list),
+        lambda s, y: not isinstance(y, list | tuple),
+        lambda s, y: isinstance(y, (list, (int, Tensor))),
+        lambda s, y: not isinstance(y, nn.Parameter),
+        lambda s, y: isinstance(y, Iterable),
+        lambda s, y: torch.is_tensor(y),
+        lambda s, y: isinstance(y.data, Tensor) and isinstance(y.shape, tuple) and isinstance(y.ndim, int),
+        lambda s, y: isinstance(y.dtype, torch.dtype) and isinstance(y.device, torch.device),
+        lambda s, y: isinstance(s.scale, nn.Parameter) and isinstance(s.scale.data, Tensor),
+        lambda s, y: isinstance(F.interpolate(torch.cat([y, y + 1], 1)[:, :3].relu().flatten(1)[None], 2), Tensor),
+    ],
+)
+def test_types_of_what_is_a_tensor_for_sure_are_known(question: Callable[[Any, Any], bool]) -> None:
+    compiled = check(ready(Asked(question)), image(2, 4, 5, 5))
+    assert not opaque_reasons(compiled) and not batch_norms(compiled)
+    assert "isinstance" not in globals() and not hasattr(torch, "isinstance")
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda s, y: isinstance(y, torch.DoubleTensor),
+        lambda s, y: isinstance(y, FourAxes),
+        lambda s, y: isinstance(s.lstm(y[0, 0])[1], tuple),
+        lambda s, y: isinstance(y.max(1), tuple),
+        lambda s, y: isinstance(y.chunk(2), tuple),
+        lambda s, y: isinstance(y.shape[0], int),
+        lambda s, y: isinstance(y.grad_fn, type(None)),
+        lambda s, y: isinstance(F.max_pool2d(y, 2, return_indices=True), tuple),
+    ],
+)
+def test_types_that_are_not_known_are_not_guessed(question: Callable[[Any, Any], bool]) -> None:
+    assert opaque_reasons(check(ready(Asked(question)), image(2, 4, 5, 5)))
+
+
+def test_examples_tell_the_types_of_inputs() -> None:
+    """And that of inputs alone: what else is given then is refused, whatever the code would do with it."""
+    model = ready(Unary(lambda s, x: s.block(x if isinstance(x, Tensor) else torch.stack(x)), block=conv_bn(4, 4)))
+    x = image(2, 4, 5, 5)
+    assert "give example_inputs" in opaque_reasons(elc_fx.compile(model))
+    compiled = elc_fx.compile(model, x)
+    assert not opaque_reasons(compiled)
+    assert_same(compiled(x), model(x))
+    with pytest.raises(AssertionError, match="`x` was a tensor in the example_inputs"):
+        compiled(list(x))
 
 
 def test_arguments_with_defaults_are_right_or_refused() -> None:

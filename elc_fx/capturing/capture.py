@@ -30,6 +30,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
+from elc_fx.capturing.answers import EXAMPLE, FIXED, UNKNOWN, Answers, gives_tensor
 from elc_fx.capturing.attributes import Attributes
 from elc_fx.capturing.graph import (
     DROPOUT_MODULES,
@@ -60,8 +61,11 @@ from elc_fx.capturing.tidying import (
 )
 from elc_fx.errors import CaptureError, Refusal, first_line, warn
 
-ANSWERS_TYPE = ("torch.", "torch")  # fx itself asks its stand-ins for their type, and may
-PASSES_TYPE_ON = {"abc", "typing", "functools", "collections.abc", "_py_abc", "torch.utils._pytree"}  # for others
+TRUSTED = ("torch", "elc_fx")  # packages: fx itself asks its stand-ins for their type
+PASSES_TYPE_ON = {  # for others
+    *("abc", "typing", "functools", "collections.abc", "_py_abc", "torch.utils._pytree", "torch.nn.parameter"),
+    "elc_fx.capturing.answers",
+}
 ASKS_FOR_USER = {"is_tensor", "typename"}  # functions of torch
 
 
@@ -116,6 +120,7 @@ def capture(
     if root in refused:
         raise CaptureError(refused[root].reason)
     cannot_be_entered, calls = dict(refused), None
+    askers: list[dict[str, Any]] = []
     with alone(), randomness_of_the_caller():  # torch.fx changes `nn.Module` itself, for all threads
         while True:
             tracer = _Tracer(refused, given, bind_defaults, leaves, trainable, calls)
@@ -123,17 +128,20 @@ def capture(
             watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
             try:
                 with torch.no_grad(), watch, _no_question_of_grad_mode(tracer.threads):
-                    with calls or nullcontext():
+                    with calls or nullcontext(), Answers(askers, tracer.example_of):
                         graph = tracer.trace(root)
                     tracer.check_truthful(state)
             except Exception as error:
                 # Whatever user code raises when it meets a stand-in for a tensor means the same: it cannot be traced.
-                if calls is not None or not tracer.asked_for_type:
+                if not tracer.askers_beside(askers) and (calls is not None or not tracer.askers):
                     raise CaptureError(_reason(error)) from error
             finally:
                 changed = before.restore()
-            if calls is None and tracer.asked_for_type:  # perhaps by torch: again, twice as slowly, knowing who asks
-                refused, calls = dict(cannot_be_entered), Calls()
+            more = tracer.askers_beside(askers)
+            if more or (calls is None and tracer.askers):
+                # Again, with answers where the type is known, and, twice as slowly, knowing whether torch is who asks.
+                refused, calls = dict(cannot_be_entered), calls or Calls()
+                askers.extend(more)
                 continue
             if all(module in refused for _, module in changed):
                 break
@@ -145,6 +153,7 @@ def capture(
         raise CaptureError(f"torch.fx cannot write code that reads {unwritable[0]!r}, for its name")
     if taken := {str(path).partition(".")[0] for path in _paths(graph)} & _names_of_graph_modules():
         raise CaptureError(f"what it has as `{min(taken)}` would be in the place of what torch.fx keeps by that name")
+    tracer.require_tensors()
     graph._tracer_cls = None  # the result is unpickled by torch's own tracer
     try:
         captured = fx.GraphModule(_with_constants(root, tracer.constants), graph, type(model).__name__)
@@ -235,7 +244,7 @@ def _no_question_of_grad_mode(threads: set[int]) -> Iterator[None]:
         if threading.get_ident() not in threads:
             return original()
         asker = sys._getframe(1)
-        if not asker.f_globals.get("__name__", "").startswith(ANSWERS_TYPE):
+        if not _is_trusted(asker):
             raise _UntruthfulError(f"`{asker.f_code.co_name}` asks whether gradients are enabled")
         return original()
 
@@ -259,14 +268,29 @@ class _Text(str):
 
 
 class _StandIn(fx.Proxy):
-    """Does not let user code ask what tells values apart by other means than torch's operators."""
+    """Does not let user code ask what tells values apart by other means than torch's operators, nor for its type."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        """Not for code that is not torch's: it would not be that of the value."""
+        frame = _asker()
+        asker, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        on_behalf_of_user = function in ASKS_FOR_USER or asker in ("torch._jit_internal", "torch.jit")
+        if _is_trusted(frame) and not on_behalf_of_user:
+            return type(self)
+        tracer = cast(_Tracer, self.tracer)
+        if tracer.calls is not None and tracer.calls.torchs(frame):  # such as `torch.where(x > 0, x, 0.0)`
+            return type(self)
+        tracer.askers[id(frame.f_globals)] = frame.f_globals
+        way_out = "; give example_inputs if it is always a tensor" if tracer.given is None else ""
+        raise _UntruthfulError(f"`{function}` asks for the type of a traced value{way_out}")
 
     def __getattr__(self, k: str) -> fx.proxy.Attribute:
         return _Attribute(self, k)
 
     def __hash__(self) -> int:
         asker = _asker()
-        if not asker.f_globals.get("__name__", "").startswith(ANSWERS_TYPE):
+        if not _is_trusted(asker):
             self.tracer.refuse(f"`{asker.f_code.co_name}` looks up a traced value in a set or a dict, or hashes it")  # type: ignore[attr-defined]
         return id(self)
 
@@ -274,6 +298,10 @@ class _StandIn(fx.Proxy):
         text = _Text(super().__repr__())
         text.tracer = cast(_Tracer, self.tracer)
         return text
+
+
+def _is_trusted(frame: types.FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in TRUSTED
 
 
 def _asker() -> types.FrameType:
@@ -285,20 +313,7 @@ def _asker() -> types.FrameType:
 
 
 class _Proxy(_StandIn):
-    """A stand-in that does not let user code ask for its type, which would not be a tensor's."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        frame = _asker()
-        asker, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        on_behalf_of_user = function in ASKS_FOR_USER or asker in ("torch._jit_internal", "torch.jit")
-        if asker.startswith(ANSWERS_TYPE) and not on_behalf_of_user:
-            return type(self)
-        tracer = cast(_Tracer, self.tracer)
-        if tracer.calls is not None and tracer.calls.torchs(frame):  # such as `torch.where(x > 0, x, 0.0)`
-            return type(self)
-        tracer.asked_for_type = True
-        raise _UntruthfulError(f"`{function}` asks for the type of a traced value")
+    """A stand-in that records what is written into its value."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """x.data = value cannot be recorded."""
@@ -374,7 +389,7 @@ class _Tracer(fx.Tracer):
         super().__init__(param_shapes_constant=True)
         self.threads = {threading.get_ident()}  # that trace; what others run meanwhile is none of the tracer's business
         self.calls = calls
-        self.asked_for_type = False
+        self.askers: dict[int, dict[str, Any]] = {}  # by identity: the globals of code that asked for a value's type
         self.leaves = leaves
         self.trainable = trainable
         self.refused = refused
@@ -384,6 +399,8 @@ class _Tracer(fx.Tracer):
         self.examples: list[Any] = []  # of the placeholders, in order
         self.constants: dict[str, Tensor] = {}
         self.uncertain: set[fx.Node] = set()  # values that may be None when the graph runs
+        self.tensors: set[fx.Node] = set()  # values that are tensors for sure, if inputs are that were in the examples
+        self.answered = False  # whether anybody was told so
         self.untruthful: str | None = None  # the last question that a traced value could not answer
         self._called: set[nn.Module] = set()
         self._parameters: dict[str, fx.Proxy] = {}
@@ -415,7 +432,25 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if self._may_be_none(node):
             self.uncertain.add(node)
+        if (node.target is ASSIGN and node.args[0] in self.tensors) or gives_tensor(self.root, node, self.tensors):
+            self.tensors.add(node)
         return _Proxy(node, self)
+
+    def askers_beside(self, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The globals of code that asked, if `isinstance` can be another there."""
+        return [g for g in self.askers.values() if "isinstance" not in g and not any(g is other for other in known)]
+
+    def example_of(self, value: Any) -> Any:
+        """For `Answers`: something of the type of a stand-in's value."""
+        if type(value) is _ParameterProxy:
+            return value.param
+        if type(value) is not _Attribute:
+            if value.node not in self.tensors:
+                return UNKNOWN
+            self.answered = True
+            return EXAMPLE
+        owner = self.example_of(value.root)
+        return getattr(owner, value.attr) if isinstance(owner, Tensor) and value.attr in FIXED else UNKNOWN
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -517,6 +552,7 @@ class _Tracer(fx.Tracer):
                 break
             self.graph.erase_node(node)
             self.uncertain.discard(node)
+            self.tensors.discard(node)
         self._parameters = {n: p for n, p in self._parameters.items() if not p.node._erased}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
@@ -609,6 +645,8 @@ class _Tracer(fx.Tracer):
         proxy = self.create_proxy("placeholder", name, default, {})
         if isinstance(example, Tensor):
             self.uncertain.discard(proxy.node)
+        if type(example) is Tensor:
+            self.tensors.add(proxy.node)
         return name, proxy
 
     def _bind_default(self, name: str, default: Any) -> None:
@@ -620,6 +658,20 @@ class _Tracer(fx.Tracer):
         compared = self.create_node("call_function", check, arguments, {})
         compared.meta["is_wrapped"] = True
         self.create_node("call_function", torch._assert, (compared, message), {})
+
+    def require_tensors(self) -> None:
+        """What code was told holds for inputs that are tensors, as in the examples."""
+        inputs = [node for node in self.graph.find_nodes(op="placeholder") if node in self.tensors]
+        if not inputs or not self.answered:
+            return
+        with self.graph.inserting_before(next(node for node in self.graph.nodes if node.op != "placeholder")):
+            for node in inputs:
+                message = (
+                    f"`{node.target}` was a tensor in the example_inputs of elc_fx, and the code asks whether it is"
+                )
+                asked = self.graph.call_function(_is_tensor, (node,))
+                asked.meta["is_wrapped"] = True
+                self.graph.call_function(torch._assert, (asked, message))
 
     def _may_be_none(self, node: fx.Node) -> bool:
         """Whether the value may be None when the graph runs, as far as the graph tells."""
@@ -641,6 +693,11 @@ class _Tracer(fx.Tracer):
 @fx.wrap
 def _is_none(value: Any) -> bool:
     return value is None
+
+
+@fx.wrap
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 @fx.wrap

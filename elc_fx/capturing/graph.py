@@ -205,10 +205,15 @@ def may_be_view(node: fx.Node) -> bool:
 @functools.cache
 def _is_view(name: str) -> bool:
     """Whether an operator of that name gives a view, as its schema says."""
-    packet = getattr(torch.ops.aten, name, None) if name else None
-    overloads = _overloads(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else []
-    given = (value for overload in overloads for value in overload._schema.returns)
+    given = (value for schema in schemas(name) for value in schema.returns)
     return any(value.alias_info is not None and not value.alias_info.is_write for value in given)
+
+
+def schemas(name: str) -> list[Any]:
+    """Of torch's operators of that name."""
+    packet = getattr(torch.ops.aten, name, None) if name else None
+    found = _overloads(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else []
+    return [overload._schema for overload in found]
 
 
 def signature_of(node: fx.Node) -> dict[str, Any]:

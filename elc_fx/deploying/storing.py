@@ -61,7 +61,12 @@ REFUSED_METHODS = frozenset(
         *("storage", "storage_type", "untyped_storage"),
     )
 )
-OWN: dict[str, Callable[..., Any]] = {"assign": capture.ASSIGN, "is_none": capture._is_none, "equals": capture._equals}
+OWN: dict[str, Callable[..., Any]] = {
+    "assign": capture.ASSIGN,
+    "is_none": capture._is_none,
+    "is_tensor": capture._is_tensor,
+    "equals": capture._equals,
+}
 CONSTANTS: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
