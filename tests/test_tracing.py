@@ -345,6 +345,7 @@ class Asked(nn.Module):
         self.first, self.second = conv_bn(4, 4), conv_bn(4, 4)
         self.scale = nn.Parameter(torch.full((1, 4, 1, 1), 2.0))
         self.lstm = nn.LSTM(5, 5)
+        self.parallel = nn.DataParallel(nn.LSTM(5, 5))
         self.question = question
 
     def forward(self, x: Any) -> Tensor:
@@ -392,6 +393,7 @@ def test_types_of_what_is_a_tensor_for_sure_are_known(question: Callable[[Any, A
         lambda s, y: isinstance(y, torch.DoubleTensor),
         lambda s, y: isinstance(y, FourAxes),
         lambda s, y: isinstance(s.lstm(y[0, 0])[1], tuple),
+        lambda s, y: isinstance(s.parallel(y[0, 0]), tuple),
         lambda s, y: isinstance(y.max(1), tuple),
         lambda s, y: isinstance(y.chunk(2), tuple),
         lambda s, y: isinstance(y.shape[0], int),

@@ -68,7 +68,11 @@ def gives_tensor(root: nn.Module, node: fx.Node, tensors: Container[fx.Node]) ->
     first, *others = node.args or (None,)
     if node.op == "call_module":
         module = module_of(root, node)
-        if not is_leaf(module) or has_unknown_hooks(module) or not type(module).__module__.startswith("torch.nn."):
+        if (
+            not is_leaf(module)
+            or has_unknown_hooks(module)
+            or not type(module).__module__.startswith("torch.nn.modules.")
+        ):
             return False
         if isinstance(module, nn.Identity):
             return is_tensor(first)
