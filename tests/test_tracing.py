@@ -417,6 +417,126 @@ def test_examples_tell_the_types_of_inputs() -> None:
         compiled(list(x))
 
 
+def asserts(s: Any, x: Tensor) -> Tensor:
+    assert x.shape[1] == 4, f"channels: {x.shape}"
+    assert x.dim() == 4
+    return s.block(x)  # type: ignore[no-any-return]
+
+
+def raises(s: Any, x: Tensor) -> Tensor:
+    height, width = x.shape[-2:]
+    if height % 4 != 0 or width % 4:
+        wanted = (height // 4 + 1) * 4
+        raise ValueError(f"{height}×{width}, not {wanted}")
+    ok = x.shape[1] == 4
+    if not ok:
+        if s.named:
+            raise TypeError(s.named)
+        raise ValueError
+    return s.block(x)  # type: ignore[no-any-return]
+
+
+def raises_at_the_end(s: Any, x: Tensor) -> Tensor:
+    if x.shape[2] % 4 == 0 and x.shape[1] == 4:
+        return s.block(x)  # type: ignore[no-any-return]
+    for i in range(3):
+        if i == len(s.named):
+            raise TypeError(i)
+    raise ValueError
+
+
+def looks_at_numbers(s: Any, x: Tensor) -> Tensor:
+    if torch.isnan(x).any():
+        raise ValueError
+    assert x.max() < 99
+    return s.block(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("forward", [asserts, raises, raises_at_the_end, looks_at_numbers])
+def test_what_only_raises_errors_otherwise_is_checked(forward: Any) -> None:
+    model, x = ready(Unary(forward, block=RepVGGBlock(4, 4), named="")), image(2, 4, 8, 8)
+    compiled = check(model, x)
+    assert not opaque_reasons(compiled) and not batch_norms(compiled)
+    assert_same(compiled(x[:1]), model(x[:1]))
+    if forward is raises:
+        assert_same(compiled(x[..., :4]), model(x[..., :4]))
+    wrong = x * float("nan") if forward is looks_at_numbers else image(2, 3, 7, 7)
+    with pytest.raises((ValueError, TypeError, AssertionError)):
+        model(wrong)
+    with pytest.raises(
+        AssertionError, match=rf"`{forward.__name__}` raises an error for such inputs \(test_tracing.py"
+    ):
+        compiled(wrong)
+
+
+def either(s: Any, x: Tensor) -> Tensor:
+    if x.shape[1] != 4:
+        return x
+    return s.block(x)  # type: ignore[no-any-return]
+
+
+def raises_sometimes(s: Any, x: Tensor) -> Tensor:
+    if x.shape[1] != 4:
+        if x.shape[2] > 4:
+            raise ValueError
+        x = x[:, :4]
+    return s.block(x)  # type: ignore[no-any-return]
+
+
+def catches(s: Any, x: Tensor) -> Tensor:
+    try:
+        assert x.shape[2] > 7
+    except AssertionError:
+        x = x * 2
+    return s.block(x)  # type: ignore[no-any-return]
+
+
+def suppresses(s: Any, x: Tensor) -> Tensor:
+    y: Tensor = x * 2
+    with contextlib.suppress(ValueError):
+        if x.shape[2] < 8:
+            raise ValueError
+        y = x * 3
+    return s.block(y)  # type: ignore[no-any-return]
+
+
+def raises_to_its_caller(s: Any, x: Tensor) -> Tensor:
+    try:
+        return raises(s, x)
+    except ValueError:
+        return s.block(x) * 2  # type: ignore[no-any-return]
+
+
+def counts(s: Any, x: Tensor) -> Tensor:
+    for _ in range(3):
+        if x.shape[2] > 8:
+            break
+    else:
+        return s.block(x)  # type: ignore[no-any-return]
+    raise ValueError
+
+
+@pytest.mark.parametrize(
+    "forward", [either, raises_sometimes, catches, suppresses, raises_to_its_caller], ids=lambda f: f.__name__
+)
+def test_what_may_also_do_something_else_is_not_decided(forward: Any) -> None:
+    model = ready(Unary(forward, block=RepVGGBlock(4, 4), named=""))
+    compiled = check(model, image(2, 4, 8, 8))
+    assert opaque_reasons(compiled)
+    for other in (image(2, 4, 5, 5), image(2, 5, 4, 4), image(2, 4, 9, 8)):
+        with contextlib.suppress(ValueError, RuntimeError):
+            assert_same_or_refused(compiled, model, other)
+
+
+def test_loops_are_looked_through() -> None:
+    model, x = ready(Unary(counts, block=RepVGGBlock(4, 4))), image(2, 4, 8, 8)
+    compiled = check(model, x)
+    assert not opaque_reasons(compiled)
+    assert_same_or_refused(compiled, model, x[..., :5, :])
+    with pytest.raises(AssertionError):
+        compiled(image(2, 4, 9, 8))
+
+
 def test_arguments_with_defaults_are_right_or_refused() -> None:
     model, x = ready(Defaults()), image(1, 4, 5, 5)
     for compiled in (elc_fx.compile(model), elc_fx.compile(model, (x,)), elc_fx.compile(model, {"x": x})):

@@ -50,7 +50,15 @@ from elc_fx.capturing.graph import (
     package_of,
     signature_of,
 )
-from elc_fx.capturing.questions import Calls, Question, Watch, branches_on_training, may_ask, reads_training
+from elc_fx.capturing.questions import (
+    Calls,
+    Question,
+    Watch,
+    branches_on_training,
+    may_ask,
+    needed_truth,
+    reads_training,
+)
 from elc_fx.capturing.randomness import alone, generators, randomness_of_the_caller
 from elc_fx.capturing.tidying import (
     caller_of,
@@ -520,6 +528,18 @@ class _Tracer(fx.Tracer):
         if self.untruthful is not None:
             raise _UntruthfulError(self.untruthful)
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Only where the code would raise an error otherwise; the graph does so, too."""
+        frame = sys._getframe(2)  # that of the code, behind that of `__bool__`
+        needed = needed_truth(frame)
+        if needed is None:
+            return super().to_bool(obj)
+        holds = obj if needed else self.create_proxy("call_function", operator.eq, (obj, False), {})
+        place = _source(frame.f_code.co_filename, frame.f_lineno)
+        message = f"`{frame.f_code.co_name}` raises an error for such inputs ({place})"
+        self.create_proxy("call_function", torch._assert, (holds, message), {})
+        return needed
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if self.autocast != _autocast_state():
             raise _UntruthfulError("it switches autocast, which a graph does not record")
@@ -748,9 +768,12 @@ def _place(error: Exception) -> str:
     ]
     if not own:
         return ""
-    file, line = own[-1]
+    return f" ({_source(*own[-1])})"
+
+
+def _source(file: str, line: int) -> str:
     code = linecache.getline(file, line).strip()
-    return f" ({Path(file).name}, line {line}{f': `{code}`' if code else ''})"
+    return f"{Path(file).name}, line {line}{f': `{code}`' if code else ''}"
 
 
 def _with_constants(root: nn.Module, constants: dict[str, Tensor]) -> nn.Module:

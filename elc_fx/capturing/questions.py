@@ -307,6 +307,46 @@ def _last_value(steps: list[_Step]) -> list[_Step]:
     return steps
 
 
+def needed_truth(frame: types.FrameType) -> bool | None:
+    """The truth of the value that a function is asking for it, if with the other it does nothing but raise an error.
+
+    As in `assert x.shape[1] == 3`, or `if x.shape[1] != 3: raise ValueError(…)`; None for any other question.
+    """
+    steps = list(dis.get_instructions(frame.f_code))
+    positions = {step.offset: index for index, step in enumerate(steps)}
+    index = positions[frame.f_lasti]
+    negated = False
+    while steps[index].opname in ("TO_BOOL", "UNARY_NOT"):  # the first from Python 3.13 on
+        negated ^= steps[index].opname == "UNARY_NOT"
+        index += 1
+    jump = steps[index]
+    if not jump.opname.startswith("POP_JUMP") or not jump.opname.endswith(("IF_TRUE", "IF_FALSE")):
+        return None
+    jumps_if = jump.opname.endswith("TRUE") ^ negated
+    ends = [_only_raises(steps, positions, first) for first in (positions[jump.argval], index + 1)]
+    if ends[0] == ends[1]:
+        return None
+    return jumps_if ^ ends[0]
+
+
+def _only_raises(steps: list[dis.Instruction], positions: dict[int, int], first: int) -> bool:
+    """Whether all ways from a step on end in an error that is raised there."""
+    queue, seen = [first], set[int]()
+    while queue:
+        index = queue.pop()
+        step = steps[index]
+        if step.opname.startswith(("RETURN", "YIELD")):
+            return False
+        if index in seen or step.opname in ("RAISE_VARARGS", "RERAISE"):
+            continue
+        seen.add(index)
+        if step.opcode in JUMPS:
+            queue.append(positions[step.argval])
+        if step.opname not in UNCONDITIONAL:
+            queue.append(index + 1)
+    return True
+
+
 def _about(kind: str, variable: str) -> Iterator[Question]:
     if variable:
         yield Question(kind, variable)
@@ -327,4 +367,6 @@ def _origin(steps: list[_Step]) -> str:
 OWN = os.path.dirname(__file__)
 EXCEPTS = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH")
 BARE_EXCEPT = ["PUSH_EXC_INFO", "POP_TOP"]  # from Python 3.11 on
+JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
+UNCONDITIONAL = ("JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT", "JUMP_ABSOLUTE")
 SKIPPED = ("CACHE", "EXTENDED_ARG", "NOP")
