@@ -22,7 +22,7 @@ PRUNED = "torch-pruning"
 # The others show what an idea buys.
 USED = ("elc", "features", "balanced", "shrinks", *FOR_TIME, PRUNED, f"{PRUNED}-8")
 # A file for each processor; where a network was timed on several, the first counts, then the last.
-LATENCIES = ("benchmark_latency", "benchmark_latency_amd", "benchmark_latency_intel", "benchmark_latency_xeon")
+LATENCIES = ("benchmark_latency", *(f"benchmark_latency_{name}" for name in ("amd", "intel", "xeon", "amx")))
 COLUMNS = [(runtime, batch) for runtime in RUNTIMES for batch in BATCHES]
 TIMES = tuple(f"{runtime}, {batch}" for runtime, batch in COLUMNS)
 PAPER = (0.5, 0.454, 0.259)  # shares of the FLOPs that are left in "Efficient Layer Compression Without Pruning"
