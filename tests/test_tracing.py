@@ -344,7 +344,7 @@ class Asked(nn.Module):
         super().__init__()
         self.first, self.second = conv_bn(4, 4), conv_bn(4, 4)
         self.scale = nn.Parameter(torch.full((1, 4, 1, 1), 2.0))
-        self.lstm = nn.LSTM(5, 5)
+        self.lstm, self.kept = nn.LSTM(5, 5), nn.Identity()
         self.parallel = nn.DataParallel(nn.LSTM(5, 5))
         self.question = question
 
@@ -372,7 +372,6 @@ class FourAxes(metaclass=OfFour):
         lambda s, y: not isinstance(y, list),
         lambda s, y: not isinstance(y, list | tuple),
         lambda s, y: isinstance(y, (list, (int, Tensor))),
-        lambda s, y: not isinstance(y, nn.Parameter),
         lambda s, y: isinstance(y, Iterable),
         lambda s, y: torch.is_tensor(y),
         lambda s, y: isinstance(y.data, Tensor) and isinstance(y.shape, tuple) and isinstance(y.ndim, int),
@@ -391,6 +390,8 @@ def test_types_of_what_is_a_tensor_for_sure_are_known(question: Callable[[Any, A
     "question",
     [
         lambda s, y: isinstance(y, torch.DoubleTensor),
+        lambda s, y: isinstance(s.kept(s.scale), nn.Parameter),
+        lambda s, y: isinstance(y.nonzero(as_tuple=True), tuple),
         lambda s, y: isinstance(y, FourAxes),
         lambda s, y: isinstance(s.lstm(y[0, 0])[1], tuple),
         lambda s, y: isinstance(s.parallel(y[0, 0]), tuple),
@@ -399,6 +400,7 @@ def test_types_of_what_is_a_tensor_for_sure_are_known(question: Callable[[Any, A
         lambda s, y: isinstance(y.shape[0], int),
         lambda s, y: isinstance(y.grad_fn, type(None)),
         lambda s, y: isinstance(F.max_pool2d(y, 2, return_indices=True), tuple),
+        lambda s, y: isinstance(F.max_pool2d(y, 2, None, 0, 1, False, True), tuple),
     ],
 )
 def test_types_that_are_not_known_are_not_guessed(question: Callable[[Any, Any], bool]) -> None:
@@ -415,6 +417,34 @@ def test_examples_tell_the_types_of_inputs() -> None:
     assert_same(compiled(x), model(x))
     with pytest.raises(AssertionError, match="`x` was a tensor in the example_inputs"):
         compiled(list(x))
+
+
+class Kind(Tensor):
+    pass
+
+
+def test_a_kind_of_tensor_is_not_told_from_others_by_an_example() -> None:
+    model = ready(Unary(lambda s, x: s.block(x * 2 if isinstance(x, Kind) else x), block=conv_bn(4, 4)))
+    x = image(2, 4, 5, 5)
+    compiled = elc_fx.compile(model, x)
+    for given in (x, x.as_subclass(Kind)):
+        assert_same(compiled(given), model(given))
+
+
+def test_of_inputs_that_nobody_asks_for_nothing_is_required() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = conv_bn(4, 4)
+
+        def forward(self, x: Tensor, scale: Any) -> Tensor:
+            y: Tensor = self.block(x) * scale
+            return y.relu() if isinstance(self.block(x), Tensor) else y
+
+    model, x = ready(Scaled()), image(2, 4, 5, 5)
+    compiled = elc_fx.compile(model, (x, torch.tensor(2.0)))
+    assert not opaque_reasons(compiled)
+    assert_same(compiled(x, 3.0), model(x, 3.0))
 
 
 def asserts(s: Any, x: Tensor) -> Tensor:

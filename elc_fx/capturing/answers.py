@@ -46,9 +46,15 @@ class Answers:
     def _answer(self, value: Any, classes: Any) -> bool:
         if issubclass(type(value), fx.Proxy):
             example = self.example_of(value)
-            if example is not UNKNOWN and all(type(cls) in BY_CLASS for cls in _classes(classes)):
+            if example is not UNKNOWN and all(_tells(cls, example) for cls in _classes(classes)):
                 return builtins.isinstance(example, classes)
         return builtins.isinstance(value, classes)
+
+
+def _tells(cls: Any, example: Any) -> bool:
+    """Whether an example is of a class if the value is: what is a tensor for sure may be a kind of tensor as well."""
+    narrower = type(example) is Tensor and cls is not Tensor and isinstance(cls, type) and issubclass(cls, Tensor)
+    return type(cls) in BY_CLASS and not narrower
 
 
 def _classes(given: Any) -> Iterator[Any]:
@@ -84,8 +90,10 @@ def gives_tensor(root: nn.Module, node: fx.Node, tensors: Container[fx.Node]) ->
         numbers = all(is_tensor(value) or isinstance(value, int | float | complex) for value in (first, *others))
         return is_tensor(first) if name == "getitem" else numbers and any(map(is_tensor, (first, *others)))
     given = tree_leaves(first)
-    if not given or not all(map(is_tensor, given)) or node.kwargs.get("return_indices"):
+    if not given or not all(map(is_tensor, given)):
         return False
+    if (name == "nonzero" or "max_pool" in name) and any(value is True for value in (*others, *node.kwargs.values())):
+        return False  # `as_tuple`, `return_indices`, of which the operators know nothing
     if not is_torchs(node):
         return False
     return getattr(node.target, "__annotations__", {}).get("return") is Tensor or _maps_to_tensor(name)

@@ -408,7 +408,7 @@ class _Tracer(fx.Tracer):
         self.constants: dict[str, Tensor] = {}
         self.uncertain: set[fx.Node] = set()  # values that may be None when the graph runs
         self.tensors: set[fx.Node] = set()  # values that are tensors for sure, if inputs are that were in the examples
-        self.answered = False  # whether anybody was told so
+        self.told: list[fx.Node] = []  # those of which code was told so
         self.untruthful: str | None = None  # the last question that a traced value could not answer
         self._called: set[nn.Module] = set()
         self._parameters: dict[str, fx.Proxy] = {}
@@ -455,7 +455,7 @@ class _Tracer(fx.Tracer):
         if type(value) is not _Attribute:
             if value.node not in self.tensors:
                 return UNKNOWN
-            self.answered = True
+            self.told.append(value.node)
             return EXAMPLE
         owner = self.example_of(value.root)
         return getattr(owner, value.attr) if isinstance(owner, Tensor) and value.attr in FIXED else UNKNOWN
@@ -475,7 +475,7 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
         last, stack = next(iter(reversed(self.graph.nodes)), None), dict(self.module_stack)
-        state = self.state()
+        state, told = self.state(), len(self.told)
         asked_outside, self.untruthful = self.untruthful, None
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -489,6 +489,7 @@ class _Tracer(fx.Tracer):
             self.module_stack.clear()
             self.module_stack.update(stack)
             self._forget_after(last)
+            del self.told[told:]
             for constant, _ in self._recorded[state[1] :]:
                 del self._names[id(constant)]
             del self._recorded[state[1] :]
@@ -680,9 +681,16 @@ class _Tracer(fx.Tracer):
         self.create_node("call_function", torch._assert, (compared, message), {})
 
     def require_tensors(self) -> None:
-        """What code was told holds for inputs that are tensors, as in the examples."""
-        inputs = [node for node in self.graph.find_nodes(op="placeholder") if node in self.tensors]
-        if not inputs or not self.answered:
+        """What code was told of values holds where inputs are tensors that were so in the examples."""
+        nodes, sources = list(self.told), set[fx.Node]()
+        while nodes:
+            node = nodes.pop()
+            if node in sources or (node.op == "call_module" and gives_tensor(self.root, node, ())):
+                continue
+            sources.add(node)
+            nodes.extend(node.all_input_nodes)
+        inputs = [node for node in self.graph.find_nodes(op="placeholder") if node in sources & self.tensors]
+        if not inputs:
             return
         with self.graph.inserting_before(next(node for node in self.graph.nodes if node.op != "placeholder")):
             for node in inputs:
