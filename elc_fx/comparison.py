@@ -188,7 +188,7 @@ class Run(NamedTuple):
 
     output: Any
     cost: Measurement
-    dtypes: frozenset[torch.dtype]  # that its layers computed in: under its own autocast, not those of its weights
+    dtypes: frozenset[torch.dtype]  # of what it made of the inputs: under its own autocast, not those of its weights
 
 
 def run(model: nn.Module, examples: ExampleInputs) -> Run:
@@ -249,7 +249,7 @@ class _Layers(TorchDispatchMode):
         super().__init__()
         self.convolutions = 0
         self.depth = 0
-        self.dtypes: set[torch.dtype] = set()  # of what the layers gave
+        self.dtypes: set[torch.dtype] = set()  # of all that derives from the inputs
         self._depths: dict[StorageWeakRef | WeakIdRef, int] = {}
         self._mark(inputs, 0)
 
@@ -267,10 +267,8 @@ class _Layers(TorchDispatchMode):
         values = tree_leaves((args, kwargs))
         known = [depth for value in values if (depth := self._depth_of(value)) is not None]
         if known:
-            layer = packet in _CONVOLUTIONS or self._is_linear(packet, args)
-            depth = max(known) + layer
-            if layer:
-                self.dtypes.update(value.dtype for value in tree_leaves(output) if isinstance(value, Tensor))
+            depth = max(known) + (packet in _CONVOLUTIONS or self._is_linear(packet, args))
+            self.dtypes.update(value.dtype for value in tree_leaves(output) if isinstance(value, Tensor))
             self._mark([*tree_leaves(output), *(written_arguments(func, args, kwargs) if operation else ())], depth)
         return output
 

@@ -480,19 +480,22 @@ def test_outputs_agree_to_the_digits_that_they_were_computed_with(computed: str,
     assert torch.finfo(dtype).eps ** 0.5 > elc_fx.report_of(elc_fx.compile(model, x)).totals.error > 0  # type: ignore[operator]
 
 
-def test_a_network_under_its_own_autocast_agrees_to_the_digits_of_its_layers() -> None:
-    class Casting(nn.Module):
+@pytest.mark.parametrize("how", ["autocast", "products", "rounded"])
+def test_a_network_that_computes_in_a_coarser_type_agrees_to_its_digits(how: str) -> None:
+    class Coarse(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layers = nn.Sequential(conv_bn(4, 32), nn.ReLU(), conv_bn(32, 4))
 
         def forward(self, x: Tensor) -> Tensor:
+            if how == "rounded":
+                return self.layers(x).to(torch.bfloat16).float()  # type: ignore[no-any-return]
+            y = self.layers(x) if how == "products" else x
             with torch.autocast("cpu", torch.bfloat16):
-                y: Tensor = self.layers(x)
-                return y.float()
+                return (y @ y.mT if how == "products" else self.layers(y)).float()  # type: ignore[no-any-return]
 
-    model = ready(Casting()).float()
-    compiled = elc_fx.compile(model, image(2, 4, 7, 7, dtype=torch.float32))
+    model = ready(Coarse()).float()
+    compiled = elc_fx.compile(model, image(8, 4, 48, 48, dtype=torch.float32))
     assert not batch_norms(compiled)
     error = elc_fx.report_of(compiled).totals.error
     assert error is not None and torch.finfo(torch.float32).eps ** 0.5 < error < torch.finfo(torch.bfloat16).eps ** 0.5
