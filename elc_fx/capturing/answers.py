@@ -59,10 +59,11 @@ def _tells(cls: Any, example: Any) -> bool:
 
 def _classes(given: Any) -> Iterator[Any]:
     """Of nested tuples and unions."""
-    for item in given if type(given) is tuple else get_args(given) if type(given) is types.UnionType else ():
-        yield from _classes(item)
-    if type(given) not in (tuple, types.UnionType):
+    if type(given) is not tuple and type(given) is not types.UnionType:
         yield given
+        return
+    for item in given if type(given) is tuple else get_args(given):
+        yield from _classes(item)
 
 
 def gives_tensor(root: nn.Module, node: fx.Node, tensors: Container[fx.Node]) -> bool:
