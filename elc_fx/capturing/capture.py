@@ -689,7 +689,7 @@ class _Tracer(fx.Tracer):
                 continue
             sources.add(node)
             nodes.extend(node.all_input_nodes)
-        inputs = [node for node in self.graph.find_nodes(op="placeholder") if node in sources & self.tensors]
+        inputs = [node for node in self.graph.find_nodes(op="placeholder") if node in sources and node in self.tensors]
         if not inputs:
             return
         with self.graph.inserting_before(next(node for node in self.graph.nodes if node.op != "placeholder")):
