@@ -372,7 +372,7 @@ class FourAxes(metaclass=OfFour):
         lambda s, y: not isinstance(y, list),
         lambda s, y: not isinstance(y, list | tuple),
         lambda s, y: isinstance(y, (list, (int, Tensor))),
-        lambda s, y: isinstance(y, Iterable),
+        lambda s, y: isinstance(y, Iterable) and isinstance(y.double(), Tensor),
         lambda s, y: torch.is_tensor(y),
         lambda s, y: isinstance(y.data, Tensor) and isinstance(y.shape, tuple) and isinstance(y.ndim, int),
         lambda s, y: isinstance(y.dtype, torch.dtype) and isinstance(y.device, torch.device),

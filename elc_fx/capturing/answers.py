@@ -25,6 +25,7 @@ EXAMPLE = torch.empty(0)
 FIXED = ("data", "device", "dtype", "layout", "ndim", "shape")  # attributes that are of one type, of any tensor
 # How classes decide what is of them: by its class alone. Those of others may look at the value.
 BY_CLASS = (type, abc.ABCMeta, type(Tensor), type(nn.Parameter), type(nn.Buffer))
+CONVERSIONS = ("bfloat16", "bool", "cpu", "cuda", "double", "float", "half", "int", "long")  # methods of tensors alone
 GIVE_OTHERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.AdaptiveLogSoftmaxWithLoss)
 
 
@@ -41,7 +42,8 @@ class Answers:
 
     def __exit__(self, *_: object) -> None:
         for namespace in self.namespaces:
-            del namespace["isinstance"]
+            namespace.pop("isinstance", None)
+        self.example_of = lambda _: UNKNOWN  # for files that imported it from there meanwhile
 
     def _answer(self, value: Any, classes: Any) -> bool:
         if issubclass(type(value), fx.Proxy):
@@ -95,6 +97,8 @@ def gives_tensor(root: nn.Module, node: fx.Node, tensors: Container[fx.Node]) ->
         return False
     if (name == "nonzero" or "max_pool" in name) and any(value is True for value in (*others, *node.kwargs.values())):
         return False  # `as_tuple`, `return_indices`, of which the operators know nothing
+    if node.op == "call_method" and name in CONVERSIONS:
+        return True
     if not is_torchs(node):
         return False
     return getattr(node.target, "__annotations__", {}).get("return") is Tensor or _maps_to_tensor(name)

@@ -19,7 +19,7 @@ import threading
 import traceback
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,7 +290,11 @@ class _StandIn(fx.Proxy):
         if tracer.calls is not None and tracer.calls.torchs(frame):  # such as `torch.where(x > 0, x, 0.0)`
             return type(self)
         tracer.askers[id(frame.f_globals)] = frame.f_globals
-        way_out = "; give example_inputs if it is always a tensor" if tracer.given is None else ""
+        value: fx.Proxy = self
+        while type(value) is _Attribute:
+            value = value.root
+        told = tracer.given is not None or not tracer.inputs_behind([value.node])
+        way_out = "" if told else "; give example_inputs if it is always a tensor"
         raise _UntruthfulError(f"`{function}` asks for the type of a traced value{way_out}")
 
     def __getattr__(self, k: str) -> fx.proxy.Attribute:
@@ -680,16 +684,21 @@ class _Tracer(fx.Tracer):
         compared.meta["is_wrapped"] = True
         self.create_node("call_function", torch._assert, (compared, message), {})
 
+    def inputs_behind(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """Those on which it depends whether values are tensors: what layers give is one, whatever they read."""
+        queue, seen = list(nodes), set[fx.Node]()
+        while queue:
+            node = queue.pop()
+            if node in seen or (node.op == "call_module" and gives_tensor(self.root, node, ())):
+                continue
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+        return {node for node in seen if node.op == "placeholder"}
+
     def require_tensors(self) -> None:
         """What code was told of values holds where inputs are tensors that were so in the examples."""
-        nodes, sources = list(self.told), set[fx.Node]()
-        while nodes:
-            node = nodes.pop()
-            if node in sources or (node.op == "call_module" and gives_tensor(self.root, node, ())):
-                continue
-            sources.add(node)
-            nodes.extend(node.all_input_nodes)
-        inputs = [node for node in self.graph.find_nodes(op="placeholder") if node in sources and node in self.tensors]
+        behind = self.inputs_behind(self.told)
+        inputs = [node for node in self.graph.find_nodes(op="placeholder") if node in behind and node in self.tensors]
         if not inputs:
             return
         with self.graph.inserting_before(next(node for node in self.graph.nodes if node.op != "placeholder")):
