@@ -52,6 +52,44 @@ def test_intermediate_value_read_twice_is_not_computed_twice() -> None:
     assert flops(elc_fx.compile(model), x) == flops(model, x)
 
 
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def reads_sizes(s: Any, x: Tensor) -> Any:
+    y = s.c(x)
+    assert y.size(1) == 4
+    n, _, height, width = y.shape
+    z = s.bn(y) + x.new_ones(n, 1, height, width)
+    return z.view(n, -1, height * width) * y.dim()
+
+
+def reads_sizes_of_what_is_written(s: Any, x: Tensor) -> Any:
+    y = s.c(x)
+    seen = y[:, :1]
+    height = y.shape[2]
+    seen += 1.5
+    return s.bn(y) * height
+
+
+def reads_sizes_of_a_view(s: Any, x: Tensor) -> Any:
+    y = s.c(x)
+    seen = y.view(y.size(0), 4, -1, y.size(3))
+    height = seen.shape[2]
+    y += 1.5
+    return s.bn(seen) * height + y
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("forward", [reads_sizes, reads_sizes_of_what_is_written, reads_sizes_of_a_view])
+def test_a_size_that_is_read_in_between_keeps_nothing_apart(forward: Callable[[Any, Tensor], Any], given: bool) -> None:
+    model = ready(Unary(forward, c=nn.Conv2d(4, 4, 3, padding=1), bn=nn.BatchNorm2d(4)))
+    x, other = image(2, 4, 5, 5), image(1, 4, 7, 3)
+    compiled = elc_fx.compile(model, x if given else None)
+    assert_same(compiled(x), model(x))
+    assert_same(compiled(other), model(other))
+    assert len(batch_norms(compiled)) == (forward is not reads_sizes)
+
+
 # --- in-place operations ----------------------------------------------------------------------------------------------
 
 

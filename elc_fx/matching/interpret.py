@@ -27,6 +27,7 @@ from elc_fx.affine import AffineMap, Geometry, Ints, Padding, same_padding, tran
 from elc_fx.capturing.attributes import Attributes
 from elc_fx.capturing.capture import assign
 from elc_fx.capturing.graph import (
+    allocates,
     erase_unread,
     function_name,
     has_unknown_hooks,
@@ -686,7 +687,26 @@ class Interpreter:
             return tuple(tensors) if axis == -1 or (rank and axis == rank - 1) else None
         return tuple(tensors) if axis in (1, -dims - 1) else None
 
-    def erase_settled_assertions(self) -> None:
+    def free_layers_of_questions(self) -> None:
+        """Layers that are apart only since somebody asks for a size in between come to stand next to each other."""
+        self._erase_settled_assertions()
+        self._read_sizes_behind_scales()
+
+    def _read_sizes_behind_scales(self) -> None:
+        """The size of what a batch norm is given is read from its result, which has the same.
+
+        The batch norm moves to its input for that, before the readers; so nothing may write into that in between.
+        """
+        for node, operation in self.operations.items():
+            source = operation.source
+            readers = self.sizes.intersection(source.users)
+            alone = readers and len(source.users) == len(readers) + 1 and allocates(self.captured, source)
+            if alone and node.op == "call_module" and operation.geometry.is_scale:
+                source.append(node)
+                for reader in readers:
+                    reader.replace_input_with(source, node)
+
+    def _erase_settled_assertions(self) -> None:
         """Erases assertions on axes that the layers settle, and what only those read: they stand between layers."""
         nodes = self.captured.graph.nodes
         of_sizes = {node for node in nodes if node.target in (operator.eq, getattr, "dim")}

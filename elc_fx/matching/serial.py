@@ -240,7 +240,7 @@ class SerialGraph:
         self.graph_module = captured.graph_module
         self.interpreter = SerialInterpreter(self.graph_module, values)
         self.shapes = self.interpreter.shapes
-        self.interpreter.erase_settled_assertions()
+        self.interpreter.free_layers_of_questions()
         chains, joins, _ = find_chains(self.interpreter)
         self.chains = list(_all_chains(chains, joins))
         self.activations, self.poolings = self.interpreter.activations, self.interpreter.poolings

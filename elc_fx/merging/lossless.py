@@ -121,7 +121,7 @@ class LosslessCompilation:
         self, graph_module: fx.GraphModule, path: str, values: dict[fx.Node, Value]
     ) -> tuple[fx.GraphModule, tuple[int, int]]:
         interpreter = Interpreter(graph_module, values)
-        interpreter.erase_settled_assertions()
+        interpreter.free_layers_of_questions()
         before = depth_of(graph_module, interpreter)
         distributions = [Distribution(interpreter)]
         while distributions[-1].run():  # what stands behind it is next
