@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -175,10 +175,7 @@ class Geometry:
             kernel_size=tuple(kernel_size),
             stride=tuple(s * t for s, t in zip(self.stride, second.stride, strict=True)),
             dilation=tuple(dilation),
-            padding=tuple(
-                (low + s * q, high + s * r)
-                for (low, high), s, (q, r) in zip(self.padding, self.stride, second.padding, strict=True)
-            ),
+            padding=moved(self.padding, self.stride, second.padding),
             groups=math.gcd(self.groups, second.groups),
             padding_mode=self.padding_mode if self.padding_mode != "zeros" else second.padding_mode,
             bias=bias,
@@ -265,6 +262,11 @@ class Geometry:
             text += "" if self.padding_mode == "zeros" else f" {self.padding_mode}"
         text += f" groups {self.groups}" if self.groups > 1 else ""
         return text + (" transposed" if self.transposed else "") + (" + ones" if self.ones else "")
+
+
+def moved(first: Padding, stride: Ints, second: Padding) -> Padding:
+    """p₁ + s₁·p₂ on each side of each axis: what a layer must see of its input for p₂ more of its output."""
+    return tuple((low + s * q, high + s * r) for (low, high), s, (q, r) in zip(first, stride, second, strict=True))
 
 
 def _short(values: tuple[object, ...]) -> str:
@@ -408,17 +410,14 @@ class AffineMap:
 
         A kernel that lacks its gain gets it block by block, so that there is no float64 kernel.
         """
-
-        def to_dtype(tensor: Tensor) -> Tensor:
-            return _finite(tensor.to(dtype))
-
+        bias, ones, fill = (None if t is None else _finite(t.to(dtype)) for t in (self.bias, self.ones, self.fill))
         if self.gain is None:
-            return self.map_tensors(to_dtype)
+            return AffineMap(self.geometry, _finite(self.kernel.to(dtype)), bias, ones, fill)
         kernel = torch.empty_like(self.kernel, dtype=dtype)
         gain, rows = _per_output(self.gain, kernel), row_blocks(len(kernel), kernel[0].numel())
         for narrow, factor, block in zip(self.kernel.split(rows), gain.split(rows), kernel.split(rows), strict=True):
             _finite(block.copy_(wide(narrow) * factor))
-        return replace(replace(self, kernel=self.kernel[:0], gain=None).map_tensors(to_dtype), kernel=kernel)
+        return AffineMap(self.geometry, kernel, bias, ones, fill)
 
     def _gives_for_zeros(self, fill: Tensor) -> bool:
         """Whether the bias is `fill`, up to the rounding of the data type that `fill` was computed in."""
@@ -459,14 +458,6 @@ class AffineMap:
         ones = _stack(_ones(self, geometry), _ones(other, geometry), self, other) if geometry.ones else None
         return AffineMap(geometry, torch.cat([_placed(self, geometry), _placed(other, geometry)]), bias, ones)
 
-    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> AffineMap:
-        """The map with another kernel, bias, ones, fill and gain: function of each that there is."""
-        bias = None if self.bias is None else function(self.bias)
-        ones = None if self.ones is None else function(self.ones)
-        fill = None if self.fill is None else function(self.fill)
-        gain = None if self.gain is None else function(self.gain)
-        return AffineMap(self.geometry, function(self.kernel), bias, ones, fill, gain)
-
     def dense(self) -> Tensor:
         """The kernel with all channels connected: [out_channels, in_channels, *kernel_size]."""
         return regroup(self.settled().kernel, self.geometry.groups, 1)
@@ -491,10 +482,7 @@ class AffineMap:
             padding = tuple(low for low, _ in g.padding)
             convolution = CONV_TRANSPOSE[g.dims]
             return convolution(x, weight, bias, g.stride, padding, g.output_padding, g.groups, g.dilation)
-        grow, crop = grown_and_cropped(g.padding)
-        x = F.pad(x, flat_padding(grow), mode="constant" if g.padding_mode == "zeros" else g.padding_mode)
-        x = F.pad(x, flat_padding(crop))
-        return CONV[g.dims](x, kernel, bias, g.stride, 0, g.dilation, g.groups)
+        return CONV[g.dims](pad(x, g.padding, g.padding_mode), kernel, bias, g.stride, 0, g.dilation, g.groups)
 
 
 def append_ones(x: Tensor, dims: int) -> Tensor:
@@ -512,24 +500,17 @@ def flat_padding(padding: Padding) -> Ints:
     return tuple(side for sides in reversed(padding) for side in sides)
 
 
-def paddings(padding: Padding) -> list[Padding]:
-    """The same padding as one or two that torch can do: it crops first, and cannot crop what only padding gives."""
-    if not any(low < 0 < high or high < 0 < low for low, high in padding):
-        return [padding]
-    return list(grown_and_cropped(padding))
+def pad(x: Tensor, padding: Padding, mode: str = "zeros") -> Tensor:
+    """x padded around its last axes, or cropped where `padding` is negative.
 
-
-def grown_and_cropped(padding: Padding) -> tuple[Padding, Padding]:
-    """What a padding adds, and what it takes away."""
+    In two steps where one would crop what only the padding gives, or where the mode does not crop.
+    """
+    if mode == "zeros" and not any(low < 0 < high or high < 0 < low for low, high in padding):
+        return F.pad(x, flat_padding(padding))
     grow = tuple((max(low, 0), max(high, 0)) for low, high in padding)
-    return grow, tuple((min(low, 0), min(high, 0)) for low, high in padding)
-
-
-def pad_zeros(x: Tensor, padding: Padding) -> Tensor:
-    """x with zeros around its last axes, or cropped where `padding` is negative."""
-    for step in paddings(padding):
-        x = F.pad(x, flat_padding(step))
-    return x
+    x = F.pad(x, flat_padding(grow), "constant" if mode == "zeros" else mode)
+    crop = tuple((min(low, 0), min(high, 0)) for low, high in padding)
+    return F.pad(x, flat_padding(crop)) if any(map(any, crop)) else x
 
 
 def regroup(kernel: Tensor, groups: int, target: int) -> Tensor:

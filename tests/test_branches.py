@@ -372,6 +372,36 @@ def test_concatenation_that_does_not_pay_stays(name: str) -> None:
         assert not batch_norms(compiled)
 
 
+def inner_sum_first(s: Any, x: Tensor) -> Tensor:
+    y = s.c(x).relu()
+    z = s.a(y) + s.b(y)
+    z += x
+    return z
+
+
+def inner_sum_in_place(s: Any, x: Tensor) -> Tensor:
+    y = s.c(x).relu()
+    z = s.a(y)
+    z += s.b(y)
+    return z + x
+
+
+def inner_sum_is_added(s: Any, x: Tensor) -> Tensor:
+    y = s.c(x).relu()
+    z = s.d(x)
+    z += s.a(y) + s.b(y)
+    return z
+
+
+@pytest.mark.parametrize("forward", [inner_sum_first, inner_sum_in_place, inner_sum_is_added])
+def test_branches_merge_before_a_sum_in_place_with_something_else(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    parts = {name: conv_bn(4, 4, kernel) for name, kernel in (("a", 3), ("b", 1), ("c", 3), ("d", 1))}
+    model, x = ready(Unary(forward, **parts)), image(2, 4, 5, 5)
+    compiled = elc_fx.compile(model, x)
+    assert_same(compiled(x), model(x))
+    assert operators(compiled, x)["convolution"] == operators(model, x)["convolution"] - 1
+
+
 # --- spellings -------------------------------------------------------------------------------------------------------
 
 

@@ -532,3 +532,19 @@ def test_gates_of_functions_are_named_by_the_module_that_calls_them() -> None:
     elc_fx.set_gate(decoupled, {"1.*": 0})
     gates = elc_fx.gates(decoupled)
     assert len(gates) == 6 and all(gate == (not name.startswith("1.")) for name, gate in gates.items())
+
+
+def test_a_drop_path_with_hooks_is_a_boundary() -> None:
+    class DropPath(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    a, b, c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+    model, x = ready(nn.Sequential(a, nn.ReLU(), DropPath(), b, nn.ReLU(), c)), image(2, 4, 6, 6)
+    assert elc_fx.Plan.of(model, x).candidates[0].layers == ("0", "3", "5")
+    model[2].register_forward_hook(lambda module, inputs, output: output * 2)
+    plan = elc_fx.Plan.of(model, x)
+    assert [candidate.layers for candidate in plan.candidates] == [("3", "5")]
+    decoupled = elc_fx.decouple(model, plan)
+    elc_fx.set_gate(decoupled, 0)
+    assert_same(elc_fx.merge(decoupled)(x), decoupled(x))

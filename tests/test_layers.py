@@ -532,3 +532,25 @@ def test_the_weights_of_lazy_layers_may_be_asked() -> None:
     layers = {"layer": conv_bn(4, 4), "lazy": nn.LazyConv2d(3, 1)}
     model = Unary(lambda s, x: s.lazy(s.layer(x).to(s.lazy.weight.dtype)), **layers)
     assert len(elc_fx.report_of(elc_fx.compile(model.eval())).merged) == 1
+
+
+SETTINGS_OF_SIZES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "transposed convolution": lambda s, x: F.conv_transpose2d(x, s.w, stride=2, output_padding=x.shape[-1] % 2),
+    "convolution": lambda s, x: F.conv2d(x, s.w, stride=(x.shape[-1] // 4, 1)),
+    "divisor": lambda s, x: F.avg_pool2d(x, 2, divisor_override=x.shape[1]),
+    "pooling": lambda s, x: F.avg_pool2d(x, [2, x.shape[-1] // 3]),
+    "batch norm": lambda s, x: F.batch_norm(x, s.v[0], s.v[1], eps=x.shape[1] * 1e-4),
+}
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", SETTINGS_OF_SIZES)
+def test_settings_may_be_computed_from_sizes(name: str, given: bool) -> None:
+    model = ready(Unary(lambda s, x: s.c(SETTINGS_OF_SIZES[name](s, s.a(x))), a=conv_bn(4, 4), c=nn.Conv2d(4, 4, 1)))
+    model.w, model.v = image(4, 4, 3, 3), image(2, 4).abs()
+    x, other = image(2, 4, 9, 9), image(1, 4, 6, 8)
+    compiled = elc_fx.compile(model, x if given else None)
+    assert_same(compiled(x), model(x))
+    assert_same(compiled(other), model(other))
+    assert not batch_norms(compiled)
+    assert any("settings are computed" in refusal.reason for refusal in elc_fx.report_of(compiled).refused)

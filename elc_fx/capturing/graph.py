@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -101,6 +102,11 @@ def module_of(captured: nn.Module, node: fx.Node) -> nn.Module:
 def attribute_of(captured: nn.Module, node: fx.Node) -> Any:
     """What the path of a node that calls a module or reads an attribute leads to."""
     return operator.attrgetter(str(node.target))(captured)
+
+
+def owners(path: str) -> set[str]:
+    """The paths of the modules that hold what is at a path."""
+    return set(itertools.accumulate(path.split(".")[:-1], "{}.{}".format))
 
 
 def put_attribute(root: nn.Module, path: str, value: Any, *, persistent: bool = True) -> None:

@@ -34,7 +34,6 @@ from elc_fx.errors import GateNotClosedError, InvalidInputError, NotAffineError,
 from elc_fx.matching.chains import find_chains
 from elc_fx.matching.interpret import Feature, Interpreter, Operation
 from elc_fx.matching.regions import Chain, Merge, interpret, operations_of
-from elc_fx.matching.serial import channels_of
 from elc_fx.merging.fusion import Fusion
 from elc_fx.merging.lossless import LAYERS, depth_of
 from elc_fx.report import Report, Totals
@@ -99,7 +98,7 @@ def _counts(module: fx.GraphModule) -> tuple[int, int, int]:
 def _merge_regions(graph_module: fx.GraphModule, verify: bool) -> Fusion:
     interpreter = ClosedInterpreter(graph_module)
     chains, _, refusals = find_chains(interpreter)
-    whole = {chain.source: chain for chain in chains}
+    whole = {chain.parts[-1].node: chain for chain in chains}
     fusion = Fusion(graph_module, verify)
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and isinstance(module := module_of(graph_module, node), RegionOutput):
@@ -114,13 +113,12 @@ def _merge_regions(graph_module: fx.GraphModule, verify: bool) -> Fusion:
 def _merge_of(
     graph_module: fx.GraphModule, name: str, end: fx.Node, chains: dict[fx.Node, Chain], refusals: list[Refusal]
 ) -> Merge:
-    chain = next((chain for chain in chains.values() if chain.parts and chain.parts[-1].node is end), None)
+    chain = chains.get(end)
     begins = chain is not None and chain.source.op == "call_module" and module_of(graph_module, chain.source)
     if chain is not None and isinstance(begins, RegionInput) and begins.candidate == name:
-        operations = list(operations_of(chain.parts))
-        dims, layers = operations[0].geometry.dims, sum(op.convolves for op in operations)
+        layers = sum(op.convolves for op in operations_of(chain.parts))
         geometry = interpret(
-            chain.parts, lambda op: op.geometry, lambda n: Geometry.identity(n, dims), channels_of(chain.parts)
+            chain.parts, lambda op: op.geometry, lambda n: Geometry.identity(n, begins.dims), begins.channels
         )
         return Merge(chain.source, tuple(chain.parts), geometry, (0, 0, layers), (0, 0, 1), exact_size=False)
     reasons = "; ".join(str(refusal) for refusal in refusals[:3])
@@ -179,7 +177,7 @@ class ClosedInterpreter(Interpreter):
             module.closed_weight,
             bias,
             stride=module.stride,
-            padding=module.closed_padding if on else module.around_window(module.padding),
+            padding=module.around_window(module.ring_padding if on else module.padding),
             dilation=module.dilation,
             groups=module.groups,
             padding_mode="zeros" if on or module.shrinks else module.mode,

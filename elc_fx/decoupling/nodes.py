@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from elc_fx.affine import CONV, Geometry, Ints, Padding, flat_padding, pad_zeros
+from elc_fx.affine import CONV, Geometry, Ints, Padding, flat_padding, pad
 from elc_fx.matching.serial import RingStep, window_padding, window_start
 
 ORIGINAL, BLENDED, MERGEABLE = "original", "blended", "mergeable"
@@ -148,10 +148,10 @@ class DecoupledPooling(DecoupledActivation):
     def _original(self, x: Tensor) -> Tensor:
         if not any(map(any, self.padding)) or not self.rings.on:
             return super()._original(x)
-        return pad_zeros(super()._original(pad_zeros(x, negative(self.ring_in))), self.ring_out)
+        return pad(super()._original(pad(x, negative(self.ring_in))), self.ring_out)
 
     def _linear(self, x: Tensor) -> Tensor:
-        padded = x if self.rings.on else pad_zeros(x, self.padding)  # avg_pool3d takes no input below its kernel
+        padded = x if self.rings.on else pad(x, self.padding)  # avg_pool3d takes no input below its kernel
         # torch has no avg_pool3d in half precision on the CPU, and autocast may give another data type.
         wide = padded.float() if self.dims == 3 and x.dtype.itemsize < 4 else padded
         mean: Tensor = AVERAGE[self.dims](wide, self.kernel_size, self.stride)
@@ -207,16 +207,16 @@ class DecoupledPadding(DecouplingNode):
             return z if self.pads_itself else self._pad(z, self.padding)
         if self.state == MERGEABLE:
             return z
-        interior = pad_zeros(z, negative(self.ring))
+        interior = pad(z, negative(self.ring))
         original = self._pad(interior, self.ring)
         return original if self.state == ORIGINAL else self.blend(original, z)
 
     def _pad(self, interior: Tensor, ring: Padding) -> Tensor:
         """The original padding as far as it reaches, zeros beyond."""
         if self.mode == "zeros":
-            return pad_zeros(interior, ring)
+            return pad(interior, ring)
         padded = F.pad(interior, flat_padding(self.padding), self.mode)
-        return pad_zeros(padded, difference(ring, self.padding))
+        return pad(padded, difference(ring, self.padding))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ring={self.ring}, padding={self.padding}, mode={self.mode}"
@@ -231,7 +231,7 @@ class RingPad(nn.Module):
         self.rings = rings
 
     def forward(self, x: Tensor) -> Tensor:
-        return pad_zeros(x, self.change) if self.rings.on else x
+        return pad(x, self.change) if self.rings.on else x
 
     def extra_repr(self) -> str:
         return f"change={self.change}"
@@ -294,11 +294,6 @@ class DecoupledConvolution(DecouplingNode):
         """The window of the weight that is left at gate 0."""
         return self.weight[self._slices()]
 
-    @property
-    def closed_padding(self) -> Padding:
-        """What the window pads when rings are computed."""
-        return self.around_window(self.ring_padding)
-
     def around_window(self, padding: Padding) -> Padding:
         return window_padding(padding, tuple(self.weight.shape[2:]), self.window, self.dilation)
 
@@ -319,7 +314,7 @@ class DecoupledConvolution(DecouplingNode):
     def _convolve(self, x: Tensor, weight: Tensor, padding: Padding, mode: str) -> Tensor:
         own: Ints = tuple(low for low, _ in padding)
         if mode != "zeros" or any(low != high or low < 0 for low, high in padding):
-            x = pad_zeros(x, padding) if mode == "zeros" else F.pad(x, flat_padding(padding), mode)
+            x = pad(x, padding, mode)
             own = (0,) * len(padding)
         output: Tensor = CONV[len(padding)](x, weight, self.bias, self.stride, own, self.dilation, self.groups)
         return output

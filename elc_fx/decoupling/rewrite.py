@@ -15,9 +15,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from elc_fx.affine import Padding
+from elc_fx.affine import Padding, moved
 from elc_fx.capturing.copying import clone
-from elc_fx.capturing.graph import constants, erase_unread, function_name, label, module_of, overwritten_argument
+from elc_fx.capturing.graph import (
+    constants,
+    erase_unread,
+    function_name,
+    label,
+    module_of,
+    overwritten_argument,
+    owners,
+    put_attribute,
+)
 from elc_fx.capturing.identity import names_and_shapes
 from elc_fx.capturing.inputs import (
     NO_CALIBRATION,
@@ -58,7 +67,6 @@ from elc_fx.matching.serial import (
     SerialGraph,
     decouples_padding,
     has_size,
-    moved,
     pads,
     rings,
     serial_capture,
@@ -153,7 +161,7 @@ def _delete_parameter(graph_module: fx.GraphModule, path: str) -> None:
     owner, _, name = path.rpartition(".")
     holder = graph_module.get_submodule(owner)
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    if name in holder._parameters and not any(f"{owner}.".startswith(f"{target}.") for target in called):
+    if name in holder._parameters and not called & owners(path):
         del holder._parameters[name]
 
 
@@ -319,16 +327,15 @@ class _Rewriter:
             activation = self._own_module(op.node)
         channels, dims = op.geometry.out_channels, op.geometry.dims
         mean, std = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
-        if self._is_batch_norm(op.source):
-            norm: Any = module_of(self.graph_module, op.source)
+        norm: Any = module_of(self.graph_module, op.source) if self._is_batch_norm(op.source) else None
+        if norm is not None:
             mean = mean if norm.bias is None else norm.bias
             std = std if norm.weight is None else norm.weight.abs()
         device, dtype = self.like.device, self.like.dtype
         slope, offset = line_for_gaussian(activation, mean.to(device), std.to(device), dims)
         line = DecoupledActivation(activation, slope.to(dtype), offset.to(dtype), dims).to(device)
-        before = module_of(self.graph_module, op.source) if op.source.op == "call_module" else None
-        if isinstance(before, InteriorBatchNorm) and list(op.source.users) == [op.node]:
-            before.line, line.norm = [line], [before]
+        if isinstance(norm, InteriorBatchNorm) and list(op.source.users) == [op.node]:
+            norm.line, line.norm = [line], [norm]
         self._put(op.node, line)
 
     def _rewrite_pooling(self, op: Operation, step: RingStep) -> None:
@@ -366,11 +373,12 @@ class _Rewriter:
         remember(module, origins_of(self.graph_module, [node]))
         value = node.args[0]
         path = self._path(node)
-        if node.op != "call_module" or self.calls[path] > 1:
-            if node.op == "call_module":
-                self.calls[path] -= 1
-            path = self._free(path if node.op != "call_module" else f"{path}_{node.name.rpartition('_')[2]}")
-        self._add(path, module)
+        if node.op != "call_module":
+            path = self._free(path)
+        elif self.calls[path] > 1:
+            self.calls[path] -= 1
+            path = self._free(f"{path}_{node.name.rpartition('_')[2]}")
+        put_attribute(self.graph_module, path, module)
         node.op, node.target, node.args, node.kwargs = "call_module", path, (value,), {}
         self.calls[path] = 1
 
@@ -387,24 +395,16 @@ class _Rewriter:
 
     def _free(self, path: str) -> str:
         """The path, or one like it that nobody has, and that is not inside of a module that is called as a whole."""
-        if any(outer in self.calls for outer in itertools.accumulate(path.split(".")[:-1], "{}.{}".format)):
+        if self.calls.keys() & owners(path):
             path = path.replace(".", "_")
         owner, _, name = path.rpartition(".")
         holder = self.graph_module.get_submodule(owner)
-        taken = name
-        for i in range(1, len(self.calls) + 3):
-            if not hasattr(holder, taken):
-                break
-            taken = f"{name}_{i}"
-        return f"{owner}.{taken}" if owner else taken
-
-    def _add(self, path: str, module: nn.Module) -> None:
-        owner, _, name = path.rpartition(".")
-        setattr(self.graph_module.get_submodule(owner), name, module)
+        free = next(n for i in itertools.count() if not hasattr(holder, n := f"{name}_{i}" if i else name))
+        return f"{owner}.{free}" if owner else free
 
     def _call(self, module: nn.Module, path: str, source: fx.Node) -> fx.Node:
         path = self._free(path)
-        self._add(path, module.to(self.like.device))
+        put_attribute(self.graph_module, path, module.to(self.like.device))
         self.calls[path] = 1
         return self.graph.call_module(path, (source,))
 

@@ -17,7 +17,7 @@ from elc_fx.capturing.graph import (
     tuples,
 )
 from elc_fx.errors import Refusal
-from elc_fx.matching.interpret import CPU, Feature, Interpreter, Operation
+from elc_fx.matching.interpret import CPU, Feature, Interpreter, Operation, Term
 from elc_fx.matching.regions import Branch, Chain, Join, nodes_of
 
 DEEPEST_NESTING = 24  # joins inside each other that are planned as one
@@ -53,18 +53,19 @@ class _Finder:
         return node
 
     def visit(self, node: fx.Node) -> None:
-        if (written := overwritten_argument(self.graph_module, node)) is not None:
-            affine = node in self.interpreter.operations or self.interpreter.summands(node)
-            if affine and written not in self.aliases.private:
+        written = overwritten_argument(self.graph_module, node)
+        if written is not None and written not in self.aliases.private:
+            if node in self.interpreter.operations or self.interpreter.summands(node):
                 self.refusals.append(Refusal(label(node), f"it overwrites `{label(written)}`, which others may read"))
-            if written not in self.aliases.private:
-                return
+            return
         if (operation := self.interpreter.operations.get(node)) is not None:
             self._append(node, operation)
         elif (terms := self.interpreter.summands(node)) is not None:
             join = Join(node, [])
+            several = len({self._source(term.value) for term in terms}) > 1
             for term in terms:
-                self._add_operand(join, term.value, term.coefficient)
+                absorbs = not several or not (self._in_place(node) or self._in_place(term.value))
+                self._add_operand(join, term, absorbs=absorbs)
             self._close(join)
         elif (values := self.interpreter.concatenated(node)) is not None:
             axis = signature_of(node).get("dim", 0)
@@ -101,13 +102,24 @@ class _Finder:
             return Branch(self.chains.pop(value), value)
         return Branch(Chain(value, []), value)
 
-    def _add_operand(self, join: Join, value: fx.Node, coefficient: float) -> None:
-        """A summand; the summands of an inner sum that nobody else reads become the join's own."""
+    def _source(self, value: fx.Node) -> fx.Node:
+        chain = self.chains.get(value) if self.uses[value] == 1 else None
+        return value if chain is None else chain.source
+
+    def _in_place(self, node: fx.Node) -> bool:
+        return overwritten_argument(self.graph_module, node) is not None
+
+    def _add_operand(self, join: Join, term: Term, *, absorbs: bool) -> None:
+        """A summand. absorbs: the summands of an inner sum that nobody else reads become the join's own.
+
+        Not where it works in place on several sources: such a join is given up, and what it absorbed would be with it.
+        """
+        value, coefficient = term.value, term.coefficient
         inner = self.mixed.get(value)
         if inner is None and value in self.chains and len(self.chains[value].parts) == 1:
             only = self.chains[value].parts[0]
             inner = only if isinstance(only, Join) else None
-        if self.uses[value] != 1 or inner is None or inner.concatenates or coefficient != 1:
+        if self.uses[value] != 1 or inner is None or inner.concatenates or coefficient != 1 or not absorbs:
             branch = self._branch(value)
             branch.coefficient = coefficient
             branch.scale = self._scale(join.node, value, coefficient)
@@ -131,16 +143,15 @@ class _Finder:
         """A join of one source continues the chain before that source, if the join's branches are its only readers."""
         sources = join.sources
         axes = {self.interpreter.features[value].dims for value in (join.node, *sources)} - {None}
-        if len(axes) > 1 or self._is_overwritten_between(join):
+        depth = 1 + max(branch.chain.depth for branch in join.branches)
+        apart = len(sources) != 1 or depth > DEEPEST_NESTING
+        # In place, the first operand decides the data type of the result, which a regrouped sum would not keep.
+        kept = apart and any(map(self._in_place, (join.node, *join.inner)))
+        if len(axes) > 1 or kept or self._is_overwritten_between(join):
             self.chains.update({branch.value: branch.chain for branch in join.branches if branch.chain.parts})
             return
-        depth = 1 + max(branch.chain.depth for branch in join.branches)
-        if len(sources) != 1 or depth > DEEPEST_NESTING:
-            in_place = [n for n in (join.node, *join.inner) if overwritten_argument(self.graph_module, n) is not None]
-            if in_place:  # its first operand decides the data type of the result, which a regrouped sum would not keep
-                self.chains.update({branch.value: branch.chain for branch in join.branches if branch.chain.parts})
-            else:
-                self.mixed[join.node] = join
+        if apart:
+            self.mixed[join.node] = join
             return
         source, reads = sources[0], sum(branch.chain.reads for branch in join.branches)
         if source in self.chains and reads == self.uses[source]:

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
 
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, same_padding, transposed_weight, wide
 from elc_fx.capturing.attributes import Attributes
@@ -48,6 +49,7 @@ TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 
 BATCH_NORMS = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
 AVERAGE_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
 AVERAGE_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")  # arguments
+TENSORS = ("input", "weight", "bias", "running_mean", "running_var")  # arguments that are no settings
 PADS = {
     f"{kind}Pad{n}d": mode
     for kind, mode in {
@@ -60,7 +62,7 @@ PADS = {
     for n in (1, 2, 3)
 }
 PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
-ADDS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_", "subtract", "subtract_"))
+ADDS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_", "subtract", "subtract_", "rsub"))
 SCALES = frozenset(("mul", "imul", "mul_", "multiply", "multiply_"))
 QUOTIENTS = frozenset(("div", "truediv", "itruediv", "div_", "divide", "true_divide"))
 CONCATENATIONS = frozenset(("cat", "concat", "concatenate"))
@@ -176,8 +178,7 @@ class Interpreter:
         for classes, read in readers:
             for cls, dims in classes.items():
                 if _computes_as(module, cls):
-                    operation = read(node, source, module, dims)
-                    return replace(operation, computes=operation.convolves and self._computes_alone(node))
+                    return read(node, source, module, dims)
         if type(module).__name__ in PADS and type(module).__module__ == "torch.nn.modules.padding":
             return self._pad_module(node, source, module)
         return None
@@ -224,22 +225,26 @@ class Interpreter:
             return self._filled_padding(node)
         if not is_torchs(node) or node in self.constants:
             return None
-        if name in ADDS | SCALES | QUOTIENTS | {"neg", "negative", "neg_", "rsub"}:
+        if name in ADDS | SCALES | QUOTIENTS | {"neg", "negative", "neg_"}:
             return self._elementwise(node, name, arguments)
         source = arguments.get("input")
         if not isinstance(source, fx.Node):
             return None
-        computes = self._computes_alone(node)
-        if name.startswith("conv") and name[-2:-1].isdigit():
-            return replace(self._convolution_function(node, source, name, arguments), computes=computes)
+        convolves = name.startswith("conv") and name[-2:-1].isdigit()
+        if convolves or name == "batch_norm" or name.startswith("avg_pool"):
+            settings = [value for key, value in arguments.items() if key not in TENSORS]
+            if any(isinstance(value, fx.Node) for value in tree_leaves(settings)):
+                raise _Refused("its settings are computed while it runs")
+        if convolves:
+            return self._convolution_function(node, source, name, arguments)
         if name == "linear":
             weight, bias = self._weight(arguments["weight"]), self._weight(arguments.get("bias"))
-            return replace(self._linear(node, source, weight, bias), computes=computes)
+            return self._linear(node, source, weight, bias)
         if name == "batch_norm":
             return self._batch_norm_function(node, source, arguments)
         if name.startswith("avg_pool"):
-            settings = {key: arguments[key] for key in AVERAGE_POOL if key in arguments}
-            return self._average_pool(node, source, int(name[-2]), **settings)
+            given = {key: arguments[key] for key in AVERAGE_POOL if key in arguments}
+            return self._average_pool(node, source, int(name[-2]), **given)
         if name == "pad":
             return self._pad_function(node, source, arguments)
         if name == "getitem":
@@ -282,9 +287,6 @@ class Interpreter:
         stride, dilation = (_per_axis(arguments.get(key, 1), dims) for key in ("stride", "dilation"))
         padding, groups = arguments.get("padding", 0), arguments.get("groups", 1)
         output = _per_axis(arguments.get("output_padding", 0), dims) if "transpose" in name else None
-        settings = (*stride, *dilation, groups, *([padding] if isinstance(padding, str) else _per_axis(padding, dims)))
-        if weight is None or any(isinstance(value, fx.Node) for value in settings):
-            raise _Refused("its geometry is computed while it runs")
         return self._convolution(
             node,
             source,
@@ -311,6 +313,8 @@ class Interpreter:
         left, right = arguments.get("input"), arguments.get("other")
         if name in ("neg", "negative", "neg_"):
             return self._scale(node, left, -1.0, None) if isinstance(left, fx.Node) else None
+        if name == "rsub":  # other − alpha · input
+            left, right = right, left
         alpha = arguments.get("alpha", 1)
         a, b = self.constants.value(left), self.constants.value(right)
         if (a is None) == (b is None) or not isinstance(alpha, int | float) or arguments.get("rounding_mode"):
@@ -324,12 +328,7 @@ class Interpreter:
             if a is not None:
                 return None
             return self._scale(node, source, constant, None, divide=True)
-        minus = name in ("sub", "isub", "sub_", "subtract", "subtract_")
-        if name == "rsub":  # other − input
-            if a is not None or alpha != 1:
-                return None
-            return self._scale(node, source, -1.0, constant)
-        sign = -alpha if minus else alpha
+        sign = -alpha if "sub" in name else alpha
         if a is None:
             return self._scale(node, source, None, constant, shift=sign)
         return self._scale(node, source, float(sign) if sign != 1 else None, constant)
@@ -430,7 +429,8 @@ class Interpreter:
             kernel = transposed_weight(weight.detach(), groups) if transposed else weight.detach()
             return AffineMap(geometry, kernel, None if bias is None else wide(bias.detach()))
 
-        return Operation(node, source, geometry, load, weight.dtype, weight.device, convolves=True)
+        computes = self._computes_alone(node)
+        return Operation(node, source, geometry, load, weight.dtype, weight.device, convolves=True, computes=computes)
 
     def _linear(self, node: fx.Node, source: fx.Node, weight: Tensor | None, bias: Tensor | None) -> Operation:
         if not _usable(weight, bias) or weight is None or weight.dim() != 2:
@@ -441,7 +441,8 @@ class Interpreter:
         def load() -> AffineMap:
             return AffineMap(geometry, weight.detach(), None if bias is None else wide(bias.detach()))
 
-        return Operation(node, source, geometry, load, weight.dtype, weight.device, convolves=True)
+        computes = self._computes_alone(node)
+        return Operation(node, source, geometry, load, weight.dtype, weight.device, convolves=True, computes=computes)
 
     def _batch_norm(
         self,
@@ -494,8 +495,6 @@ class Interpreter:
         kernel = _per_axis(kernel_size, dims)
         step = kernel if stride is None or stride == () or stride == [] else _per_axis(stride, dims)
         sides = _per_axis(padding, dims)
-        if any(not isinstance(v, int) for v in (*kernel, *step, *sides)):
-            raise _Refused("its geometry is computed while it runs")
         if ceil_mode and any(s != 1 for s in step):
             raise _Refused("average pooling with ceil_mode divides by fewer values at the border")
         if not count_include_pad and any(sides) and divisor_override is None:
@@ -657,7 +656,7 @@ class Interpreter:
     def summands(self, node: fx.Node) -> tuple[Term, Term] | None:
         """The two summands of an addition or subtraction of feature maps, or None."""
         name = function_name(node)
-        if (name not in ADDS and name != "rsub") or not is_torchs(node):
+        if name not in ADDS or not is_torchs(node):
             return None
         arguments = signature_of(node)
         left, right, alpha = arguments.get("input"), arguments.get("other"), arguments.get("alpha", 1)
@@ -665,8 +664,8 @@ class Interpreter:
             return None
         if self.constants.value(left) is not None or self.constants.value(right) is not None:
             return None
-        if name == "rsub":
-            return Term(left, -alpha), Term(right)
+        if name == "rsub":  # other − alpha · input
+            left, right = right, left
         return Term(left), Term(right, -alpha if "sub" in name else alpha)
 
     def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -787,7 +786,7 @@ class Interpreter:
             module = module_of(self.captured, node)
             kept = isinstance(module, KEEP_CHANNELS) or (isinstance(module, tuple(MODULES)) and is_leaf(module))
             return tuple(inputs[:1]) if kept else ()
-        if name in ADDS | SCALES | QUOTIENTS | {"rsub"}:
+        if name in ADDS | SCALES | QUOTIENTS:
             operands = [n for n in inputs if self.constants.value(n) is None]
             constants = [self.constants.value(n) for n in inputs if n not in operands]
             broadcast = any(isinstance(c, Tensor) and c.numel() > 1 for c in constants)
@@ -881,16 +880,10 @@ def _vector(value: Any, channels: int) -> Tensor:
 
 def _is_per_channel(value: Tensor, channels: int, dims: int) -> bool:
     """Whether x + value adds one number per channel to x: [N, C, *spatial], or [..., C] where dims is 0."""
+    axes = dims + 2 if dims else 1
     if value.numel() == 1:
-        return value.dim() <= (dims + 2 if dims else 1)
-    shape = (1,) * max(dims + 2 - value.dim(), 0) + tuple(value.shape)
-    axis = 1 if dims else len(shape) - 1
-    return (
-        len(shape) == dims + 2
-        and shape[axis] == channels == value.numel()
-        and value.dim() >= (dims + 1 if dims else 1)
-        and (dims > 0 or value.dim() == 1)
-    )
+        return value.dim() <= axes
+    return value.dim() in (axes, dims + 1) and value.shape[-dims - 1] == channels == value.numel()
 
 
 def _whose_axes(node: fx.Node) -> fx.Node | None:

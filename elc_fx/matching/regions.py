@@ -51,11 +51,6 @@ class Join:
     axis: int = 1  # along which it concatenates
 
     @property
-    def counts_axes(self) -> bool:
-        """Whether it names the axis of the channels by its number from the front."""
-        return self.concatenates and self.axis > 0
-
-    @property
     def sources(self) -> list[fx.Node]:
         return list(dict.fromkeys(branch.chain.source for branch in self.branches))
 
@@ -105,8 +100,9 @@ class Merge:
     def rank(self) -> int | None:
         """The number of axes that the source must have, if its layers take others and would do something else."""
         ranks = [op.rank for op in self.operations() if op.rank is not None]
-        if not ranks and any(join.counts_axes for join in _joins(self.parts)) and not self.exact_size:
-            ranks = [self.geometry.dims + 2]
+        joins = (part for part in walk(self.parts) if isinstance(part, Join))
+        if not ranks and not self.exact_size and any(join.concatenates and join.axis > 0 for join in joins):
+            ranks = [self.geometry.dims + 2]  # the axis of the channels is counted from the front
         return ranks[0] if ranks else None
 
     def operations(self) -> Iterator[Operation]:
@@ -157,28 +153,21 @@ class Regroup:
 Step: TypeAlias = Merge | Regroup
 
 
-def operations_of(parts: Sequence[Part]) -> Iterator[Operation]:
-    for part in parts:
-        if isinstance(part, Operation):
-            yield part
-        else:
-            for branch in part.branches:
-                yield from operations_of(branch.chain.parts)
-
-
-def _joins(parts: Sequence[Part]) -> Iterator[Join]:
+def walk(parts: Sequence[Part]) -> Iterator[Part]:
+    """The parts, and those inside of joins: what is in a join comes before it."""
     for part in parts:
         if isinstance(part, Join):
-            yield part
             for branch in part.branches:
-                yield from _joins(branch.chain.parts)
+                yield from walk(branch.chain.parts)
+        yield part
+
+
+def operations_of(parts: Sequence[Part]) -> Iterator[Operation]:
+    return (part for part in walk(parts) if isinstance(part, Operation))
 
 
 def nodes_of(parts: Sequence[Part]) -> Iterator[fx.Node]:
-    for part in parts:
-        if isinstance(part, Join):
-            for branch in part.branches:
-                yield from nodes_of(branch.chain.parts)
+    for part in walk(parts):
         yield from part.inner
         if isinstance(part, Operation) or not part.partial:
             yield part.node
@@ -205,7 +194,11 @@ M = TypeVar("M", bound=_Map)
 
 
 def interpret(
-    parts: Sequence[Part], read: Callable[[Operation], M], identity: Callable[[int], M], channels: int | None
+    parts: Sequence[Part],
+    read: Callable[[Operation], M],
+    identity: Callable[[int], M],
+    channels: int | None,
+    then: Callable[[M, M], M] | None = None,
 ) -> M:
     """The parts as one map, by the algebra: operations compose, joins add or stand side by side.
 
@@ -218,11 +211,11 @@ def interpret(
             step = read(part)
         else:
             width = channels if result is None else result.out_channels
-            branches = [interpret(branch.parts, read, identity, width) for branch in part.branches]
+            branches = [interpret(branch.parts, read, identity, width, then) for branch in part.branches]
             step = branches[0]
             for other in branches[1:]:
                 step = step.beside(other) if part.concatenates else step + other
-        result = step if result is None else result.then(step)
+        result = step if result is None else then(result, step) if then else result.then(step)
     if result is not None:
         return result
     if channels is None:

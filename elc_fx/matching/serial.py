@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from elc_fx.affine import Geometry, Ints, Padding
+from elc_fx.affine import Geometry, Ints, Padding, moved
 from elc_fx.capturing.attributes import unchanged
 from elc_fx.capturing.capture import Capture, capture
 from elc_fx.capturing.equivalence import verify_trace
-from elc_fx.capturing.graph import is_drop_path, is_identity, module_of
+from elc_fx.capturing.graph import has_hooks, is_drop_path, is_identity, module_of
 from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, fresh, running
 from elc_fx.capturing.randomness import reproducibly
 from elc_fx.capturing.shapes import Value
@@ -65,9 +65,10 @@ class SerialInterpreter(Interpreter):
         return tuple(node.all_input_nodes[:1]) if self._does_nothing(node) else super()._passes_on(node)
 
     def _does_nothing(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and (
-            is_identity(self.captured, node) or is_drop_path(module_of(self.captured, node))
-        )
+        if node.op != "call_module":
+            return False
+        module = module_of(self.captured, node)
+        return is_identity(self.captured, node) or (is_drop_path(module) and not has_hooks(module))
 
     def _mean_of_windows(self, node: fx.Node, pooling: Any) -> Operation | None:
         source = node.all_input_nodes[0]
@@ -160,10 +161,10 @@ class Region:
         if not fit_one_layer(kinds_of(self.parts)):
             raise NotAffineError("the layers differ in data type or device")
 
-        def read(op: Operation) -> _Moved:
-            return _Moved(closed_geometry(op, windows))
+        def read(op: Operation) -> Geometry:
+            return closed_geometry(op, windows)
 
-        return interpret(self.parts, read, lambda n: _Moved(Geometry.identity(n, self.dims)), self.channels).geometry
+        return interpret(self.parts, read, lambda n: Geometry.identity(n, self.dims), self.channels, _moved_then)
 
 
 def channels_of(parts: Sequence[Part]) -> int | None:
@@ -175,46 +176,17 @@ def channels_of(parts: Sequence[Part]) -> int | None:
     return next((channels for channels in found if channels is not None), None)
 
 
-@dataclass(frozen=True)
-class _Moved:
-    """A geometry that composes as its region will: all padding is moved to the front of the region."""
-
-    geometry: Geometry
-
-    @property
-    def out_channels(self) -> int:
-        return self.geometry.out_channels
-
-    def then(self, second: _Moved) -> _Moved:
-        a, b = self.geometry, second.geometry
-        if not any(map(any, b.padding)):
-            return _Moved(a.then(b))
-        merged = a.then(replace(b, padding=((0, 0),) * b.dims))
-        return _Moved(replace(merged, padding=moved(a.padding, a.stride, b.padding)))
-
-    def __add__(self, other: _Moved) -> _Moved:
-        return _Moved(self.geometry + other.geometry)
-
-    def beside(self, other: _Moved) -> _Moved:
-        return _Moved(self.geometry.beside(other.geometry))
-
-
-def moved(first: Padding, stride: Ints, second: Padding) -> Padding:
-    """p₁ + s₁·p₂ on each side of each axis: what a layer must see of its input for p₂ more of its output."""
-    return tuple((low + s * q, high + s * r) for (low, high), s, (q, r) in zip(first, stride, second, strict=True))
+def _moved_then(first: Geometry, second: Geometry) -> Geometry:
+    """As they compose in their region: all padding is moved to its front."""
+    merged = first.then(replace(second, padding=((0, 0),) * second.dims))
+    return replace(merged, padding=moved(first.padding, first.stride, second.padding))
 
 
 def closed_geometry(op: Operation, windows: KeptWindows) -> Geometry:
     """The geometry of an operation whose gates are closed: zero padding, and the window of the kernel that is kept."""
-    geometry = op.geometry
-    if geometry.padding_mode != "zeros":
-        geometry = replace(geometry, padding_mode="zeros")
-    kept = windows.get(op.node)
-    return geometry if kept is None else windowed(geometry, kept)
-
-
-def windowed(geometry: Geometry, kept: Ints) -> Geometry:
-    """The middle `kept` taps of each axis, at their places."""
+    geometry = replace(op.geometry, padding_mode="zeros")
+    if (kept := windows.get(op.node)) is None:
+        return geometry
     padding = window_padding(geometry.padding, geometry.kernel_size, kept, geometry.dilation)
     return replace(geometry, kernel_size=kept, padding=padding)
 

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import (
     AffineMap,
     Geometry,
     append_ones,
-    flat_padding,
-    grown_and_cropped,
-    pad_zeros,
+    pad,
     regroup,
     transposed_weight,
 )
-from elc_fx.capturing.graph import constants, erase_unread, label, module_of
+from elc_fx.capturing.graph import constants, erase_unread, label, module_of, owners, put_attribute
 from elc_fx.capturing.origins import origins_of, remember
 from elc_fx.errors import NotAffineError, Refusal, VerificationError
 from elc_fx.matching.interpret import Operation
-from elc_fx.matching.partition import is_same_padding, needs_explicit_padding
+from elc_fx.matching.partition import needs_explicit_padding
 from elc_fx.matching.regions import Merge, Regroup, Step
 from elc_fx.merging.verification import verify_merge
 
@@ -70,7 +66,7 @@ class Fusion:
             if node.op in ("call_module", "get_attr"):
                 self.calls[str(node.target)] = self.calls.get(str(node.target), 0) + 1
             if node.op == "get_attr":
-                self.read.update(itertools.accumulate(str(node.target).split("."), "{}.{}".format))
+                self.read |= owners(str(node.target)) | {str(node.target)}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.constant = constants(self.graph)
 
@@ -169,15 +165,8 @@ class Fusion:
                 self._insert_size_check(source, *condition)
             value = padded(merge.geometry, fx.Proxy(source)).node
             value = self.graph.call_module(self._register(layer, operations, merge), (value,))
-        self._place(value, first)
         self._record(merge, operations, nodes)
         return value
-
-    def _place(self, value: fx.Node, first: fx.Node) -> None:
-        """New nodes stand where the first node that they replace stood."""
-        self.position[value] = self.position[first]
-        for source in value.all_input_nodes:
-            self.position.setdefault(source, self.position[first])
 
     def _insert_rank_check(self, source: fx.Node, rank: int) -> None:
         """An error for inputs with more or fewer axes, which the layers would have read in another way."""
@@ -210,16 +199,14 @@ class Fusion:
         """Puts the layer where the first convolution that it replaces was, under a new name if others call that."""
         named = [op for op in operations if op.node.op == "call_module" and op.convolves]
         path = str(named[0].node.target) if named else merge.parts[-1].node.name
-        parts = path.split(".")
-        if any(".".join(parts[:end]) in self.calls for end in range(1, len(parts))):
-            path = "_".join(parts)  # inside a module that the graph calls as a whole, and that is not ours
+        if self.calls.keys() & owners(path):
+            path = path.replace(".", "_")  # inside a module that the graph calls as a whole, and that is not ours
         taken = (
             self.calls.get(path, 0) > 1 or path in self.read or (path != str(named[0].node.target) if named else True)
         )
         if taken and self._exists(path):
             path = next(p for i in range(len(self.calls) + 2) if not self._exists(p := f"{path}_merged{i or ''}"))
-        owner, _, name = path.rpartition(".")
-        setattr(self.captured.get_submodule(owner), name, layer)
+        put_attribute(self.captured, path, layer)
         self.calls[path] = self.calls.get(path, 0) + 1
         self.made.add(layer)
         return path
@@ -252,11 +239,7 @@ def padded(geometry: Geometry, x: Any) -> Any:
         x = append_ones(x, geometry.dims)
     if not needs_explicit_padding(geometry):
         return x
-    if geometry.padding_mode == "zeros":
-        return pad_zeros(x, geometry.padding)
-    grow, crop = grown_and_cropped(geometry.padding)
-    x = F.pad(x, flat_padding(grow), geometry.padding_mode)
-    return pad_zeros(x, crop) if any(map(any, crop)) else x
+    return pad(x, geometry.padding, geometry.padding_mode)
 
 
 def layer_of(affine: AffineMap, dtype: torch.dtype) -> nn.Module:
@@ -280,12 +263,8 @@ def layer_of(affine: AffineMap, dtype: torch.dtype) -> nn.Module:
             layer = CONV_TRANSPOSE_MODULES[g.dims](g.in_channels, g.out_channels, g.kernel_size, **arguments)
         else:
             weight = affine.kernel
-            padding: Any = lows
-            if needs_explicit_padding(g):
-                padding = 0
-            elif any(low != high for low, high in g.padding):
-                assert is_same_padding(g)
-                padding = "same"
+            symmetric = all(low == high for low, high in g.padding)
+            padding: Any = 0 if needs_explicit_padding(g) else lows if symmetric else "same"
             mode = "zeros" if padding == 0 else g.padding_mode
             arguments.update(padding=padding, padding_mode=mode)
             layer = CONV_MODULES[g.dims](g.in_channels, g.out_channels, g.kernel_size, **arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from elc_fx.capturing.attributes import unchanged
 from elc_fx.capturing.capture import capture
 from elc_fx.capturing.copying import clone
 from elc_fx.capturing.equivalence import rounding_of, verify_outputs, verify_trace
-from elc_fx.capturing.graph import is_leaf, module_of, put_attribute
+from elc_fx.capturing.graph import is_leaf, module_of, owners, put_attribute
 from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, running
 from elc_fx.capturing.islands import modules_held, replaceable_children
 from elc_fx.capturing.shapes import Value
@@ -155,7 +154,7 @@ class LosslessCompilation:
         targets = dict.fromkeys(str(node.target) for node in nodes)
         called = {str(node.target) for node in nodes if node.op == "call_module"}
         for target in targets:
-            if called.intersection(itertools.accumulate(target.split(".")[:-1], "{}.{}".format)):
+            if called & owners(target):
                 continue  # part of a module that is called, with which it is copied
             owner, _, name = target.rpartition(".")
             source = graph_module.get_submodule(owner)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elc_fx.affine import AffineMap, Geometry, pad_zeros
+from elc_fx.affine import AffineMap, Geometry, pad
 from elc_fx.errors import InvalidInputError
 from elc_fx.merging.fusion import BATCH_NORM_MODULES, layer_of, padded
 
@@ -268,7 +268,7 @@ def _windows(x: Tensor, geometry: Geometry, count: int) -> Tensor:
     """About `count` windows, evenly drawn, as [groups, windows, in_channels // groups · taps]."""
     dims, groups = geometry.dims, geometry.groups
     if dims:
-        x = pad_zeros(x if x.dim() == dims + 2 else x.unsqueeze(0), geometry.padding)
+        x = pad(x if x.dim() == dims + 2 else x.unsqueeze(0), geometry.padding)
         for axis, (extent, stride) in enumerate(zip(geometry.extent, geometry.stride, strict=True)):
             x = x.unfold(2 + axis, extent, stride)
         taps: Any = (..., *(slice(None, None, d) for d in geometry.dilation))
