@@ -47,6 +47,20 @@ def test_module_called_twice_merges_on_each_path() -> None:
     assert operators(twice, x)["convolution"] == 2
 
 
+def test_a_module_that_is_called_often_becomes_one_layer() -> None:
+    def forward(s: Any, x: Tensor) -> tuple[Tensor, ...]:
+        for _ in range(3):
+            x = s.block(x).relu()
+        y, z = x[:1], x[1:]
+        return s.a(y) + s.b(y), s.a(z) + s.b(z), s.a(x) + 2 * s.b(x)
+
+    model, x = ready(pair(forward, block=conv_bn(4, 4))), image(2, 4, 5, 5)
+    compiled = elc_fx.compile(model)
+    assert_same(compiled(x), model(x))
+    assert [layer.kernel_size for layer in {*convolutions(compiled)}] == [(3, 3)] * 3
+    assert operators(compiled, x)["convolution"] == 6
+
+
 def test_intermediate_value_read_twice_is_not_computed_twice() -> None:
     model, x = ready(sharing(SHARED["value read and returned"])), image(2, 4, 3, 3)
     assert flops(elc_fx.compile(model), x) == flops(model, x)

@@ -23,7 +23,7 @@ from elc_fx.capturing.origins import origins_of, remember
 from elc_fx.errors import NotAffineError, Refusal, VerificationError
 from elc_fx.matching.interpret import Operation
 from elc_fx.matching.partition import needs_explicit_padding
-from elc_fx.matching.regions import Merge, Regroup, Step
+from elc_fx.matching.regions import Join, Merge, Regroup, Step, walk
 from elc_fx.merging.verification import verify_merge
 
 CONV_MODULES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -57,6 +57,7 @@ class Fusion:
         self.graph = captured.graph
         self.verify = verify
         self.made: set[nn.Module] = set()
+        self.paths: dict[Any, str] = {}  # of the layers that are new, by what was merged
         self.merged: list[MergedRegion] = []
         self.refusals: list[Refusal] = []
         self.position = {node: index for index, node in enumerate(self.graph.nodes)}
@@ -132,41 +133,59 @@ class Fusion:
 
     def _insert(self, merge: Merge) -> fx.Node | None:
         """The merged layer, where the region first reads its source; None if its numbers do not allow the merge."""
-        operations = list(merge.operations())
-        dtype = next(op.dtype for op in operations if op.dtype is not None)
-        try:
-            stored = merge.affine_map().rounded(dtype)
-        except NotAffineError as error:
-            self.refusals.append(Refusal(merge.name, str(error)))
-            return None
-        assert stored.geometry == merge.geometry
         source = self._now(merge.source)
         nodes = sorted(merge.nodes(), key=lambda node: self.position[node])
-        layer = self._like_the_original(layer_of(stored, dtype), operations)
-        if self.verify:
-
-            def merged(x: Tensor) -> Any:
-                return layer(padded(merge.geometry, x))
-
+        key = self._identity_of(merge)
+        if key not in self.paths:
             try:
-                verify_merge(self.captured, merge, source, nodes, merged, stored)
-            except VerificationError as error:
-                if not any(op.geometry.fill for op in operations):
-                    raise
+                layer = self._merged_layer(merge, source, nodes)
+            except (NotAffineError, VerificationError) as error:
                 # The constants of a padding are the caller's numbers: close to what would merge is not enough.
+                if isinstance(error, VerificationError) and not any(op.geometry.fill for op in merge.operations()):
+                    raise
                 self.refusals.append(Refusal(merge.name, str(error)))
                 return None
-        remember(layer, origins_of(self.captured, nodes))
+            self.paths[key] = self._register(layer, merge)
+        path = self.paths[key]
+        self.calls[path] = self.calls.get(path, 0) + 1
         first = next(node for node in nodes if source in node.all_input_nodes)
         with self.graph.inserting_before(first):
             if (rank := merge.rank) is not None:
                 self._insert_rank_check(source, rank)
             for condition in merge.geometry.sizes:
                 self._insert_size_check(source, *condition)
-            value = padded(merge.geometry, fx.Proxy(source)).node
-            value = self.graph.call_module(self._register(layer, operations, merge), (value,))
-        self._record(merge, operations, nodes)
+            value = self.graph.call_module(path, (padded(merge.geometry, fx.Proxy(source)).node,))
+        self._record(merge, nodes)
         return value
+
+    def _identity_of(self, merge: Merge) -> Any:
+        """Equal for merges of the same modules, of which one layer does for all calls."""
+        found = list[Any]([merge.geometry])
+        for part in walk(merge.parts):
+            if isinstance(part, Join):
+                branches = tuple((branch.coefficient, len(branch.chain.parts)) for branch in part.branches)
+                found.append((part.concatenates, part.axis, branches))
+            elif part.inner or not (part.node.op == "call_module" and len(part.node.args) == 1):
+                return object()  # functions are not compared
+            else:
+                found.append((str(part.node.target), part.geometry))
+        return tuple(found)
+
+    def _merged_layer(self, merge: Merge, source: fx.Node, nodes: list[fx.Node]) -> nn.Module:
+        """Raises `NotAffineError` if its numbers do not fit, and `VerificationError`."""
+        operations = list(merge.operations())
+        dtype = next(op.dtype for op in operations if op.dtype is not None)
+        stored = merge.affine_map().rounded(dtype)
+        assert stored.geometry == merge.geometry
+        layer = self._like_the_original(layer_of(stored, dtype), operations)
+        if self.verify:
+
+            def merged(x: Tensor) -> Any:
+                return layer(padded(merge.geometry, x))
+
+            verify_merge(self.captured, merge, source, nodes, merged, stored)
+        remember(layer, origins_of(self.captured, nodes))
+        return layer
 
     def _insert_rank_check(self, source: fx.Node, rank: int) -> None:
         """An error for inputs with more or fewer axes, which the layers would have read in another way."""
@@ -195,9 +214,9 @@ class Fusion:
                     return layer
         return layer
 
-    def _register(self, layer: nn.Module, operations: list[Operation], merge: Merge) -> str:
+    def _register(self, layer: nn.Module, merge: Merge) -> str:
         """Puts the layer where the first convolution that it replaces was, under a new name if others call that."""
-        named = [op for op in operations if op.node.op == "call_module" and op.convolves]
+        named = [op for op in merge.operations() if op.node.op == "call_module" and op.convolves]
         path = str(named[0].node.target) if named else merge.parts[-1].node.name
         if self.calls.keys() & owners(path):
             path = path.replace(".", "_")  # inside a module that the graph calls as a whole, and that is not ours
@@ -207,7 +226,6 @@ class Fusion:
         if taken and self._exists(path):
             path = next(p for i in range(len(self.calls) + 2) if not self._exists(p := f"{path}_merged{i or ''}"))
         put_attribute(self.captured, path, layer)
-        self.calls[path] = self.calls.get(path, 0) + 1
         self.made.add(layer)
         return path
 
@@ -215,8 +233,8 @@ class Fusion:
         owner, _, name = path.rpartition(".")
         return path in self.calls or hasattr(self.captured.get_submodule(owner), name)
 
-    def _record(self, merge: Merge, operations: list[Operation], nodes: Sequence[fx.Node]) -> None:
-        counts = Counter(str(op.geometry) for op in operations if op.convolves)
+    def _record(self, merge: Merge, nodes: Sequence[fx.Node]) -> None:
+        counts = Counter(str(op.geometry) for op in merge.operations() if op.convolves)
         layers = ", ".join(f"{count} × ({text})" if count > 1 else text for text, count in counts.items())
         self.merged.append(
             MergedRegion(
