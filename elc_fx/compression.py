@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from elc_fx.capturing.copying import clone
 from elc_fx.capturing.inputs import ExampleInputs
 from elc_fx.capturing.randomness import randomness_of_the_caller, seed_all
 from elc_fx.compiled import REPORT, report_of
@@ -47,12 +48,14 @@ def compress(
         raise InvalidInputError("example_inputs are missing: the costs that a budget limits are those of their shapes")
     if calibration is None and finetune is None:
         raise InvalidInputError("calibration is missing: give batches of the training set")
-    if finetune is not None and finetune.gates:
+    if finetune is not None and finetune.gates:  # what cannot be trained is told before anything is planned
         check_trainable(model)
     if finetune is not None and finetune.folder is not None:
-        check_folder(Path(finetune.folder))  # before anything is planned
+        check_folder(Path(finetune.folder))
     loaders = calibration, finetune and finetune.train_data
     with randomness_of_the_caller(*loaders):
+        if finetune is not None and not model.training:
+            Finetuning(clone(model, {}), replace(finetune, folder=None, features=0.0)).check()
         seed_all(0, *loaders)  # one that shuffles gives the same batches when a killed run begins again
         plan, network = _planned(model, example_inputs, budget, plan, calibration, finetune, backend)
         if finetune is not None and not plan.candidates:  # then there is nothing whose features could be compared

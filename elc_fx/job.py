@@ -284,7 +284,7 @@ def _claim(folder: Path, what: dict[str, Any]) -> None:
         write_whole({file: json.dumps(what, indent=1).encode()})
     except OSError as error:
         raise ExportError(f"cannot write to {folder}: {error}") from error
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:  # no JSON, or none of an object
         raise TrainingError(f"{file} cannot be read: {error}; delete {file.parent} to begin anew") from error
 
 

@@ -156,6 +156,27 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_planned(teac
         elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, **given)
 
 
+def _refuses(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("of the loss")
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "error"),
+    [
+        (torch.full((16,), 10), {}, elc_fx.InvalidInputError),
+        (None, {}, elc_fx.InvalidInputError),
+        (torch.zeros(16, dtype=torch.long), {"loss": _refuses}, ZeroDivisionError),
+    ],
+)
+def test_what_cannot_be_trained_on_is_told_before_anything_is_planned(
+    teacher: nn.Module, target: Any, options: dict[str, Any], error: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(compression, "Planner")
+    tuning = elc_fx.FinetuneConfig([(torch.randn(16, 3, 8, 8), target)] * 4, epochs=1, progress=False, **options)
+    with pytest.raises(error):
+        elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, finetune=tuning)
+
+
 def test_what_a_module_does_in_training_only_is_told_when_it_is_collapsed(teacher: nn.Module) -> None:
     class Noise(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -278,6 +278,16 @@ def test_what_no_batch_of_cifar_holds(content: bytes, batches: Path) -> None:
         data.load(batches)
 
 
+def test_batches_without_images(batches: Path) -> None:
+    inside = batches / "cifar-10-batches-py"
+    for name in ("batches.meta", "data_batch_2"):
+        (inside / name).unlink()
+    content = {b"data": np.zeros((0, 3072), np.uint8), b"labels": np.zeros(0, int)}
+    (inside / "data_batch_1").write_bytes(pickle.dumps(content))
+    with pytest.raises(DataError, match="holds no images"):
+        data.load(batches)
+
+
 def test_notes_beside_batches_are_no_batch(batches: Path) -> None:
     (batches / "cifar-10-batches-py" / "data_batch_notes.txt").write_text("notes")
     assert len(loaded(batches, "train")) == 2

@@ -217,6 +217,9 @@ def test_layer_called_twice_is_told() -> None:
         net = elc_fx.decouple(model, plan)
     assert told[0].filename == __file__
     assert_same(net(x), model(x))
+    with pytest.warns(UserWarning, match="called more than once") as told:
+        elc_fx.Planner(model, x, [x], loss="uniform").collapse(plan)
+    assert told[0].filename == __file__
 
 
 # --- activations -----------------------------------------------------------------------------------------------------

@@ -302,6 +302,14 @@ def test_two_runs_do_not_work_in_one_folder(files: Path, tmp_path: Path, monkeyp
     elc_fx.finetune(network(), loader(32), epochs=1, folder=out / "work", progress=False)
 
 
+@pytest.mark.parametrize("noted", ["[]", "{"])
+def test_a_note_that_is_none_is_told(noted: str, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    (tmp_path / "out" / "work" / "job.json").write_text(noted)
+    result = CliRunner().invoke(app, arguments(files, tmp_path / "out"))
+    assert result.exit_code == 1 and "to begin anew" in result.stderr
+
+
 def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: FileLock) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

@@ -487,6 +487,13 @@ model[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dt
 elc_fx.finetune(model, loader(), epochs=1, bf16=False, progress=False)
 assert seen == {torch.float32}, seen
 assert own.gradient_accumulation_steps == 4
+for data in ([], loader()):
+    try:
+        elc_fx.finetune(network().requires_grad_(False), data, progress=False)
+    except elc_fx.ElcError:
+        assert own.gradient_accumulation_steps == 4
+    else:
+        raise AssertionError("there is nothing to train")
 assert not hasattr(model, "_is_accelerate_prepared")
 """
     subprocess.run([sys.executable, "-c", script, str(SCRIPT.parent)], check=True)

@@ -19,6 +19,7 @@ import elc_fx
 import provenance
 import terminal
 from cifar_models import load
+from elc_fx.planning.latency import LatencyMeter
 
 BUDGETS = (0.8, 0.65, 0.5, 0.4, 0.3)
 BACKENDS = ("eager", "compile", "onnxruntime")
@@ -33,7 +34,8 @@ def measured(weights: Path, backend: Any, batch: int) -> list[dict[str, Any]]:
         plan = planner.plan(elc_fx.Budget(latency=budget))
         prediction = plan.prediction
         assert prediction is not None
-        before, after = planner.meter.whole([choices[candidate] for candidate in plan.candidates])
+        chosen = [choices[candidate] for candidate in plan.candidates]
+        before, after = LatencyMeter(planner.graph, backend).whole(chosen)
         rows.append(
             {
                 "network": weights.stem,

@@ -194,7 +194,7 @@ def _timed(call: Call, count: int) -> float:
 
 
 class LatencyMeter:
-    """Times networks and layers of one graph. cache: a folder for the times of layers."""
+    """Times networks and layers of one graph, and remembers them. cache: a folder for the times."""
 
     def __init__(
         self, graph: SerialGraph, backend: Backend, cache: str | Path | None = None, *, progress: bool = False

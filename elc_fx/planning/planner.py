@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import fx, nn
 from elc_fx.arguments import check_whole
 from elc_fx.capturing.attributes import unchanged
 from elc_fx.capturing.randomness import seeded
-from elc_fx.errors import InvalidInputError, PlanError, warn
+from elc_fx.errors import InvalidInputError, PlanError, listed, warn
 from elc_fx.planning.agreement import of_the_first
 from elc_fx.planning.budget import Budget, cost_text, real_number
 from elc_fx.planning.candidates import Candidate, serial_graph
@@ -98,7 +99,6 @@ class Planner:
         self.measured: dict[tuple[int, ...], float] = {}  # what sets of choices lose together
         self.rehearsed: dict[tuple[int, ...], float] = {}  # and after a short training
         self.latency: LatencyModel | None = None  # once a budget has limited it
-        self.timed: dict[tuple[int, ...], tuple[float, float]] = {}  # the original and what sets of choices leave
         if loss == "uniform":
             self.losses = [float(len(choice.region.layers)) for choice in self.choices]
         elif isinstance(loss, Mapping):
@@ -300,10 +300,21 @@ class Planner:
             raise InvalidInputError(f"plan is a {type(plan).__name__}, expected an elc_fx.Plan")
         choices = [Choice(candidate, region) for candidate, region, _ in plan.locate(self.graph)]
         self.graph.captured.warn_of_eval_only()
+        self._warn_of_shared_layers(choices)
         _, fitted_to = self.calibrations
         fits = Sensitivity(self.graph, fitted_to, None, progress=self.progress)
         with self._leaving_no_trace():
             return fits.collapsed(choices)
+
+    def _warn_of_shared_layers(self, choices: Sequence[Choice]) -> None:
+        calls = Counter(node.target for node in self.graph.graph_module.graph.find_nodes(op="call_module"))
+        for choice in choices:
+            shared = [f"`{node.target}`" for node in choice.region.layers if calls[node.target] > 1]
+            if shared:
+                warn(
+                    f"{listed(shared)} {'are' if len(shared) > 1 else 'is'} called more than once; the convolution in "
+                    f"the place of `{choice.candidate.name}` has weights of its own, which train apart from the others"
+                )
 
     def loss_together(self, positions: Iterable[int]) -> float:
         """The loss when several of `choices` are collapsed, measured as a whole. positions: of them in `choices`.
@@ -361,10 +372,8 @@ class Planner:
 
     def _timed(self, solution: Solution) -> tuple[float, float]:
         """Seconds of the original and of what the solution leaves behind."""
-        if solution.chosen not in self.timed:
-            with self._leaving_no_trace():
-                self.timed[solution.chosen] = self.meter.whole(self._choices(solution.chosen))
-        return self.timed[solution.chosen]
+        with self._leaving_no_trace():
+            return self.meter.whole(self._choices(solution.chosen))
 
     def _plan_of(self, solution: Solution, rehearsed: float | None) -> Plan:
         order = self._in_order(solution.chosen)

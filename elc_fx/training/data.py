@@ -349,8 +349,10 @@ def _from_pickles(path: Path, contents: dict[PurePosixPath, bytes], shape: tuple
         pixels.append(rows)
         labels.append(own)
     joined = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+    if not joined.numel():
+        raise DataError(f"{path} holds no images")
     classes = named or tuple(map(str, range(max(10, int(joined.max()) + 1))))
-    if joined.numel() and not (int(joined.min()) >= 0 and int(joined.max()) < len(classes)):
+    if int(joined.min()) < 0 or int(joined.max()) >= len(classes):
         raise DataError(
             f"{path}: labels go from {joined.min()} to {joined.max()}, and there are {len(classes)} classes"
         )

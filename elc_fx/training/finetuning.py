@@ -191,12 +191,13 @@ class Finetuning:
             _summary_writer()  # or an error, before anything is trained
         self.network, self.config = network, config
         shared = GradientState()
-        self.of_the_caller = shared, dict(shared.plugin_kwargs)
+        of_the_caller = dict(shared.plugin_kwargs)
         self.accelerator = Accelerator(
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(decoupling_nodes(network)))],
             cpu=not torch.cuda.is_available(),
         )
+        shared.plugin_kwargs = of_the_caller  # which the one made here has changed for all
         self.device = self.accelerator.device
         self.to_device = partial(send_to_device, device=self.device, non_blocking=True)
         self.bf16 = computes_in_bf16(self.device) if config.bf16 is None else config.bf16
@@ -222,6 +223,16 @@ class Finetuning:
         """All epochs that are left."""
         with self._alone(), torch.inference_mode(False), torch.enable_grad():
             return self._run()
+
+    def check(self) -> None:
+        """Raises what the data and the loss would raise in the first step; nothing is trained."""
+        network = self.network.to(self.device)
+        with torch.inference_mode(False), torch.enable_grad(), SoundConvolutions():
+            for batch in self.batches:
+                inputs, target = self._parts(batch)
+                output = self._output(network, inputs)
+                self._loss(output, target, output)
+                break
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -251,8 +262,6 @@ class Finetuning:
         finally:
             self.trained = None
             network.eval()
-            state, kwargs = self.of_the_caller
-            state.plugin_kwargs = kwargs
             if self.features is not None:
                 self.features.remove()
         if self.average is not None and self.best is None:
@@ -331,8 +340,9 @@ class Finetuning:
             loss = loss + self.config.features * self.features.distance()
         if not loss.requires_grad:
             raise InvalidInputError("the loss has no gradient: what its function gives is detached from the output")
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
+        # Accelerate's own would follow an Accelerator of the caller: its accumulation, its scale for half precision.
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.steps += 1
