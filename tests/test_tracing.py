@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import cProfile
 import gc
+import math
 import operator
 import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -376,6 +378,10 @@ class FourAxes(metaclass=OfFour):
         lambda s, y: torch.is_tensor(y),
         lambda s, y: isinstance(y.data, Tensor) and isinstance(y.shape, tuple) and isinstance(y.ndim, int),
         lambda s, y: isinstance(y.dtype, torch.dtype) and isinstance(y.device, torch.device),
+        lambda s, y: isinstance(y.shape[0], int) and not isinstance(y.size(-1), (Tensor, float)),
+        lambda s, y: isinstance(y.size(), tuple) and isinstance(y.shape[1:], torch.Size) and isinstance(y.numel(), int),
+        lambda s, y: not isinstance(math.ceil(y.shape[2] / 2) + 1, Tensor),
+        lambda s, y: isinstance(y.chunk(2)[0], Tensor) and not isinstance(y.split([1, 3], 1)[1], list),
         lambda s, y: isinstance(s.scale, nn.Parameter) and isinstance(s.scale.data, Tensor),
         lambda s, y: isinstance(F.interpolate(torch.cat([y, y + 1], 1)[:, :3].relu().flatten(1)[None], 2), Tensor),
     ],
@@ -397,7 +403,8 @@ def test_types_of_what_is_a_tensor_for_sure_are_known(question: Callable[[Any, A
         lambda s, y: isinstance(s.parallel(y[0, 0]), tuple),
         lambda s, y: isinstance(y.max(1), tuple),
         lambda s, y: isinstance(y.chunk(2), tuple),
-        lambda s, y: isinstance(y.shape[0], int),
+        lambda s, y: isinstance(y.shape[0] / 2, float),
+        lambda s, y: isinstance(y.sum().item(), float),
         lambda s, y: isinstance(y.grad_fn, type(None)),
         lambda s, y: isinstance(F.max_pool2d(y, 2, return_indices=True), tuple),
         lambda s, y: isinstance(F.max_pool2d(y, 2, None, 0, 1, False, True), tuple),
@@ -445,6 +452,94 @@ def test_of_inputs_that_nobody_asks_for_nothing_is_required() -> None:
     compiled = elc_fx.compile(model, (x, torch.tensor(2.0)))
     assert not opaque_reasons(compiled)
     assert_same(compiled(x, 3.0), model(x, 3.0))
+
+
+def pads_same(s: Any, x: Tensor) -> Tensor:
+    """As TensorFlow does: the last window begins inside of the image."""
+    y = s.block(x)
+    sides = [max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) for size in y.shape[-2:]]
+    height, width = sides
+    y = F.pad(y, [width // 2, width - width // 2, height // 2, height - height // 2])
+    return F.conv2d(y, s.w, stride=2)
+
+
+def limits(s: Any, x: Tensor) -> Tensor:
+    y = s.block(x)
+    smaller = min(y.shape[2], y.size(3), 4)
+    return s.other(F.adaptive_avg_pool2d(y, (smaller, max([y.shape[2] // 2, 1])))) * max(y.shape)
+
+
+@pytest.mark.parametrize("forward", [pads_same, limits])
+def test_the_larger_of_two_sizes_is_computed_by_the_graph(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    model = ready(Unary(forward, block=conv_bn(4, 4), other=conv_bn(4, 4), w=nn.Parameter(torch.rand(4, 4, 3, 3))))
+    compiled = check(model, image(2, 4, 6, 5))
+    assert not opaque_reasons(compiled) and not batch_norms(compiled)
+    for other in (image(1, 4, 3, 9), image(1, 4, 8, 8)):
+        assert_same(compiled(other), model(other))
+    assert "max" not in globals() and "min" not in globals()
+
+
+def test_the_larger_of_two_values_is_no_question_of_sizes() -> None:
+    model = ready(Unary(lambda s, x: s.block(x) * max(x.sum(), 0), block=conv_bn(4, 4)))
+    x = image(2, 4, 5, 5)
+    for given in (x, -x):
+        assert_same(check(model, given)(x), model(x))
+
+
+SPLIT: dict[str, Callable[[Any, Any], list[Any]]] = {
+    "list": lambda s, y: list(y.chunk(2, 1)),
+    "sizes": lambda s, y: list(torch.split(y, [1, 3], dim=1)),
+    "starred": lambda s, y: [*y.tensor_split((1, 3), 1)],
+    "loop": lambda s, y: [part.relu() for part in torch.chunk(y, chunks=2, dim=1)],
+    "rest": lambda s, y: (lambda first, *rest: [first, *rest])(*y.split_with_sizes([2, 2], 1)),
+    "zip": lambda s, y: [part * k for k, part in zip((1, 2), y.tensor_split(2, dim=1), strict=True)],
+    "length": lambda s, y: [y.chunk(2, 1)[len(y.chunk(2, 1)) - 1]],
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_parts_whose_number_is_known_may_be_iterated(name: str, tmp_path: Path) -> None:
+    """As the C2f blocks of YOLO do."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        parts = SPLIT[name](s, s.block(x))
+        parts.append(s.inner(parts[-1][:, :1]))
+        y: Tensor = torch.cat(parts, 1)
+        return y.reshape(*y.shape[:2], -1) * y.flatten(2).reshape(*x.shape[:1], -1, x.shape[-2:].numel())
+
+    model, x = ready(Unary(forward, block=conv_bn(4, 4), inner=conv_bn(1, 1))), image(2, 4, 5, 5)
+    compiled = check(model, x)
+    assert not opaque_reasons(compiled) and not batch_norms(compiled)
+    elc_fx.save(compiled, tmp_path / "parts.elc")
+    assert_same(elc_fx.load(tmp_path / "parts.elc")(x), model(x))
+
+
+def test_another_number_of_parts_is_an_error() -> None:
+    model = ready(Unary(lambda s, x: sum(s.block(part) for part in x.chunk(3)), block=conv_bn(4, 4)))
+    compiled = elc_fx.compile(model)
+    x = image(4, 4, 5, 5)
+    assert not opaque_reasons(compiled)
+    assert_same(compiled(x[:3]), model(x[:3]))
+    with pytest.raises(AssertionError, match="another number of parts than the 3"):
+        compiled(x)  # two of two
+
+
+def test_inputs_that_are_lists_are_as_long_as_in_the_examples() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(conv_bn(4, 4) for _ in range(2))
+
+        def forward(self, features: list[Tensor]) -> list[Tensor]:
+            return [block(feature) for block, feature in zip(self.blocks, features, strict=True)]
+
+    model, features = ready(Head()), [image(1, 4, 5, 5), image(1, 4, 3, 3)]
+    assert "number of its parts is not known" in opaque_reasons(elc_fx.compile(model))
+    compiled = elc_fx.compile(model, (features,))
+    assert not opaque_reasons(compiled) and not batch_norms(compiled)
+    assert_same(compiled(features), model(features))
+    with pytest.raises(AssertionError, match="another number of parts"):
+        compiled(features[:1])
 
 
 def asserts(s: Any, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Answers: what `isinstance` says of a stand-in whose value is known to be a tensor.
+"""Answers to what code asks of stand-ins by Python's own functions, where they are known.
 
 A stand-in is of its own class, so `isinstance(x, list)` in the traced code must not look at it. Where the value is a
-tensor for sure, a tensor is asked in its place. That is done in the files whose code asks, and only there: in torch's
-own, written in C, what seems to be a tensor is taken for one.
+tensor for sure, or a number that was computed from sizes, such a value is asked in its place. The larger of two such
+numbers is recorded, which `max` would have to compare. All of that in the files whose code asks, and only there: in
+torch's own, written in C, what seems to be a tensor is taken for one.
 """
 
 from __future__ import annotations
@@ -10,47 +11,76 @@ from __future__ import annotations
 import abc
 import builtins
 import functools
+import operator
 import types
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from elc_fx.capturing.graph import function_name, has_unknown_hooks, is_leaf, is_torchs, module_of, schemas
+from elc_fx.capturing.graph import SPLITS, function_name, has_unknown_hooks, is_leaf, is_torchs, module_of, schemas
 
-UNKNOWN = object()
 EXAMPLE = torch.empty(0)
+SIZES = (torch.Size(),)
+NUMBERS = (1, 1.0, True)
+COUNTS = ("ndim", "size", "dim", "numel")
 FIXED = ("data", "device", "dtype", "layout", "ndim", "shape")  # attributes that are of one type, of any tensor
 # How classes decide what is of them: by its class alone. Those of others may look at the value.
 BY_CLASS = (type, abc.ABCMeta, type(Tensor), type(nn.Parameter), type(nn.Buffer))
 CONVERSIONS = ("bfloat16", "bool", "cpu", "cuda", "double", "float", "half", "int", "long")  # methods of tensors alone
+PARTS = {  # how the argument is called that says how many, or of which sizes
+    "chunk": "chunks",
+    "unsafe_chunk": "chunks",
+    "split": "split_size_or_sections",
+    "split_with_sizes": "split_sizes",
+    "tensor_split": "tensor_indices_or_sections",
+}
 GIVE_OTHERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.AdaptiveLogSoftmaxWithLoss)
 
 
 class Answers:
-    """While active. namespaces: the globals of the files that ask. example_of: something of the type of a value."""
+    """While active. namespaces: the globals of the files that ask.
 
-    def __init__(self, namespaces: Sequence[dict[str, Any]], example_of: Callable[[Any], Any]) -> None:
+    examples_of: of a value, something of each type that it may be of; nothing where that is not known.
+    """
+
+    def __init__(self, namespaces: Sequence[dict[str, Any]], examples_of: Callable[[Any], tuple[Any, ...]]) -> None:
         self.namespaces = namespaces
-        self.example_of = example_of
+        self.examples_of = examples_of
+        self.put: list[tuple[dict[str, Any], str]] = []
 
     def __enter__(self) -> None:
-        for namespace in self.namespaces:
-            namespace["isinstance"] = self._answer
+        answers = {
+            "isinstance": self._isinstance,
+            "max": functools.partial(self._extreme, max),
+            "min": functools.partial(self._extreme, min),
+        }
+        self.put = [(namespace, name) for namespace in self.namespaces for name in answers if name not in namespace]
+        for namespace, name in self.put:
+            namespace[name] = answers[name]
 
     def __exit__(self, *_: object) -> None:
-        for namespace in self.namespaces:
-            namespace.pop("isinstance", None)
-        self.example_of = lambda _: UNKNOWN  # for files that imported it from there meanwhile
+        for namespace, name in self.put:
+            namespace.pop(name, None)
+        self.examples_of = lambda _: ()  # for files that imported it from there meanwhile
 
-    def _answer(self, value: Any, classes: Any) -> bool:
+    def _isinstance(self, value: Any, classes: Any) -> bool:
         if issubclass(type(value), fx.Proxy):
-            example = self.example_of(value)
-            if example is not UNKNOWN and all(_tells(cls, example) for cls in _classes(classes)):
-                return builtins.isinstance(example, classes)
+            examples = self.examples_of(value)
+            if all(_tells(cls, example) for example in examples for cls in _classes(classes)):
+                answers = {builtins.isinstance(example, classes) for example in examples}
+                if len(answers) == 1:
+                    return answers.pop()
         return builtins.isinstance(value, classes)
+
+    def _extreme(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        proxies = [value for value in tree_leaves(args) if issubclass(type(value), fx.Proxy)]
+        of_sizes = all(any(type(e) in (int, torch.Size) for e in self.examples_of(value)) for value in proxies)
+        if not proxies or not of_sizes or options:
+            return function(*args, **options)
+        return proxies[0].tracer.create_proxy("call_function", function, args, {})
 
 
 def _tells(cls: Any, example: Any) -> bool:
@@ -66,6 +96,57 @@ def _classes(given: Any) -> Iterator[Any]:
         return
     for item in given if type(given) is tuple else get_args(given):
         yield from _classes(item)
+
+
+def examples_of_size(
+    node: fx.Node, tensors: Container[fx.Node], sizes: Mapping[fx.Node, tuple[Any, ...]]
+) -> tuple[Any, ...]:
+    """Of what a node computes from the sizes of tensors, something of each type that it may be of; else nothing.
+
+    tensors: of the nodes before, those that give tensors. sizes: those that give something of sizes, and what.
+    """
+    first, *others = node.args or (None,)
+    if isinstance(first, fx.Node) and first in tensors and (node.target is getattr or node.op == "call_method"):
+        if _is_shape(node):
+            return SIZES
+        return (1,) if (others[0] if node.target is getattr else node.target) in COUNTS else ()
+    if node.target is operator.getitem and isinstance(first, fx.Node) and sizes.get(first) == SIZES:
+        return SIZES if isinstance(others[0], slice) else (1,)
+    plain = getattr(node.target, "__module__", None) in ("_operator", "math", "builtins")
+    computed = node.op == "call_function" and plain and bool(node.all_input_nodes)
+    return NUMBERS if computed and all(value in sizes for value in node.all_input_nodes) else ()
+
+
+def number_of_parts(node: fx.Node) -> int | None:
+    """How many parts the value of a node has, as far as its arguments tell; whoever relies on it checks it."""
+    first, *others = node.args or (None,)
+    if node.target is operator.getitem and isinstance(first, fx.Node) and _is_shape(first):
+        return _length(others[0]) if isinstance(others[0], slice) else None
+    name = function_name(node)
+    if name not in PARTS or not is_torchs(node):
+        return None
+    parts = others[0] if others else node.kwargs.get(PARTS[name])
+    if isinstance(parts, list | tuple):
+        return len(parts) + (name == "tensor_split")  # it is given where to split
+    return parts if isinstance(parts, int) and not name.startswith("split") else None
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """`x.shape` or `x.size()`, if x is a tensor."""
+    by_method = node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
+    return by_method or (node.target is getattr and node.args[1:] == ("shape",))
+
+
+def _length(part: slice) -> int | None:
+    """Of a slice of something that is long enough."""
+    start, stop = part.start, part.stop
+    if part.step is not None or not all(bound is None or isinstance(bound, int) for bound in (start, stop)):
+        return None
+    if stop is not None and stop > 0 and (start is None or 0 <= start < stop):
+        return int(stop) - (start or 0)
+    if start is not None and start < 0 and (stop is None or start < stop < 0):
+        return (stop or 0) - int(start)
+    return None
 
 
 def gives_tensor(root: nn.Module, node: fx.Node, tensors: Container[fx.Node]) -> bool:
@@ -90,8 +171,10 @@ def gives_tensor(root: nn.Module, node: fx.Node, tensors: Container[fx.Node]) ->
         return False
     name = function_name(node)
     if getattr(node.target, "__module__", None) == "_operator":
+        if name == "getitem":
+            return is_tensor(first) or (_splits(first, is_tensor) and isinstance(others[0], int))
         numbers = all(is_tensor(value) or isinstance(value, int | float | complex) for value in (first, *others))
-        return is_tensor(first) if name == "getitem" else numbers and any(map(is_tensor, (first, *others)))
+        return numbers and any(map(is_tensor, (first, *others)))
     given = tree_leaves(first)
     if not given or not all(map(is_tensor, given)):
         return False
@@ -102,6 +185,12 @@ def gives_tensor(root: nn.Module, node: fx.Node, tensors: Container[fx.Node]) ->
     if not is_torchs(node):
         return False
     return getattr(node.target, "__annotations__", {}).get("return") is Tensor or _maps_to_tensor(name)
+
+
+def _splits(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
+    """Whether a value is a tuple of the parts of a tensor."""
+    known = isinstance(value, fx.Node) and function_name(value) in SPLITS and is_torchs(value)
+    return known and bool(value.args) and is_tensor(value.args[0])
 
 
 @functools.cache

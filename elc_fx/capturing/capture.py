@@ -28,9 +28,9 @@ from typing import Any, NoReturn, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch.fx.proxy import ParameterProxy
+from torch.fx.proxy import ParameterProxy, TraceError
 
-from elc_fx.capturing.answers import EXAMPLE, FIXED, UNKNOWN, Answers, gives_tensor
+from elc_fx.capturing.answers import EXAMPLE, FIXED, Answers, examples_of_size, gives_tensor, number_of_parts
 from elc_fx.capturing.attributes import Attributes
 from elc_fx.capturing.graph import (
     DROPOUT_MODULES,
@@ -136,7 +136,7 @@ def capture(
             watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
             try:
                 with torch.no_grad(), watch, _no_question_of_grad_mode(tracer.threads):
-                    with calls or nullcontext(), Answers(askers, tracer.example_of):
+                    with calls or nullcontext(), Answers(askers, tracer.examples_of):
                         graph = tracer.trace(root)
                     tracer.check_truthful(state)
             except Exception as error:
@@ -189,7 +189,7 @@ def capture(
         if fixed and reads_training(module := root.get_submodule(caller_of(node))):
             reason = f"it normalises with fixed statistics, where `{type(module).__name__}` reads self.training"
             eval_only.append(Refusal(node.name, reason))
-    return Capture(captured, opaque, None if given is None else tuple(tracer.examples), tuple(eval_only))
+    return Capture(captured, opaque, None if given is None else tuple(tracer.examples.values()), tuple(eval_only))
 
 
 def _paths(graph: fx.Graph) -> Iterator[Any]:
@@ -300,6 +300,10 @@ class _StandIn(fx.Proxy):
     def __getattr__(self, k: str) -> fx.proxy.Attribute:
         return _Attribute(self, k)
 
+    def __len__(self) -> int:
+        count = cast(_Tracer, self.tracer).count(self)
+        return super().__len__() if count is None else count
+
     def __hash__(self) -> int:
         asker = _asker()
         if not _is_trusted(asker):
@@ -408,10 +412,11 @@ class _Tracer(fx.Tracer):
         self.given = given
         self.bind_defaults = bind_defaults
         self.autocast = _autocast_state()
-        self.examples: list[Any] = []  # of the placeholders, in order
+        self.examples: dict[fx.Node, Any] = {}  # of the placeholders, in order
         self.constants: dict[str, Tensor] = {}
         self.uncertain: set[fx.Node] = set()  # values that may be None when the graph runs
         self.tensors: set[fx.Node] = set()  # values that are tensors for sure, if inputs are that were in the examples
+        self.sizes: dict[fx.Node, tuple[Any, ...]] = {}  # what is computed from their sizes: examples of its types
         self.told: list[fx.Node] = []  # those of which code was told so
         self.untruthful: str | None = None  # the last question that a traced value could not answer
         self._called: set[nn.Module] = set()
@@ -446,23 +451,24 @@ class _Tracer(fx.Tracer):
             self.uncertain.add(node)
         if (node.target is ASSIGN and node.args[0] in self.tensors) or gives_tensor(self.root, node, self.tensors):
             self.tensors.add(node)
+        if examples := examples_of_size(node, self.tensors, self.sizes):
+            self.sizes[node] = examples
         return _Proxy(node, self)
 
     def askers_beside(self, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The globals of code that asked, if `isinstance` can be another there."""
-        return [g for g in self.askers.values() if "isinstance" not in g and not any(g is other for other in known)]
+        """The globals of code that asked."""
+        return [g for g in self.askers.values() if not any(g is other for other in known)]
 
-    def example_of(self, value: Any) -> Any:
-        """For `Answers`: something of the type of a stand-in's value."""
+    def examples_of(self, value: Any) -> tuple[Any, ...]:
+        """For `Answers`: something of each type that a stand-in's value may be of."""
         if type(value) is _ParameterProxy:
-            return value.param
+            return (value.param,)
         if type(value) is not _Attribute:
-            if value.node not in self.tensors:
-                return UNKNOWN
-            self.told.append(value.node)
-            return EXAMPLE
-        owner = self.example_of(value.root)
-        return getattr(owner, value.attr) if isinstance(owner, Tensor) and value.attr in FIXED else UNKNOWN
+            found = (EXAMPLE,) if value.node in self.tensors else self.sizes.get(value.node, ())
+            self.told.extend([value.node] if found else [])
+            return found
+        owner = next(iter(self.examples_of(value.root)), None)
+        return (getattr(owner, value.attr),) if isinstance(owner, Tensor) and value.attr in FIXED else ()
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -538,12 +544,33 @@ class _Tracer(fx.Tracer):
         frame = sys._getframe(2)  # that of the code, behind that of `__bool__`
         needed = needed_truth(frame)
         if needed is None:
+            if {"max", "min"}.intersection(frame.f_code.co_names):
+                self.askers[id(frame.f_globals)] = frame.f_globals
             return super().to_bool(obj)
         holds = obj if needed else self.create_proxy("call_function", operator.eq, (obj, False), {})
         place = _source(frame.f_code.co_filename, frame.f_lineno)
         message = f"`{frame.f_code.co_name}` raises an error for such inputs ({place})"
         self.create_proxy("call_function", torch._assert, (holds, message), {})
         return needed
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """As of `list(x.chunk(2, 1))`; what is unpacked (`a, b = x.chunk(2, 1)`) does not come here."""
+        count = self.count(obj)
+        if count is None:
+            way_out = "unpack it (`a, b = …`), or take its parts by index"
+            raise TraceError(f"it iterates over a value, and the number of its parts is not known; {way_out}")
+        return iter([operator.getitem(cast(Any, obj), i) for i in range(count)])
+
+    def count(self, obj: fx.Proxy) -> int | None:
+        """How many parts a value has, or None. The graph checks it."""
+        example: Any = self.examples.get(obj.node)
+        count = len(example) if type(example) in (list, tuple) else number_of_parts(obj.node)
+        if count is not None and not any(user.target is len for user in obj.node.users):
+            counted = self.create_proxy("call_function", len, (obj,), {})
+            holds = self.create_proxy("call_function", operator.eq, (counted, count), {})
+            message = f"`{obj.node.name}` has another number of parts than the {count} that elc_fx was told of"
+            self.create_proxy("call_function", torch._assert, (holds, message), {})
+        return count
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if self.autocast != _autocast_state():
@@ -578,6 +605,7 @@ class _Tracer(fx.Tracer):
             self.graph.erase_node(node)
             self.uncertain.discard(node)
             self.tensors.discard(node)
+            self.sizes.pop(node, None)
         self._parameters = {n: p for n, p in self._parameters.items() if not p.node._erased}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
@@ -666,8 +694,8 @@ class _Tracer(fx.Tracer):
         return [(name, parameter.default)]
 
     def _placeholder(self, name: str, example: Any, default: tuple[Any, ...] = ()) -> tuple[str, Any]:
-        self.examples.append(example)
         proxy = self.create_proxy("placeholder", name, default, {})
+        self.examples[proxy.node] = example
         if isinstance(example, Tensor):
             self.uncertain.discard(proxy.node)
         if type(example) is Tensor:
@@ -676,8 +704,8 @@ class _Tracer(fx.Tracer):
 
     def _bind_default(self, name: str, default: Any) -> None:
         """An input that is accepted only with its default value, which the traced code has seen."""
-        self.examples.append(default)
         node = self.create_node("placeholder", name, (default,), {})
+        self.examples[node] = default
         message = f"`{name}` was bound to its default {default!r} by elc_fx; give it in the example_inputs"
         check, arguments = (_is_none, (node,)) if default is None else (_equals, (node, default))
         compared = self.create_node("call_function", check, arguments, {})

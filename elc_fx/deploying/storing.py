@@ -148,7 +148,8 @@ class _UnknownError(Exception):
 @functools.cache
 def functions() -> dict[str, Callable[..., Any]]:
     """The functions that a graph may call: torch's for tensors, Python's operators, and a few of elc_fx."""
-    found: dict[str, Callable[..., Any]] = {"torch._assert": torch._assert, "builtins.getattr": builtins.getattr}
+    found: dict[str, Callable[..., Any]] = {"torch._assert": torch._assert}
+    found.update({f"builtins.{name}": getattr(builtins, name) for name in ("getattr", "len", "max", "min")})
     found["collections.OrderedDict"] = OrderedDict
     overridable = torch.overrides.get_overridable_functions()
     for namespace in NAMESPACES:
