@@ -16,14 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakIdRef
 
+from elc_fx.affine import wide
 from elc_fx.capturing.copying import UNCOPYABLE, clone
 from elc_fx.capturing.graph import written_arguments
-from elc_fx.capturing.inputs import ExampleInputs, check_visible, fresh
+from elc_fx.capturing.inputs import ExampleInputs, check_visible, fresh, of_type
 from elc_fx.capturing.randomness import reproducibly
 from elc_fx.errors import InvalidInputError, TrainingModeError
 
@@ -147,7 +148,7 @@ def _runs_in_float64(models: Sequence[nn.Module], examples: ExampleInputs) -> li
     """None where a parameter is not a real number, or where a model cannot be copied or does not run in float64."""
     if not all(parameter.is_floating_point() for model in models for parameter in model.parameters()):
         return None
-    doubled = _mapped(examples, lambda value: value.double() if value.is_floating_point() else value)
+    doubled = ExampleInputs(*of_type((examples.args, examples.kwargs), torch.float64))
     try:
         return [run(clone(model, {}).double(), doubled) for model in models]
     except Exception:  # whatever is wrong besides the dtype is raised when they run as they are
@@ -217,10 +218,6 @@ def layers_between(source: Any, others: Any, call: Callable[[], Any]) -> int | N
         output = call()
     found = [layers._depth_of(value) for value in tree_leaves(output)]
     return max((depth for depth in found if depth is not None and depth >= 0), default=None)
-
-
-def _mapped(examples: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
-    return ExampleInputs(*tree_map_only(Tensor, change, (examples.args, examples.kwargs)))
 
 
 @contextlib.contextmanager
@@ -316,15 +313,11 @@ def _errors(a: Tensor, b: Tensor) -> tuple[float, float]:
     """Largest absolute difference of two tensors of one shape, and the same relative to a's largest finite value."""
     if a.is_meta or b.is_meta:
         return math.nan, math.nan
-    a, b = _widened(a), _widened(b)
+    a, b = (wide(tensor.detach().cpu()) for tensor in (a, b))
     difference = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
     largest = _maximum(difference.nan_to_num(nan=math.inf, posinf=math.inf))
     scale = _maximum(a.abs().masked_fill(~a.isfinite(), 0.0))
     return largest, largest / scale if scale else (math.inf if largest else 0.0)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _maximum(tensor: Tensor) -> float:

@@ -29,6 +29,7 @@ from networks import (
 from torch import Tensor, nn
 
 import elc_fx
+from elc_fx.capturing.attributes import unchanged
 
 # --- one module, several readers --------------------------------------------------------------------------------------
 
@@ -531,3 +532,10 @@ def test_a_buffer_that_is_written_under_another_name_is_no_constant() -> None:
     result = elc_fx.compile(model)
     for _ in range(3):
         assert_same(result(x), twin(x))
+
+
+def test_statistics_that_become_nan_are_put_back() -> None:
+    norm = nn.BatchNorm2d(3).train()
+    with unchanged(norm):
+        norm(torch.full((1, 3, 2, 2), torch.nan))
+    assert torch.equal(norm.running_mean, torch.zeros(3))  # type: ignore[arg-type]

@@ -486,6 +486,82 @@ def test_the_larger_of_two_values_is_no_question_of_sizes() -> None:
         assert_same(check(model, given)(x), model(x))
 
 
+def types_of_parameter(s: Any, x: Tensor) -> Tensor:
+    w = s.scale
+    return x * w if type(w) is nn.Parameter else x * 0
+
+
+def types_of_attribute(s: Any, x: Tensor) -> Tensor:
+    data = x.data
+    return x * 2 if type(data) is Tensor else x * 0
+
+
+def attributes_of_parameter(s: Any, x: Tensor) -> Tensor:
+    w = s.scale
+    return x * 0 if hasattr(w, "no_such_thing") else x * w
+
+
+def raises_for_attribute(s: Any, x: Tensor) -> Tensor:
+    data = x.data
+    try:
+        return x * data[1000]
+    except IndexError:
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    "forward", [types_of_parameter, types_of_attribute, attributes_of_parameter, raises_for_attribute]
+)
+def test_parameters_and_attributes_are_asked_as_values_are(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    model = ready(Unary(lambda s, x: forward(s, s.block(x)), block=conv_bn(4, 4), scale=nn.Parameter(torch.ones(1))))
+    assert opaque_reasons(check(model, image(2, 4, 5, 5)))
+
+
+def test_code_in_a_folder_called_torch_is_not_torchs(tmp_path: Path) -> None:
+    file = tmp_path / "torch" / "net.py"
+    file.parent.mkdir()
+    code = "def forward(s, x, skip):\n    if skip is None:\n        return s.block(x)\n    return s.block(x) + skip\n"
+    file.write_text(code)
+    names: dict[str, Any] = {}
+    exec(compile(code, str(file), "exec"), names)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = conv_bn(4, 4)
+
+        forward = names["forward"]
+
+    model, x = ready(Net()), image(2, 4, 5, 5)
+    compiled = elc_fx.compile(model)
+    assert_same(compiled(x, None), model(x, None))
+    assert_same(compiled(x, x), model(x, x))
+
+
+COUNTS: dict[str, Callable[[Any, Any], Any]] = {
+    "nelement": lambda s, x: x.nelement(),
+    "itemsize": lambda s, x: x.itemsize,
+    "offset": lambda s, x: x.storage_offset() + 1,
+    "max": lambda s, x: max(s.block(x).shape),
+}
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_number_that_grows_is_another_one(name: str, given: bool) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        n = COUNTS[name](s, x)
+        m = n
+        n += 1
+        y: Tensor = s.block(x) * m
+        return y + n
+
+    model, x = ready(Unary(forward, block=conv_bn(4, 4))), image(2, 4, 5, 5)
+    compiled = elc_fx.compile(model, x if given else None)
+    assert not opaque_reasons(compiled)
+    assert_same(compiled(x), model(x))
+
+
 SPLIT: dict[str, Callable[[Any, Any], list[Any]]] = {
     "list": lambda s, y: list(y.chunk(2, 1)),
     "sizes": lambda s, y: list(torch.split(y, [1, 3], dim=1)),

@@ -13,7 +13,7 @@ import builtins
 import functools
 import operator
 import types
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -46,7 +46,7 @@ class Answers:
     examples_of: of a value, something of each type that it may be of; nothing where that is not known.
     """
 
-    def __init__(self, namespaces: Sequence[dict[str, Any]], examples_of: Callable[[Any], tuple[Any, ...]]) -> None:
+    def __init__(self, namespaces: Collection[dict[str, Any]], examples_of: Callable[[Any], tuple[Any, ...]]) -> None:
         self.namespaces = namespaces
         self.examples_of = examples_of
         self.put: list[tuple[dict[str, Any], str]] = []

@@ -77,7 +77,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """Equal, where NaN equals NaN. Sparse tensors are taken as unchanged."""
     if a.layout is not torch.strided:
         return True
-    return torch.equal(a, b) or bool(((a == b) | (a != a)).all())
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _shallow(container: Any) -> Any:

@@ -34,6 +34,7 @@ from elc_fx.capturing.answers import EXAMPLE, FIXED, Answers, examples_of_size, 
 from elc_fx.capturing.attributes import Attributes
 from elc_fx.capturing.graph import (
     DROPOUT_MODULES,
+    IN_PLACE_OPERATORS,
     KNOWN_PACKAGES,
     VIEW_MODULES,
     calls_differently,
@@ -128,7 +129,7 @@ def capture(
     if root in refused:
         raise CaptureError(refused[root].reason)
     cannot_be_entered, calls = dict(refused), None
-    askers: list[dict[str, Any]] = []
+    askers: dict[int, dict[str, Any]] = {}  # the globals of code that asks, by identity
     with alone(), randomness_of_the_caller():  # torch.fx changes `nn.Module` itself, for all threads
         while True:
             tracer = _Tracer(refused, given, bind_defaults, leaves, trainable, calls)
@@ -136,20 +137,19 @@ def capture(
             watch = Watch(tracer.note_question) if any(may_ask(m) for m in root.modules()) else nullcontext()
             try:
                 with torch.no_grad(), watch, _no_question_of_grad_mode(tracer.threads):
-                    with calls or nullcontext(), Answers(askers, tracer.examples_of):
+                    with calls or nullcontext(), Answers(askers.values(), tracer.examples_of):
                         graph = tracer.trace(root)
                     tracer.check_truthful(state)
             except Exception as error:
                 # Whatever user code raises when it meets a stand-in for a tensor means the same: it cannot be traced.
-                if not tracer.askers_beside(askers) and (calls is not None or not tracer.askers):
+                if not tracer.askers.keys() - askers:
                     raise CaptureError(_reason(error)) from error
             finally:
                 changed = before.restore()
-            more = tracer.askers_beside(askers)
-            if more or (calls is None and tracer.askers):
+            if tracer.askers.keys() - askers:
                 # Again, with answers where the type is known, and, twice as slowly, knowing whether torch is who asks.
                 refused, calls = dict(cannot_be_entered), calls or Calls()
-                askers.extend(more)
+                askers |= tracer.askers
                 continue
             if all(module in refused for _, module in changed):
                 break
@@ -229,11 +229,8 @@ def _cannot_be_entered(module: nn.Module) -> str | None:
         return "it is a TorchScript module"
     if has_unknown_hooks(module):
         return "it has hooks"
-    if module.training and (not is_leaf(module) or any(True for _ in module.buffers(recurse=False))):
-        return "it is in training mode"
-    if module.training and isinstance(module, DROPOUT_MODULES):
-        return "it is in training mode"
-    return None
+    keeps = isinstance(module, DROPOUT_MODULES) or any(True for _ in module.buffers(recurse=False))
+    return "it is in training mode" if module.training and (keeps or not is_leaf(module)) else None
 
 
 def _autocast_state() -> tuple[bool, ...]:
@@ -352,28 +349,14 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     """x += y changes the tensor x, which torch.fx records as x = x + y. A number it cannot change becomes a new one."""
 
     def method(self: fx.Proxy, other: Any) -> fx.Proxy:
-        target = getattr(operator, name if _is_number(self.node) else f"i{name.rstrip('_')}")
+        target = getattr(operator, f"__{name[1:]}__" if _is_number(self.node) else name)
         return self.tracer.create_proxy("call_function", target, (self, other), {})
 
     return method
 
 
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and_",
-    "or_",
-    "xor",
-    "lshift",
-    "rshift",
-):
-    for _class in (_Proxy, _Attribute):
-        setattr(_class, f"__i{_name.rstrip('_')}__", _in_place(_name))
+for _name in IN_PLACE_OPERATORS:
+    setattr(_StandIn, f"__{_name}__", _in_place(_name))
 
 
 class _ParameterProxy(ParameterProxy, _Proxy):
@@ -402,7 +385,7 @@ class _Tracer(fx.Tracer):
         trainable: bool,
         calls: Calls | None,
     ) -> None:
-        super().__init__(param_shapes_constant=True)
+        super().__init__()
         self.threads = {threading.get_ident()}  # that trace; what others run meanwhile is none of the tracer's business
         self.calls = calls
         self.askers: dict[int, dict[str, Any]] = {}  # by identity: the globals of code that asked for a value's type
@@ -455,10 +438,6 @@ class _Tracer(fx.Tracer):
             self.sizes[node] = examples
         return _Proxy(node, self)
 
-    def askers_beside(self, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The globals of code that asked."""
-        return [g for g in self.askers.values() if not any(g is other for other in known)]
-
     def examples_of(self, value: Any) -> tuple[Any, ...]:
         """For `Answers`: something of each type that a stand-in's value may be of."""
         if type(value) is _ParameterProxy:
@@ -509,10 +488,11 @@ class _Tracer(fx.Tracer):
     def note_question(self, function: str, question: Question, value: Any) -> None:
         """`function` asks something of `value` that a stand-in answers wrongly, or may."""
         what = "a value" if question.variable == "*" else f"`{question.variable}`"
-        nodes = [proxy.node for proxy in _proxies(value)]
-        if question.kind == "None" and any(node in self.uncertain for node in nodes):
+        asked = list(_stand_ins(value))
+        may_be_none = any(type(a) is _Proxy and a.node in self.uncertain for a in asked)
+        if question.kind == "None" and may_be_none:
             self.untruthful = f"`{function}` asks whether {what} is None; give example_inputs if it never is"
-        elif question.kind == "constant" and any(node in self.uncertain for node in nodes):
+        elif question.kind == "constant" and may_be_none:
             self.untruthful = (
                 f"`{function}` asks whether {what} is a particular object; give example_inputs if it never is"
             )
@@ -520,9 +500,9 @@ class _Tracer(fx.Tracer):
             self.untruthful = f"`{function}` asks whether {what} is a particular object"
         elif type(value) in (_Proxy, _ParameterProxy) and question.kind == "identity":
             self.untruthful = f"`{function}` asks whether {what} is the same object as something else"
-        elif question.kind == "type" and nodes:
+        elif question.kind == "type" and asked:
             self.untruthful = f"`{function}` asks for the type or the attributes of {what}"
-        elif question.kind == "exception" and nodes:
+        elif question.kind == "exception" and asked:
             self.untruthful = f"`{function}` handles exceptions, which tracing does not raise"
 
     def state(self) -> tuple[Any, int]:
@@ -544,8 +524,7 @@ class _Tracer(fx.Tracer):
         frame = sys._getframe(2)  # that of the code, behind that of `__bool__`
         needed = needed_truth(frame)
         if needed is None:
-            if {"max", "min"}.intersection(frame.f_code.co_names):
-                self.askers[id(frame.f_globals)] = frame.f_globals
+            self._note_extremes(frame)
             return super().to_bool(obj)
         holds = obj if needed else self.create_proxy("call_function", operator.eq, (obj, False), {})
         place = _source(frame.f_code.co_filename, frame.f_lineno)
@@ -553,10 +532,16 @@ class _Tracer(fx.Tracer):
         self.create_proxy("call_function", torch._assert, (holds, message), {})
         return needed
 
+    def _note_extremes(self, frame: types.FrameType) -> None:
+        """Code that may have asked by `max` or `min`, which can be recorded."""
+        if {"max", "min"}.intersection(frame.f_code.co_names):
+            self.askers[id(frame.f_globals)] = frame.f_globals
+
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """As of `list(x.chunk(2, 1))`; what is unpacked (`a, b = x.chunk(2, 1)`) does not come here."""
         count = self.count(obj)
         if count is None:
+            self._note_extremes(sys._getframe(2))
             way_out = "unpack it (`a, b = …`), or take its parts by index"
             raise TraceError(f"it iterates over a value, and the number of its parts is not known; {way_out}")
         return iter([operator.getitem(cast(Any, obj), i) for i in range(count)])
@@ -746,11 +731,12 @@ class _Tracer(fx.Tracer):
             return not is_leaf(module := self.root.get_submodule(str(node.target))) or isinstance(
                 module, nn.MultiheadAttention | nn.RNNBase
             )
+        unsure = not self.uncertain.isdisjoint(node.all_input_nodes)
         if node.op == "call_method":
-            return not hasattr(Tensor, str(node.target)) and _reads_uncertain(node, self.uncertain)
+            return unsure and not hasattr(Tensor, str(node.target))
         if node.op == "call_function":
             if node.target is getattr or function_name(node) == "getitem":
-                return _reads_uncertain(node, self.uncertain)
+                return unsure
             return package_of(node) not in (*KNOWN_PACKAGES, "elc_fx")
         return False
 
@@ -770,32 +756,35 @@ def _equals(value: Any, expected: Any) -> bool:
     return value is expected or bool(value == expected)
 
 
-def _proxies(value: Any) -> Iterator[fx.Proxy]:
-    """The stand-ins among a variable's value and the elements of containers."""
-    if type(value) is _Proxy:
+def _stand_ins(value: Any) -> Iterator[_StandIn]:
+    """A variable's value if it is one, and those among the elements of containers."""
+    if issubclass(type(value), _StandIn):
         yield value
-    elif type(value) in (tuple, list):
-        for item in value:
-            yield from _proxies(item)
-    elif type(value) is dict:
-        for item in value.values():
-            yield from _proxies(item)
+    elif type(value) in (tuple, list, dict):
+        for item in value.values() if type(value) is dict else value:
+            yield from _stand_ins(item)
 
 
 def _is_number(node: fx.Node) -> bool:
     """Whether a value is a Python number that was computed from sizes."""
     if node.op == "call_method":
-        return node.target in ("size", "dim", "numel", "stride", "item", "__len__")
+        return node.target in (
+            "size",
+            "dim",
+            "numel",
+            "nelement",
+            "stride",
+            "storage_offset",
+            "element_size",
+            "item",
+            "__len__",
+        )
     if node.op != "call_function":
         return False
     if node.target is getattr:
-        return node.args[1] in ("shape", "ndim")
+        return node.args[1] in ("shape", "ndim", "itemsize", "nbytes")
     home = getattr(node.target, "__module__", None)
-    return home in ("_operator", "math") and all(_is_number(source) for source in node.all_input_nodes)
-
-
-def _reads_uncertain(node: fx.Node, uncertain: set[fx.Node]) -> bool:
-    return any(source in uncertain for source in node.all_input_nodes)
+    return home in ("_operator", "math", "builtins") and all(_is_number(source) for source in node.all_input_nodes)
 
 
 def _reason(error: Exception) -> str:

@@ -379,6 +379,14 @@ def is_identity(captured: nn.Module, node: fx.Node) -> bool:
     return False
 
 
+def vanishes(captured: nn.Module, node: fx.Node) -> bool:
+    """Whether a module computes nothing in eval mode, dropped paths included."""
+    if node.op != "call_module":
+        return False
+    module = module_of(captured, node)
+    return is_identity(captured, node) or (is_drop_path(module) and not has_hooks(module))
+
+
 def is_drop_path(module: nn.Module) -> bool:
     """Whether a module drops whole samples of a branch in training (stochastic depth), and is an identity in eval."""
     return type(module).__name__ in DROP_PATHS and next(module.parameters(), None) is None

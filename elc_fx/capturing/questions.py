@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 
@@ -36,7 +37,6 @@ Note = Callable[[str, Question, Any], None]  # function, question, value
 _questions: dict[
     int, tuple[frozenset[Question], types.CodeType]
 ] = {}  # by identity: a code object hashes all that it holds
-_classes: dict[type, bool] = {}
 
 
 class Watch:
@@ -115,10 +115,13 @@ def may_ask(module: nn.Module) -> bool:
 
     Errs on the side of yes. What torch's own functions ask does not count, nor what is asked of `self`'s attributes.
     """
-    cls, functions = type(module), _own_functions(module)
-    if cls not in _classes:
-        _classes[cls] = _any_asks([getattr(cls, "forward", None)], cls)
-    return _classes[cls] or (bool(functions) and _any_asks(functions, cls))
+    cls: Any = type(module)
+    return _class_asks(cls) or _any_asks(_own_functions(module), cls)
+
+
+@functools.cache
+def _class_asks(cls: Any) -> bool:
+    return _any_asks([cls.forward], cls)
 
 
 def _own_functions(module: nn.Module) -> list[types.FunctionType]:
@@ -221,7 +224,7 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _is_torch(code: types.CodeType) -> bool:
-    return "/torch/" in code.co_filename.replace("\\", "/")
+    return code.co_filename.startswith(TORCH)
 
 
 def questions_of(code: types.CodeType) -> frozenset[Question]:
@@ -364,7 +367,7 @@ def _origin(steps: list[_Step]) -> str:
     return "*"
 
 
-OWN = os.path.dirname(__file__)
+OWN, TORCH = (os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))
 EXCEPTS = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH")
 BARE_EXCEPT = ["PUSH_EXC_INFO", "POP_TOP"]  # from Python 3.11 on
 JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))

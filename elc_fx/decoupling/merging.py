@@ -14,7 +14,7 @@ from torch import fx
 
 from elc_fx.affine import AffineMap, Geometry
 from elc_fx.capturing.copying import clone
-from elc_fx.capturing.graph import has_hooks, has_unknown_hooks, is_drop_path, is_identity, module_of
+from elc_fx.capturing.graph import has_hooks, has_unknown_hooks, module_of, vanishes
 from elc_fx.capturing.inputs import check_unwrapped
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.decoupling.decoupled import DecoupledModule
@@ -152,7 +152,7 @@ class ClosedInterpreter(Interpreter):
             return self._batch_norm_module(node, source, module, len(module.ring))
         if isinstance(module, DecoupledActivation):
             return self._closed_activation(node, source, module)
-        identity = isinstance(module, DecoupledPadding) or is_identity(self.captured, node) or is_drop_path(module)
+        identity = isinstance(module, DecoupledPadding) or vanishes(self.captured, node)
         if identity or isinstance(module, RingPad):
             if not self.features[source].is_known:
                 return None

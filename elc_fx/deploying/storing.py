@@ -33,7 +33,7 @@ from torch.fx.graph import CodeGen
 from torch.nn.utils.parametrize import is_parametrized
 
 from elc_fx.capturing import capture
-from elc_fx.capturing.graph import has_hooks, module_of, put_attribute
+from elc_fx.capturing.graph import attribute_of, has_hooks, module_of, put_attribute
 from elc_fx.capturing.identity import add_tensor
 from elc_fx.compiled import REPORT, CompiledModule
 from elc_fx.errors import InvalidInputError, StorageError
@@ -132,7 +132,7 @@ def load(file: str | Path) -> fx.GraphModule:
     except OSError as error:
         raise StorageError(f"cannot read {file}: {error}") from error
     except (
-        *(SafetensorError, InvalidInputError, ArithmeticError, AttributeError, LookupError),
+        *(SafetensorError, ArithmeticError, AttributeError, LookupError),
         *(RuntimeError, TypeError, ValueError, SyntaxError, MemoryError),  # the last two: nested too deeply
     ) as error:
         raise StorageError(f"{file} is no network that elc_fx saved, or it is damaged: {error}") from error
@@ -285,7 +285,7 @@ class _Writer:
     def _attributes(self) -> dict[str, Any]:
         described: dict[str, Any] = {}
         for node in self.module.graph.find_nodes(op="get_attr"):
-            value: Any = operator.attrgetter(str(node.target))(self.module)
+            value = attribute_of(self.module, node)
             if not isinstance(value, Tensor):
                 raise StorageError(f"`{node.target}` is a {type(value).__name__}, expected a tensor")
             described[str(node.target)] = self._tensor(value, str(node.target))
@@ -548,7 +548,7 @@ def _inverse(order: list[int]) -> list[int]:
 
 def _digest(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Of everything in the file."""
-    digest = hashlib.sha256(json.dumps({k: v for k, v in described.items() if k != "digest"}, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(tensors):
         add_tensor(digest, name, tensors[name])
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from elc_fx.affine import Geometry, Ints, Padding, moved
 from elc_fx.capturing.attributes import unchanged
 from elc_fx.capturing.capture import Capture, capture
 from elc_fx.capturing.equivalence import verify_trace
-from elc_fx.capturing.graph import has_hooks, is_drop_path, is_identity, module_of
+from elc_fx.capturing.graph import vanishes
 from elc_fx.capturing.inputs import NO_EXAMPLES, ExampleInputs, fresh, running
 from elc_fx.capturing.randomness import reproducibly
 from elc_fx.capturing.shapes import Value
@@ -45,7 +45,7 @@ class SerialInterpreter(Interpreter):
         super().__init__(captured, values)
 
     def _operation(self, node: fx.Node) -> Operation | None:
-        if self._does_nothing(node):
+        if vanishes(self.captured, node):
             return self._stand_in(node)
         if (activation := activation_of(self.captured, node)) is not None:
             if not self._acts_per_channel(node, activation):
@@ -62,13 +62,7 @@ class SerialInterpreter(Interpreter):
         return super()._operation(node)
 
     def _passes_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        return tuple(node.all_input_nodes[:1]) if self._does_nothing(node) else super()._passes_on(node)
-
-    def _does_nothing(self, node: fx.Node) -> bool:
-        if node.op != "call_module":
-            return False
-        module = module_of(self.captured, node)
-        return is_identity(self.captured, node) or (is_drop_path(module) and not has_hooks(module))
+        return tuple(node.all_input_nodes[:1]) if vanishes(self.captured, node) else super()._passes_on(node)
 
     def _mean_of_windows(self, node: fx.Node, pooling: Any) -> Operation | None:
         source = node.all_input_nodes[0]

@@ -34,7 +34,7 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from elc_fx.affine import AffineMap, Geometry
-from elc_fx.capturing.graph import function_name, is_drop_path, is_identity, module_of, runs_foreign_code
+from elc_fx.capturing.graph import function_name, module_of, runs_foreign_code, vanishes
 from elc_fx.capturing.identity import described
 from elc_fx.capturing.shapes import run_recording
 from elc_fx.deploying.exporting import onnx_model
@@ -316,7 +316,7 @@ class LatencyMeter:
             return None
         if not sources or any(source not in self.values for source in sources):
             return None
-        if node.op == "call_module" and self._vanishes(node):
+        if vanishes(self.graph.graph_module, node):  # a deployed network has no such module
             return None
         if self._convolves(node):
             return self._layer(operations[node].geometry, operations[node].source, node)
@@ -340,11 +340,6 @@ class LatencyMeter:
 
     def _numbers_of(self, node: fx.Node) -> int:
         return math.prod(self.values[node][0]) if node in self.values else 0
-
-    def _vanishes(self, node: fx.Node) -> bool:
-        """Whether a deployed network has no such module."""
-        network = self.graph.graph_module
-        return is_identity(network, node) or is_drop_path(module_of(network, node))
 
     def _leaders(self) -> dict[fx.Node, fx.Node]:
         """For every node the one together with which a deployed network computes it: itself, or one before it."""
