@@ -121,7 +121,7 @@ def may_ask(module: nn.Module) -> bool:
 
 @functools.cache
 def _class_asks(cls: Any) -> bool:
-    return _any_asks([cls.forward], cls)
+    return _any_asks([getattr(cls, "forward", None)], cls)  # which a class of TorchScript has not
 
 
 def _own_functions(module: nn.Module) -> list[types.FunctionType]:
