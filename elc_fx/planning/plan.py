@@ -134,9 +134,10 @@ class Plan:
         Args:
             model, example_inputs, longest: as for `candidates`.
             collapse: names of candidates, such as "layer1.0" or "layer1.0:5x5" (`Candidate.full_name` is one that
-                stands for that alone); or patterns over names of layers, such as "layer1.*": each stands for the largest candidates all of whose layers match. Without a kernel size
-                after a colon, the largest one is taken that is no larger than the largest kernel of its own layers,
-                and a layer by itself, which only a smaller kernel makes cheaper, is left as it is.
+                stands for that alone); or patterns over names of layers, such as "layer1.*": each stands for the
+                largest candidates all of whose layers match. Without a kernel size after a colon, the largest one is
+                taken that is no larger than the largest kernel of its own layers, and a layer by itself, which only a
+                smaller kernel makes cheaper, is left as it is.
             keep: names or patterns of layers that stay as they are.
             kernels: which kernels stay how large, by names or patterns of layers, where the choice of `candidates`
                 is not wanted: {"layer1.0.conv1": 1, "layer1.0.conv2": 3}.
