@@ -553,7 +553,8 @@ class _Tracer(fx.Tracer):
         if count is not None and not any(user.target is len for user in obj.node.users):
             counted = self.create_proxy("call_function", len, (obj,), {})
             holds = self.create_proxy("call_function", operator.eq, (counted, count), {})
-            message = f"`{obj.node.name}` has another number of parts than the {count} that elc_fx was told of"
+            many = f"another number of parts than the {count} that elc_fx traced"
+            message = f"`{obj.node.name}` has {many}; give it such example_inputs"
             self.create_proxy("call_function", torch._assert, (holds, message), {})
         return count
 
