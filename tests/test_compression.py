@@ -177,6 +177,22 @@ def test_what_cannot_be_trained_on_is_told_before_anything_is_planned(
         elc_fx.compile(teacher, image(), mode="decouple", budget=HALF, finetune=tuning)
 
 
+def test_data_that_can_be_gone_through_once_is_left_for_the_training(teacher: nn.Module) -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.left = iter(list(loader(64)))
+
+        def __len__(self) -> int:
+            return len(list(loader(64)))
+
+        def __iter__(self) -> Any:
+            return self.left
+
+    data = Once()
+    Finetuning(teacher, elc_fx.FinetuneConfig(data, epochs=1, progress=False)).check()
+    assert len(list(data)) == len(data)
+
+
 def test_what_a_module_does_in_training_only_is_told_when_it_is_collapsed(teacher: nn.Module) -> None:
     class Noise(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

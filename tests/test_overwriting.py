@@ -86,6 +86,13 @@ def reads_sizes_of_what_is_written(s: Any, x: Tensor) -> Any:
     return s.bn(y) * height
 
 
+def reads_sizes_of_what_is_turned(s: Any, x: Tensor) -> Any:
+    y = s.c(x)
+    z = s.bn(y)
+    z.transpose_(2, 3)
+    return z * y.shape[2]
+
+
 def reads_sizes_of_a_view(s: Any, x: Tensor) -> Any:
     y = s.c(x)
     seen = y.view(y.size(0), 4, -1, y.size(3))
@@ -95,14 +102,16 @@ def reads_sizes_of_a_view(s: Any, x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("forward", [reads_sizes, reads_sizes_of_what_is_written, reads_sizes_of_a_view])
+@pytest.mark.parametrize(
+    "forward", [reads_sizes, reads_sizes_of_what_is_written, reads_sizes_of_what_is_turned, reads_sizes_of_a_view]
+)
 def test_a_size_that_is_read_in_between_keeps_nothing_apart(forward: Callable[[Any, Tensor], Any], given: bool) -> None:
     model = ready(Unary(forward, c=nn.Conv2d(4, 4, 3, padding=1), bn=nn.BatchNorm2d(4)))
     x, other = image(2, 4, 5, 5), image(1, 4, 7, 3)
     compiled = elc_fx.compile(model, x if given else None)
     assert_same(compiled(x), model(x))
     assert_same(compiled(other), model(other))
-    assert len(batch_norms(compiled)) == (forward is not reads_sizes)
+    assert len(batch_norms(compiled)) == (forward not in (reads_sizes, reads_sizes_of_what_is_turned))
 
 
 # --- in-place operations ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import cProfile
 import gc
 import math
 import operator
+import pickle
 import re
 import sys
 import weakref
@@ -30,6 +31,7 @@ from networks import (
     image,
     pair,
     per_channel,
+    quiet,
     ready,
 )
 from torch import Tensor, nn
@@ -405,6 +407,11 @@ def test_types_of_what_is_a_tensor_for_sure_are_known(question: Callable[[Any, A
         lambda s, y: isinstance(y.chunk(2), tuple),
         lambda s, y: isinstance(y.shape[0] / 2, float),
         lambda s, y: isinstance(y.sum().item(), float),
+        lambda s, y: isinstance(operator.add(y.shape[2:3], (4,)), tuple),
+        lambda s, y: isinstance(y.shape[2:] * 2, tuple),
+        lambda s, y: isinstance(max(y.shape[2:], (7, 9)), tuple),
+        lambda s, y: isinstance("a" * y.shape[1], str),
+        lambda s, y: isinstance((1,) * y.shape[1], tuple),
         lambda s, y: isinstance(y.grad_fn, type(None)),
         lambda s, y: isinstance(F.max_pool2d(y, 2, return_indices=True), tuple),
         lambda s, y: isinstance(F.max_pool2d(y, 2, None, 0, 1, False, True), tuple),
@@ -474,6 +481,7 @@ def test_the_larger_of_two_sizes_is_computed_by_the_graph(forward: Callable[[Any
     model = ready(Unary(forward, block=conv_bn(4, 4), other=conv_bn(4, 4), w=nn.Parameter(torch.rand(4, 4, 3, 3))))
     compiled = check(model, image(2, 4, 6, 5))
     assert not opaque_reasons(compiled) and not batch_norms(compiled)
+    assert not opaque_reasons(elc_fx.compile(pickle.loads(pickle.dumps(compiled))))
     for other in (image(1, 4, 3, 9), image(1, 4, 8, 8)):
         assert_same(compiled(other), model(other))
     assert "max" not in globals() and "min" not in globals()
@@ -581,21 +589,24 @@ def test_parts_whose_number_is_known_may_be_iterated(name: str, tmp_path: Path) 
         parts = SPLIT[name](s, s.block(x))
         parts.append(s.inner(parts[-1][:, :1]))
         y: Tensor = torch.cat(parts, 1)
-        return y.reshape(*y.shape[:2], -1) * y.flatten(2).reshape(*x.shape[:1], -1, x.shape[-2:].numel())
+        return y.reshape(*y.shape[:2], -1) * y.flatten(2).reshape(*x.shape[:1], -1, x.size(2) * x.size(3))
 
     model, x = ready(Unary(forward, block=conv_bn(4, 4), inner=conv_bn(1, 1))), image(2, 4, 5, 5)
     compiled = check(model, x)
     assert not opaque_reasons(compiled) and not batch_norms(compiled)
+    assert_same(pickle.loads(pickle.dumps(compiled))(x), model(x))
+    assert_same(quiet(torch.jit.script, compiled)(x), model(x))
+    assert not opaque_reasons(elc_fx.compile(compiled))
     elc_fx.save(compiled, tmp_path / "parts.elc")
     assert_same(elc_fx.load(tmp_path / "parts.elc")(x), model(x))
 
 
 def test_another_number_of_parts_is_an_error() -> None:
-    model = ready(Unary(lambda s, x: sum(s.block(part) for part in x.chunk(3)), block=conv_bn(4, 4)))
+    model = ready(Unary(lambda s, x: sum(s.block(part) for part in x.chunk(3, 2)), block=conv_bn(4, 4)))
     compiled = elc_fx.compile(model)
-    x = image(4, 4, 5, 5)
+    x = image(2, 4, 4, 5)
     assert not opaque_reasons(compiled)
-    assert_same(compiled(x[:3]), model(x[:3]))
+    assert_same(compiled(x[:, :, :3]), model(x[:, :, :3]))
     with pytest.raises(AssertionError, match="another number of parts than the 3"):
         compiled(x)  # two of two
 

@@ -40,6 +40,28 @@ PARTS = {  # how the argument is called that says how many, or of which sizes
 GIVE_OTHERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.AdaptiveLogSoftmaxWithLoss)
 
 
+@fx.wrap
+def largest(*values: Any) -> Any:
+    """`max`, in a graph: Python's own cannot be traced again, as unpickling does."""
+    return max(*values)
+
+
+@fx.wrap
+def smallest(*values: Any) -> Any:
+    """`min`, likewise."""
+    return min(*values)
+
+
+@fx.wrap
+def has_parts(value: list[Tensor], count: int) -> bool:
+    """Of a list or a tuple of tensors; TorchScript asks for one type."""
+    return len(value) == count
+
+
+LARGEST, SMALLEST, HAS_PARTS = largest, smallest, has_parts  # while fx traces, the names are of its own wrappers
+EXTREMES = (LARGEST, SMALLEST)
+
+
 class Answers:
     """While active. namespaces: the globals of the files that ask.
 
@@ -54,8 +76,8 @@ class Answers:
     def __enter__(self) -> None:
         answers = {
             "isinstance": self._isinstance,
-            "max": functools.partial(self._extreme, max),
-            "min": functools.partial(self._extreme, min),
+            "max": functools.partial(self._extreme, max, LARGEST),
+            "min": functools.partial(self._extreme, min, SMALLEST),
         }
         self.put = [(namespace, name) for namespace in self.namespaces for name in answers if name not in namespace]
         for namespace, name in self.put:
@@ -75,12 +97,14 @@ class Answers:
                     return answers.pop()
         return builtins.isinstance(value, classes)
 
-    def _extreme(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _extreme(self, function: Callable[..., Any], recorded: Any, *args: Any, **options: Any) -> Any:
         proxies = [value for value in tree_leaves(args) if issubclass(type(value), fx.Proxy)]
         of_sizes = all(any(type(e) in (int, torch.Size) for e in self.examples_of(value)) for value in proxies)
         if not proxies or not of_sizes or options:
             return function(*args, **options)
-        return proxies[0].tracer.create_proxy("call_function", function, args, {})
+        made = proxies[0].tracer.create_proxy("call_function", recorded, args, {})
+        made.node.meta["is_wrapped"] = True
+        return made
 
 
 def _tells(cls: Any, example: Any) -> bool:
@@ -112,9 +136,16 @@ def examples_of_size(
         return (1,) if (others[0] if node.target is getattr else node.target) in COUNTS else ()
     if node.target is operator.getitem and isinstance(first, fx.Node) and sizes.get(first) == SIZES:
         return SIZES if isinstance(others[0], slice) else (1,)
-    plain = getattr(node.target, "__module__", None) in ("_operator", "math", "builtins")
-    computed = node.op == "call_function" and plain and bool(node.all_input_nodes)
-    return NUMBERS if computed and all(value in sizes for value in node.all_input_nodes) else ()
+    inputs = node.all_input_nodes
+    if node.op != "call_function" or not inputs or not all(value in sizes for value in inputs):
+        return ()
+    if node.target in EXTREMES and not others:  # of the parts of one shape, or of a list of numbers
+        of_shape = isinstance(first, fx.Node)
+        return NUMBERS if of_shape or all(sizes[value] != SIZES for value in inputs) else ()
+    # What is computed from a shape, or with a sequence or a text, may be one.
+    numbers = all(isinstance(value, fx.Node | int | float) for value in (first, *others))
+    computed = getattr(node.target, "__module__", None) in ("_operator", "math") or node.target in EXTREMES
+    return NUMBERS if computed and numbers and all(sizes[value] != SIZES for value in inputs) else ()
 
 
 def number_of_parts(node: fx.Node) -> int | None:
@@ -128,7 +159,10 @@ def number_of_parts(node: fx.Node) -> int | None:
     parts = others[0] if others else node.kwargs.get(PARTS[name])
     if isinstance(parts, list | tuple):
         return len(parts) + (name == "tensor_split")  # it is given where to split
-    return parts if isinstance(parts, int) and not name.startswith("split") else None
+    if name.endswith("chunk"):  # of a batch there may be fewer
+        axis = others[1] if len(others) > 1 else node.kwargs.get("dim", 0)
+        return parts if isinstance(parts, int) and isinstance(axis, int) and axis != 0 else None
+    return parts if isinstance(parts, int) and name == "tensor_split" else None
 
 
 def _is_shape(node: fx.Node) -> bool:

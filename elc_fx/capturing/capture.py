@@ -30,7 +30,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy, TraceError
 
-from elc_fx.capturing.answers import EXAMPLE, FIXED, Answers, examples_of_size, gives_tensor, number_of_parts
+from elc_fx.capturing.answers import (
+    EXAMPLE,
+    EXTREMES,
+    FIXED,
+    HAS_PARTS,
+    Answers,
+    examples_of_size,
+    gives_tensor,
+    number_of_parts,
+)
 from elc_fx.capturing.attributes import Attributes
 from elc_fx.capturing.graph import (
     DROPOUT_MODULES,
@@ -550,9 +559,12 @@ class _Tracer(fx.Tracer):
         """How many parts a value has, or None. The graph checks it."""
         example: Any = self.examples.get(obj.node)
         count = len(example) if type(example) in (list, tuple) else number_of_parts(obj.node)
-        if count is not None and not any(user.target is len for user in obj.node.users):
-            counted = self.create_proxy("call_function", len, (obj,), {})
-            holds = self.create_proxy("call_function", operator.eq, (counted, count), {})
+        if type(example) is list and any(user.op == "call_method" for user in obj.node.users):
+            return None  # which may have changed it
+        of_shape = obj.node.target is operator.getitem  # an index beyond it is an error by itself
+        if count is not None and not of_shape and not any(user.target is HAS_PARTS for user in obj.node.users):
+            holds = self.create_proxy("call_function", HAS_PARTS, (obj, count), {})
+            holds.node.meta["is_wrapped"] = True
             many = f"another number of parts than the {count} that elc_fx traced"
             message = f"`{obj.node.name}` has {many}; give it such example_inputs"
             self.create_proxy("call_function", torch._assert, (holds, message), {})
@@ -785,7 +797,8 @@ def _is_number(node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1] in ("shape", "ndim", "itemsize", "nbytes")
     home = getattr(node.target, "__module__", None)
-    return home in ("_operator", "math", "builtins") and all(_is_number(source) for source in node.all_input_nodes)
+    plain = home in ("_operator", "math") or node.target in EXTREMES
+    return plain and all(_is_number(source) for source in node.all_input_nodes)
 
 
 def _reason(error: Exception) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.nn.utils.parametrize import is_parametrized
 
-from elc_fx.capturing import capture
+from elc_fx.capturing import answers, capture
 from elc_fx.capturing.graph import attribute_of, has_hooks, module_of, put_attribute
 from elc_fx.capturing.identity import add_tensor
 from elc_fx.compiled import REPORT, CompiledModule
@@ -66,6 +66,7 @@ OWN: dict[str, Callable[..., Any]] = {
     "is_none": capture._is_none,
     "is_tensor": capture._is_tensor,
     "equals": capture._equals,
+    **{function.__name__: function for function in (answers.HAS_PARTS, *answers.EXTREMES)},
 }
 CONSTANTS: dict[str, type] = {
     "dtype": torch.dtype,
@@ -148,8 +149,7 @@ class _UnknownError(Exception):
 @functools.cache
 def functions() -> dict[str, Callable[..., Any]]:
     """The functions that a graph may call: torch's for tensors, Python's operators, and a few of elc_fx."""
-    found: dict[str, Callable[..., Any]] = {"torch._assert": torch._assert}
-    found.update({f"builtins.{name}": getattr(builtins, name) for name in ("getattr", "len", "max", "min")})
+    found: dict[str, Callable[..., Any]] = {"torch._assert": torch._assert, "builtins.getattr": builtins.getattr}
     found["collections.OrderedDict"] = OrderedDict
     overridable = torch.overrides.get_overridable_functions()
     for namespace in NAMESPACES:

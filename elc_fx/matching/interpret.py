@@ -25,6 +25,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
 from elc_fx.affine import AffineMap, Geometry, Ints, Padding, same_padding, transposed_weight, wide
+from elc_fx.capturing.answers import EXTREMES
 from elc_fx.capturing.attributes import Attributes
 from elc_fx.capturing.capture import assign
 from elc_fx.capturing.graph import (
@@ -694,16 +695,17 @@ class Interpreter:
     def _read_sizes_behind_scales(self) -> None:
         """The size of what a batch norm is given is read from its result, which has the same.
 
-        The batch norm moves to its input for that, before the readers; so nothing may write into that in between.
+        The batch norm moves to its input for that, and the readers behind it, before anything can write into either.
         """
         for node, operation in self.operations.items():
             source = operation.source
-            readers = self.sizes.intersection(source.users)
+            readers = [user for user in source.users if user in self.sizes and user.all_input_nodes == [source]]
             alone = readers and len(source.users) == len(readers) + 1 and allocates(self.captured, source)
             if alone and node.op == "call_module" and operation.geometry.is_scale:
                 source.append(node)
                 for reader in readers:
                     reader.replace_input_with(source, node)
+                    node.append(reader)
 
     def _erase_settled_assertions(self) -> None:
         """Erases assertions on axes that the layers settle, and what only those read: they stand between layers."""
@@ -816,6 +818,7 @@ def _sizes(graph: fx.Graph) -> set[fx.Node]:
         else:
             inputs = node.all_input_nodes
             plain = getattr(node.target, "__module__", None) in ("_operator", "math", "builtins")  # makes no tensors
+            plain = plain or node.target in EXTREMES
             is_size = node.op == "call_function" and plain and bool(inputs) and sizes.issuperset(inputs)
         if is_size:
             sizes.add(node)

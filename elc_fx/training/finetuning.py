@@ -225,7 +225,14 @@ class Finetuning:
             return self._run()
 
     def check(self) -> None:
-        """Raises what the data and the loss would raise in the first step; nothing is trained."""
+        """Raises what the data and the loss would raise in the first step; nothing is trained.
+
+        Nor is data looked at that can be gone through only once, or a loss asked that keeps what it was given.
+        """
+        if not isinstance(self.batches, DataLoader | list | tuple) and iter(self.batches) is iter(self.batches):
+            return
+        if isinstance(self.config.loss, nn.Module) and any(True for _ in self.config.loss.buffers()):
+            return
         network = self.network.to(self.device)
         with torch.inference_mode(False), torch.enable_grad(), SoundConvolutions():
             for batch in self.batches:
