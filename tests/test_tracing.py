@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import cProfile
 import gc
@@ -394,6 +395,14 @@ def test_types_of_what_is_a_tensor_for_sure_are_known(question: Callable[[Any, A
     assert "isinstance" not in globals() and not hasattr(torch, "isinstance")
 
 
+def test_types_are_known_to_files_that_have_pythons_own_function_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `from builtins import *`, by which code ran under Python 2."""
+    monkeypatch.setitem(globals(), "isinstance", isinstance)
+    compiled = check(ready(Asked(lambda s, y: isinstance(y, Tensor))), image(2, 4, 5, 5))
+    assert not opaque_reasons(compiled) and not batch_norms(compiled)
+    assert globals()["isinstance"] is builtins.isinstance
+
+
 @pytest.mark.parametrize(
     "question",
     [
@@ -573,7 +582,9 @@ def test_a_number_that_grows_is_another_one(name: str, given: bool) -> None:
 SPLIT: dict[str, Callable[[Any, Any], list[Any]]] = {
     "list": lambda s, y: list(y.chunk(2, 1)),
     "sizes": lambda s, y: list(torch.split(y, [1, 3], dim=1)),
+    "sizes, of a method": lambda s, y: list(y.split(split_size=[1, 3], dim=1)),
     "starred": lambda s, y: [*y.tensor_split((1, 3), 1)],
+    "sections": lambda s, y: [*y.tensor_split(sections=2, dim=1)],
     "loop": lambda s, y: [part.relu() for part in torch.chunk(y, chunks=2, dim=1)],
     "rest": lambda s, y: (lambda first, *rest: [first, *rest])(*y.split_with_sizes([2, 2], 1)),
     "zip": lambda s, y: [part * k for k, part in zip((1, 2), y.tensor_split(2, dim=1), strict=True)],

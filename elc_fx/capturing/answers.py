@@ -31,11 +31,11 @@ FIXED = ("data", "device", "dtype", "layout", "ndim", "shape")  # attributes tha
 BY_CLASS = (type, abc.ABCMeta, type(Tensor), type(nn.Parameter), type(nn.Buffer))
 CONVERSIONS = ("bfloat16", "bool", "cpu", "cuda", "double", "float", "half", "int", "long")  # methods of tensors alone
 PARTS = {  # how the argument is called that says how many, or of which sizes
-    "chunk": "chunks",
-    "unsafe_chunk": "chunks",
-    "split": "split_size_or_sections",
-    "split_with_sizes": "split_sizes",
-    "tensor_split": "tensor_indices_or_sections",
+    "chunk": ("chunks",),
+    "unsafe_chunk": ("chunks",),
+    "split": ("split_size_or_sections", "split_size"),
+    "split_with_sizes": ("split_sizes",),
+    "tensor_split": ("tensor_indices_or_sections", "indices_or_sections", "indices", "sections"),
 }
 GIVE_OTHERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.AdaptiveLogSoftmaxWithLoss)
 
@@ -71,7 +71,7 @@ class Answers:
     def __init__(self, namespaces: Collection[dict[str, Any]], examples_of: Callable[[Any], tuple[Any, ...]]) -> None:
         self.namespaces = namespaces
         self.examples_of = examples_of
-        self.put: list[tuple[dict[str, Any], str]] = []
+        self.put: list[tuple[dict[str, Any], str, bool]] = []  # the last: whether Python's own was there by its name
 
     def __enter__(self) -> None:
         answers = {
@@ -79,13 +79,20 @@ class Answers:
             "max": functools.partial(self._extreme, max, LARGEST),
             "min": functools.partial(self._extreme, min, SMALLEST),
         }
-        self.put = [(namespace, name) for namespace in self.namespaces for name in answers if name not in namespace]
-        for namespace, name in self.put:
-            namespace[name] = answers[name]
+        for namespace in self.namespaces:
+            for name, answer in answers.items():
+                pythons = getattr(builtins, name)
+                if namespace.get(name, pythons) is pythons:
+                    self.put.append((namespace, name, name in namespace))
+                    namespace[name] = answer
 
     def __exit__(self, *_: object) -> None:
-        for namespace, name in self.put:
-            namespace.pop(name, None)
+        while self.put:
+            namespace, name, was_there = self.put.pop()
+            if was_there:
+                namespace[name] = getattr(builtins, name)
+            else:
+                namespace.pop(name, None)
         self.examples_of = lambda _: ()  # for files that imported it from there meanwhile
 
     def _isinstance(self, value: Any, classes: Any) -> bool:
@@ -156,7 +163,7 @@ def number_of_parts(node: fx.Node) -> int | None:
     name = function_name(node)
     if name not in PARTS or not is_torchs(node):
         return None
-    parts = others[0] if others else node.kwargs.get(PARTS[name])
+    parts = others[0] if others else next((node.kwargs[key] for key in PARTS[name] if key in node.kwargs), None)
     if isinstance(parts, list | tuple):
         return len(parts) + (name == "tensor_split")  # it is given where to split
     if name.endswith("chunk"):  # of a batch there may be fewer
