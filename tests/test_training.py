@@ -105,6 +105,7 @@ def test_what_did_best_on_the_validation_data_remains() -> None:
         inputs, target = validation[0]
         remaining = float((student(inputs).argmax(1) == target).float().mean())
     assert remaining == pytest.approx(history.best.score)
+    assert f"{history.best.number}*" in str(history) and str(history).count("*") == 1
     assert history.best.score == max(epoch.score for epoch in history.epochs if epoch.score is not None)
 
 
@@ -153,6 +154,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_do() -> None:
         ({"loss": nn.CrossEntropyLoss(reduction="none")}, "a tensor of .16., expected a tensor with one number"),
         ({"loss": lambda output, target: 0.5}, "a float"),
         ({"loss": lambda output, target: output.detach().mean()}, "detached"),
+        ({"loss": lambda output: output.mean()}, "the loss function does not run on what the network gives: TypeError"),
         ({"train_data": [torch.zeros(1, 3, 8, 8)]}, "pair"),
         ({"tensorboard": True}, "folder"),
         ({"gate_order": "sideways"}, "gate_order"),

@@ -395,7 +395,8 @@ class Finetuning:
 
     def _task_loss(self, output: Any, target: Any) -> Tensor:
         if self.config.loss is not None:
-            return _one_number(self.config.loss(output, target))
+            with running("the loss function does not run on what the network gives"):
+                return _one_number(self.config.loss(output, target))
         if not isinstance(output, Tensor) or not isinstance(target, Tensor):
             raise InvalidInputError(
                 f"the network gives a {type(output).__name__} and the data a {type(target).__name__} as target; "

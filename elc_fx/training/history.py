@@ -7,6 +7,8 @@ import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from tabulate import tabulate
+
 METRICS = "metrics.csv"
 
 
@@ -36,6 +38,22 @@ class History:
         """The one whose weights remain: the best of those with closed gates; without validation the last."""
         scored = [epoch for epoch in self.epochs if epoch.score is not None]
         return max(scored, key=lambda epoch: epoch.score or 0.0) if scored else self.epochs[-1]
+
+    def __str__(self) -> str:
+        """A table; a star marks the epoch whose weights remain."""
+        rows = [
+            (
+                f"{epoch.number}{'*' if epoch == self.best else ''}",
+                f"{epoch.loss:.4g}",
+                f"{epoch.gate:.2f}",
+                f"{epoch.learning_rate:.2g}",
+                f"{epoch.images_per_second:,.0f}",
+                "" if epoch.score is None else f"{epoch.score:.4f}",
+            )
+            for epoch in self.epochs
+        ]
+        headers = ("epoch", "loss", "gate", "learning rate", "images/s", "score")
+        return tabulate(rows, headers, disable_numparse=True, colalign=["right"] * len(headers))
 
 
 def metrics(epochs: Iterable[Epoch]) -> bytes:
