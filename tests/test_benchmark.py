@@ -211,6 +211,19 @@ def test_a_plan_for_the_time_of_many_images_makes_its_network(
     assert stored["plan"]["candidates"] and stored["after"]["flops"] < stored["before"]["flops"]
 
 
+def test_what_is_fitted_may_be_pruned_as_well(task: dict[str, Any], tmp_path: Path) -> None:
+    rows.train(method=["both"], **task)
+    row = json.loads((tmp_path / "results" / "net-both-0.6-1-0.json").read_text())
+    model, x = load(task["weights"]), torch.zeros(1, 3, 32, 32)
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.from_json(json.dumps(row["plan"])))
+    elc_fx.set_gate(decoupled, 0)
+    flops, (before, after) = elc_fx.measure(elc_fx.merge(decoupled), x).flops, (row["before"], row["after"])
+    assert 0.6 <= after["flops"] / before["flops"] < 0.63 < flops / before["flops"] <= 0.6**0.5
+    assert after["parameters"] < before["parameters"] and tables._layers(row) != tables._layers(
+        {**row, "after": before}
+    )
+
+
 def test_slopes_begin_as_relus(task: dict[str, Any]) -> None:
     made = methods.Task(task["weights"], task["data"], task["budget"], task["seed"], task["runs"])
     plan, x = made.plan(loss="uniform"), made.calibration[0]

@@ -74,7 +74,7 @@ class Method:
     """What it is, how its network is planned and made, and what of the training differs.
 
     plan: gives None where nothing is planned. epochs: times those of the others. activations: what it has instead of
-    those of the original.
+    those of the original. prunes: so that its plan does not tell its layers.
     """
 
     what: str
@@ -83,6 +83,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 1
     activations: str = ""
+    prunes: bool = False
 
 
 def _unplanned(task: Task) -> None:
@@ -145,6 +146,17 @@ def _pruned(multiple: int | None, task: Task, plan: None) -> nn.Module:
     return pruning.pruned(task.model, task.x, task.budget, pruning.chosen(), train, multiple)
 
 
+def _planned_half_way(task: Task) -> elc_fx.Plan:
+    """Half of what goes (as a factor) of the FLOPs."""
+    return task.planner().plan(elc_fx.Budget(flops=task.budget**0.5))
+
+
+def _fitted_and_pruned(task: Task, plan: elc_fx.Plan) -> nn.Module:
+    network, (train, _) = fitted(task, plan), task.images
+    left = task.budget * elc_fx.measure(task.model, task.x).flops / elc_fx.measure(network, task.x).flops
+    return pruning.pruned(network, task.x, left, pruning.chosen(), train)
+
+
 def _unchanged(task: Task, plan: None) -> nn.Module:
     return copy.deepcopy(task.model)
 
@@ -177,8 +189,14 @@ METHODS = {
         activations="PReLU",
     ),
     "balanced": Method("as elc; the layers are limited too, to the square root of the budget", _balanced, fitted),
-    "torch-pruning": Method("channels pruned by Torch-Pruning", _unplanned, partial(_pruned, None)),
-    "torch-pruning-8": Method("the same, all widths multiples of 8", _unplanned, partial(_pruned, 8)),
+    "torch-pruning": Method("channels pruned by Torch-Pruning", _unplanned, partial(_pruned, None), prunes=True),
+    "torch-pruning-8": Method("the same, all widths multiples of 8", _unplanned, partial(_pruned, 8), prunes=True),
+    "both": Method(
+        "elc down to the square root of the budget, the rest by Torch-Pruning",
+        _planned_half_way,
+        _fitted_and_pruned,
+        prunes=True,
+    ),
     "scratch": Method("the same layers as elc, random weights", _planned, _random, FROM_SCRATCH),
     "scratch-3x": Method("the same, three times as many epochs", _planned, _random, FROM_SCRATCH, 3),
     "uniform": Method("the fewest layers that meet the budget, without a plan", _uniform, fitted),

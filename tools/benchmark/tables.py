@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 NOT_RUN, UNREACHABLE = "not run", "cannot reach the budget"
 PRUNED = "torch-pruning"
 # The others show what an idea buys.
-USED = ("elc", "features", "balanced", "shrinks", *FOR_TIME, PRUNED, f"{PRUNED}-8")
+USED = ("elc", "features", "balanced", "shrinks", *FOR_TIME, "both", PRUNED, f"{PRUNED}-8")
 # A file for each processor; where a network was timed on several, the first counts, then the last.
 LATENCIES = ("benchmark_latency", *(f"benchmark_latency_{name}" for name in ("amd", "intel", "xeon", "amx")))
 COLUMNS = [(runtime, batch) for runtime in RUNTIMES for batch in BATCHES]
@@ -84,7 +84,7 @@ def _speedups(rows: Sequence[Row], name: str = LATENCIES[0]) -> dict[tuple[str, 
 def _layers(row: Row) -> str:
     """Equal for networks of the same layers, which take the same time. Pruned ones of equal costs were pruned alike."""
     plan, activations = row.get("plan"), METHODS[row["method"]].activations
-    if row["method"].startswith(PRUNED) and "after" in row:
+    if METHODS[row["method"]].prunes and "after" in row:
         return f"{row['network']} {row['method']} {json.dumps(row['after'], sort_keys=True)}"
     return f"{row['network']} {activations} {json.dumps(plan['candidates'], sort_keys=True)}" if plan else _stem(row)
 
@@ -142,7 +142,8 @@ def versus_table(rows: Sequence[Row], style: str = "simple") -> str:
     times, useful, lines = [_speedups(rows, name) for name in LATENCIES], _useful(rows), []
     for pruned in filter(_is_pruned, useful):
         key = pruned[0]["network"], pruned[0]["epochs"]
-        ours = [own for own in useful if (own[0]["network"], own[0]["epochs"]) == key and not _is_pruned(own)]
+        rivals = [own for own in useful if (own[0]["network"], own[0]["epochs"]) == key]
+        ours = [own for own in rivals if not METHODS[own[0]["method"]].prunes]
         cells = []
         for column in COLUMNS:
             found = [(_faster(own, pruned, times, column), _accuracy(own) - _accuracy(pruned)) for own in ours]
