@@ -82,10 +82,10 @@ def test_networks_of_the_same_layers_take_the_same_time(results: Path) -> None:
     stored = [{**row("elc", 0.88), **plan}, {**row("elc", 0.89), **plan, "epochs": 10}]
     short, long = tables.speed_table(stored).splitlines()[2:]
     assert short.endswith("2.00×") and long.endswith("2.00×")
-    assert tables._layers({**row("features", 0.9), **plan}) == tables._layers(stored[0])
-    assert tables._layers({**row("slopes", 0.9), **plan}) != tables._layers(stored[0])  # other activations
+    assert rows.layers_of({**row("features", 0.9), **plan}) == rows.layers_of(stored[0])
+    assert rows.layers_of({**row("slopes", 0.9), **plan}) != rows.layers_of(stored[0])  # other activations
     pruned = row("torch-pruning", 0.87)
-    assert tables._layers({**pruned, "epochs": 10, "seed": 1}) == tables._layers(pruned) != tables._layers(stored[0])
+    assert rows.layers_of({**pruned, "epochs": 10, "seed": 1}) == rows.layers_of(pruned) != rows.layers_of(stored[0])
 
 
 def test_times_of_what_a_row_was_before_it_was_run_again_do_not_count(results: Path) -> None:
@@ -95,7 +95,7 @@ def test_times_of_what_a_row_was_before_it_was_run_again_do_not_count(results: P
 
 def test_a_pruned_network_is_compared_with_the_best_that_is_as_fast(results: Path) -> None:
     stored = [row("torch-pruning", 0.87), row("elc", 0.89), row("balanced", 0.88), row("shrinks", 0.9)]
-    pruned, elc, balanced, shrinks = (tables._stem(own) for own in stored)
+    pruned, elc, balanced, shrinks = (rows.stem_of(own) for own in stored)
     write_times(results / "benchmark_latency.json", [latency(pruned, "eager", 1.5), latency(elc, "eager", 1.4)])
 
     def points() -> str:
@@ -219,7 +219,7 @@ def test_what_is_fitted_may_be_pruned_as_well(task: dict[str, Any], tmp_path: Pa
     elc_fx.set_gate(decoupled, 0)
     flops, (before, after) = elc_fx.measure(elc_fx.merge(decoupled), x).flops, (row["before"], row["after"])
     assert 0.6 <= after["flops"] / before["flops"] < 0.63 < flops / before["flops"] <= 0.6**0.5
-    assert after["parameters"] < before["parameters"] and tables._layers(row) != tables._layers(
+    assert after["parameters"] < before["parameters"] and rows.layers_of(row) != rows.layers_of(
         {**row, "after": before}
     )
 

@@ -16,7 +16,7 @@ import elc_fx
 import provenance
 import terminal
 from benchmark.methods import BATCHES, FOR_TIME, METHODS, RUNTIMES, Task
-from benchmark.rows import FOLDER, RUNS, deployed
+from benchmark.rows import FOLDER, RUNS, deployed, layers_of
 from cifar_models import load
 from elc_fx.deploying import exporting
 from elc_fx.planning.latency import Backend, rounds, runner
@@ -76,18 +76,19 @@ def _networks(
     """One network of each architecture, by the first row that has it; and for each row that name."""
     model = load(weights)
     networks: dict[str, nn.Module] = {ORIGINAL: model, FOLDED: elc_fx.compile(model)}
-    names, seen = {ORIGINAL: ORIGINAL, FOLDED: FOLDED}, dict[str, str]()
+    names, first = {ORIGINAL: ORIGINAL, FOLDED: FOLDED}, dict[str, str]()
     for file in sorted(FOLDER.glob(f"{weights.stem}-*.json")):
         row = json.loads(file.read_text(encoding="utf-8"))
-        program = _program(row, runs / file.stem / "model.pt2", weights, data) if row["method"] in methods else None
-        if program is None:
+        if row["method"] not in methods:
             continue
-        network = program.module(check_guards=False)
-        layers = repr([(node.target, node.args[2:]) for node in network.graph.nodes if node.op == "call_function"])
-        layers += repr([tuple(value.shape) for value in network.state_dict().values()])
-        name = seen.setdefault(layers, file.stem)
-        networks.setdefault(name, network)
-        names[file.stem] = name
+        layers = layers_of(row)
+        if layers not in first:
+            program = _program(row, runs / file.stem / "model.pt2", weights, data)
+            if program is None:
+                continue
+            first[layers] = file.stem
+            networks[file.stem] = program.module(check_guards=False)
+        names[file.stem] = first[layers]
     return networks, names
 
 

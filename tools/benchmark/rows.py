@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from elc_fx.deploying import exporting
 from elc_fx.training import data as pictures
 from elc_fx.training import finetuning as training
 
+Row = Mapping[str, Any]
 FOLDER = provenance.RESULTS / "benchmark"
 RUNS = provenance.ROOT.parent / "elc_fx_benchmark"
 BATCH = 128
@@ -41,12 +42,12 @@ def train(
     run = provenance.collect()
     made = plan and _plan_of(plan, weights.stem, budget, method)
     for name in method:
-        stem = f"{weights.stem}-{name}-{budget:g}-{epochs}-{seed}"
+        key = {"network": weights.stem, "method": name, "budget": budget, "epochs": epochs, "seed": seed}
+        stem = stem_of(key)
         if (FOLDER / f"{stem}.json").exists():
             print(f"{stem} is there")
             continue
         task = Task(weights, data, budget, seed, runs / "losses")
-        key = {"network": weights.stem, "method": name, "budget": budget, "epochs": epochs, "seed": seed}
         provenance.store(FOLDER / f"{stem}.json", run, key | trained(task, name, epochs, runs / stem, made))
 
 
@@ -108,3 +109,16 @@ def deployed(network: nn.Module, x: Tensor) -> nn.Module:
         elc_fx.set_gate(network, 0)
         network = elc_fx.merge(network.eval())
     return elc_fx.compile(network.eval(), x)
+
+
+def stem_of(row: Row) -> str:
+    """The name of a row's file and of its network's folder."""
+    return f"{row['network']}-{row['method']}-{row['budget']:g}-{row['epochs']}-{row['seed']}"
+
+
+def layers_of(row: Row) -> str:
+    """Equal for networks of the same layers, which take the same time. Pruned ones of equal costs were pruned alike."""
+    plan, activations = row.get("plan"), METHODS[row["method"]].activations
+    if METHODS[row["method"]].prunes and "after" in row:
+        return f"{row['network']} {row['method']} {json.dumps(row['after'], sort_keys=True)}"
+    return f"{row['network']} {activations} {json.dumps(plan['candidates'], sort_keys=True)}" if plan else stem_of(row)

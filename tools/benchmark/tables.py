@@ -14,9 +14,9 @@ import provenance
 import terminal
 from benchmark import latencies
 from benchmark.methods import BATCHES, FOR_TIME, METHODS, RUNTIMES
+from benchmark.rows import Row, layers_of, stem_of
 from elc_fx.report.charts import INK, STYLE, picture
 
-Row = Mapping[str, Any]
 NOT_RUN, UNREACHABLE = "not run", "cannot reach the budget"
 PRUNED = "torch-pruning"
 # The others show what an idea buys.
@@ -69,24 +69,16 @@ def stored() -> list[Row]:
 
 def timed(rows: Sequence[Row], name: str = LATENCIES[0]) -> list[Row]:
     """What was timed on one processor, without networks that their rows have not had since."""
-    made = {_stem(row): row["provenance"]["date"] for row in rows}
+    made = {stem_of(row): row["provenance"]["date"] for row in rows}
     times = latencies.stored(provenance.RESULTS / f"{name}.json")
     return [row for row in times if made.get(row["row"], "") <= row["date"]]
 
 
 def _speedups(rows: Sequence[Row], name: str = LATENCIES[0]) -> dict[tuple[str, str, int], float]:
     """By layers, runtime and batch size, on one processor."""
-    layers = {_stem(row): _layers(row) for row in rows}
+    layers = {stem_of(row): layers_of(row) for row in rows}
     times = [row for row in timed(rows, name) if row["row"] in layers]
     return {(layers[row["row"]], row["runtime"], row["batch"]): row["speedup"] for row in times}
-
-
-def _layers(row: Row) -> str:
-    """Equal for networks of the same layers, which take the same time. Pruned ones of equal costs were pruned alike."""
-    plan, activations = row.get("plan"), METHODS[row["method"]].activations
-    if METHODS[row["method"]].prunes and "after" in row:
-        return f"{row['network']} {row['method']} {json.dumps(row['after'], sort_keys=True)}"
-    return f"{row['network']} {activations} {json.dumps(plan['candidates'], sort_keys=True)}" if plan else _stem(row)
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
@@ -127,7 +119,7 @@ def _speeds(lines: Sequence[list[Row]], rows: Sequence[Row], style: str) -> str:
     cells = []
     for own in lines:
         accuracy, points, _, flops, _, seeds = _cells(own)
-        times = [shown.get((_layers(own[0]), *column), "") for column in COLUMNS]
+        times = [shown.get((layers_of(own[0]), *column), "") for column in COLUMNS]
         head = own[0]["network"], own[0]["method"], flops, own[0]["epochs"]
         cells.append([*head, accuracy, points, seeds, *times])
     headers = ("network", "method", "FLOPs", "epochs", "test accuracy", "points", "seeds")
@@ -199,7 +191,7 @@ def _faster(
     own: Sequence[Row], other: Sequence[Row], times: Sequence[Mapping[Any, float]], column: tuple[str, int]
 ) -> bool | None:
     """Whether one is at least as fast as the other, or None. times: of each processor."""
-    a, b = ((_layers(rows[0]), *column) for rows in (own, other))
+    a, b = ((layers_of(rows[0]), *column) for rows in (own, other))
     return next((processor[a] >= processor[b] for processor in times if a in processor and b in processor), None)
 
 
@@ -267,11 +259,6 @@ def _method(row: Row) -> str:
     return own if own == row["row"] else f"{own.rsplit('-', 3)[0]}, {_share(float(own.rsplit('-', 3)[1]))}"
 
 
-def _stem(row: Row) -> str:
-    """The name of its file and of its network's folder."""
-    return f"{row['network']}-{row['method']}-{row['budget']:g}-{row['epochs']}-{row['seed']}"
-
-
 def _share(budget: float) -> str:
     return f"{100 * budget:g}%"
 
@@ -301,7 +288,7 @@ def plot(network: str, rows: Sequence[Row], file: Path) -> None:
             points = []
             for row in done:
                 share = row["after"]["flops"] / row["before"]["flops"]
-                x = share if column is None else speed.get((_layers(row), *column))
+                x = share if column is None else speed.get((layers_of(row), *column))
                 if row["method"] == name and x is not None:
                     points.append((x, 100 * row["test"][1]))
             if points:
