@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from elc_fx.capturing.rereading import Rereader
+
 
 class AnnotatedModule(fx.GraphModule):
     """A GraphModule with an attribute of its own. A copy loses those of GraphModule, and a pickle its `meta`.
@@ -27,6 +29,7 @@ class AnnotatedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         function, arguments = super().__reduce__()
+        arguments[0]["_tracer_cls"] = Rereader  # which the graph of what was unpickled itself does not name
         noted = getattr(self, self.elc_fx_kept)
         return _unpickled, (_class_of(self), function, arguments, self.training, noted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -244,6 +245,49 @@ def test_region_is_not_moved_past_an_overwrite_of_its_input() -> None:
 
     with torch.no_grad():
         check(ready(sharing(forward)), image(2, 4, 3, 3))
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_crop_that_shows_what_is_written_before_it_is_read(writes: bool) -> None:
+    """As in blocks of unpadded convolutions whose activation works in place."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.block(x)
+        crop = y[:, :, 1:-1, 1:-1]
+        z = s.inner(F.relu(y, inplace=writes))
+        out: Tensor = z + s.a(crop)
+        return out
+
+    model, x = (
+        ready(Unary(forward, block=conv_bn(4, 4), inner=nn.Conv2d(4, 4, 3), a=nn.Conv2d(4, 4, 1))),
+        image(2, 4, 7, 7),
+    )
+    compiled = check(model, x)
+    reasons = [refusal.reason for refusal in elc_fx.report_of(compiled).refused]
+    assert any("may overwrite what it shows" in reason for reason in reasons) == writes
+
+
+def test_parts_that_are_written_into_are_so_in_what_is_unpickled() -> None:
+    """Torch's own tracer, which reads the code again, would take `half *= 2` for `half = half * 2`."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.block(x)
+        half, _ = y.chunk(2, 1)
+        half *= 2
+        data = y.data
+        data += 1
+        z: Tensor = s.a(y)
+        return z
+
+    model, x = ready(Unary(forward, block=conv_bn(4, 4), a=nn.Conv2d(4, 4, 3))), image(2, 4, 7, 7)
+    planner = elc_fx.Planner(model, x, [x], loss="uniform")
+    plan = elc_fx.Plan.of(model, x, collapse=["a:1x1"])
+    for made in (elc_fx.compile(model, x), elc_fx.decouple(model, plan), planner.collapse(plan)):
+        with torch.no_grad():
+            once = pickle.loads(pickle.dumps(made))
+            assert_same(once(x), made(x), 0.0)
+            assert_same(pickle.loads(pickle.dumps(once))(x), made(x), 0.0)
+            assert_same(elc_fx.compile(once)(x), made(x))
 
 
 def test_merged_value_may_be_overwritten_by_its_reader() -> None:

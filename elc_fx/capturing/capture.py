@@ -70,6 +70,7 @@ from elc_fx.capturing.questions import (
     reads_training,
 )
 from elc_fx.capturing.randomness import alone, generators, randomness_of_the_caller
+from elc_fx.capturing.rereading import Rereader
 from elc_fx.capturing.tidying import (
     caller_of,
     give_input_by_position,
@@ -171,7 +172,7 @@ def capture(
     if taken := {str(path).partition(".")[0] for path in _paths(graph)} & _names_of_graph_modules():
         raise CaptureError(f"what it has as `{min(taken)}` would be in the place of what torch.fx keeps by that name")
     tracer.require_tensors()
-    graph._tracer_cls = None  # the result is unpickled by torch's own tracer
+    graph._tracer_cls = Rereader  # which unpickles the result
     try:
         captured = fx.GraphModule(_with_constants(root, tracer.constants), graph, type(model).__name__)
     except KeyError as error:  # a tensor that is called as a method of modules is

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from networkx.utils import UnionFind
 from torch import fx
@@ -59,7 +61,8 @@ class _Finder:
                 self.refusals.append(Refusal(label(node), f"it overwrites `{label(written)}`, which others may read"))
             return
         if (operation := self.interpreter.operations.get(node)) is not None:
-            self._append(node, operation)
+            if not self._is_overwritten_before_read(node):
+                self._append(node, operation)
         elif (terms := self.interpreter.summands(node)) is not None:
             join = Join(node, [])
             several = len({self._source(term.value) for term in terms}) > 1
@@ -167,14 +170,29 @@ class _Finder:
         nodes = {join.node, *nodes_of([join])}
         for source in join.sources:
             first = min(self.position[reader] for reader in nodes.intersection(source.users))
-            for user in {user for member in self.aliases.of[source] for user in member.users} - nodes:
-                between = first < self.position[user] < self.position[join.node]
-                if between and self.aliases.may_overwrite(user):
-                    self.refusals.append(
-                        Refusal(label(join.node), f"`{label(user)}` may overwrite what its branches read")
-                    )
-                    return True
+            if writer := self._writer_between(source, first, self.position[join.node], nodes):
+                why = f"`{label(writer)}` may overwrite what its branches read"
+                self.refusals.append(Refusal(label(join.node), why))
+                return True
         return False
+
+    def _is_overwritten_before_read(self, view: fx.Node) -> bool:
+        """Whether somebody may change what a part of a value shows between the part and its last reader."""
+        if function_name(view) != "getitem" or not view.users:
+            return False
+        last = max(self.position[reader] for reader in view.users)
+        writer = self._writer_between(view, self.position[view], last, set())
+        if writer:
+            why = f"`{label(writer)}` may overwrite what it shows before that is read"
+            self.refusals.append(Refusal(label(view), why))
+        return writer is not None
+
+    def _writer_between(self, value: fx.Node, first: int, last: int, own: Set[fx.Node]) -> fx.Node | None:
+        """Who may change the memory of a value between two positions. own: who does not count."""
+        for user in {user for member in self.aliases.of[value] for user in member.users} - own:
+            if first < self.position[user] < last and self.aliases.may_overwrite(user):
+                return user
+        return None
 
 
 def allocating(captured: fx.GraphModule) -> set[fx.Node]:
