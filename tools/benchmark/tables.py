@@ -21,8 +21,8 @@ NOT_RUN, UNREACHABLE = "not run", "cannot reach the budget"
 PRUNED = "torch-pruning"
 # The others show what an idea buys.
 USED = ("elc", "features", "balanced", "shrinks", *FOR_TIME, "both", PRUNED, f"{PRUNED}-8")
-# A file for each processor; where a network was timed on several, the first counts, then the last.
-LATENCIES = ("benchmark_latency", *(f"benchmark_latency_{name}" for name in ("amd", "intel", "xeon", "amx")))
+# A file for each processor, and one for `both`; where a network was timed in several, the first counts, then the last.
+LATENCIES = ("benchmark_latency", *(f"benchmark_latency_{name}" for name in ("amd", "intel", "xeon", "amx", "both")))
 COLUMNS = [(runtime, batch) for runtime in RUNTIMES for batch in BATCHES]
 TIMES = tuple(f"{runtime}, {batch}" for runtime, batch in COLUMNS)
 PAPER = (0.5, 0.454, 0.259)  # shares of the FLOPs that are left in "Efficient Layer Compression Without Pruning"
@@ -95,15 +95,15 @@ def accuracy_table(rows: Sequence[Row], style: str = "simple") -> str:
 
 
 def headline_table(rows: Sequence[Row], style: str = "simple") -> str:
-    """The default and channel pruning, at the paper's budgets; see `speed_table`."""
-    lines = [own for own in _useful(rows) if own[0]["budget"] in PAPER and own[0]["method"] in ("elc", PRUNED)]
+    """The default, channel pruning and both together, at the paper's budgets; see `speed_table`."""
+    lines = [own for own in _useful(rows) if own[0]["budget"] in PAPER and own[0]["method"] in ("elc", "both", PRUNED)]
     return _speeds(lines, rows, style)
 
 
 def speed_table(rows: Sequence[Row], style: str = "simple") -> str:
     """What people would use: costs, accuracy, and how many times as fast as the original with folded batch norms.
 
-    With a star, what was only timed on another processor, against the original there.
+    With a star, what was only timed on another processor, or in another run, against the original there.
     """
     return _speeds(_useful(rows), rows, style)
 
