@@ -359,3 +359,36 @@ def test_what_gives_an_ordered_dict_has_poolings_to_merge() -> None:
             return OrderedDict(out=self.p(F.relu(self.a(x))))
 
     assert any(candidate.poolings for candidate in elc_fx.candidates(Named().eval(), torch.randn(1, 3, 9, 9)))
+
+
+class Towers(nn.Module):
+    """Two linear layers side by side, concatenated along an axis."""
+
+    def __init__(self, axis: int, between: nn.Module) -> None:
+        super().__init__()
+        self.axis, self.between = axis, between
+        self.a, self.b, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(torch.cat([self.between(self.a(x)), self.b(x)], dim=self.axis))
+        return y
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 5, 8), (2, 3, 5, 8)], ids=len)
+@pytest.mark.parametrize("last", [-1, 0], ids=["from the back", "from the front"])
+def test_linear_layers_are_concatenated_along_the_last_axis_however_it_is_counted(
+    shape: tuple[int, ...], last: int
+) -> None:
+    axis, x = last or len(shape) - 1, torch.randn(shape)
+    model = Towers(axis, nn.Identity()).eval()
+    compiled = elc_fx.compile(model, x)
+    assert len(elc_fx.report_of(compiled).merged) == 1
+    torch.testing.assert_close(compiled(x), model(x))
+    model = Towers(axis, nn.ReLU()).eval()
+    names = [candidate.full_name for candidate in elc_fx.candidates(model, x) if candidate.saves]
+    assert "a..last:linear" in names
+    for name in names:  # without examples, decouple knows of no axes what the plan knew
+        decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=[name]))
+        torch.testing.assert_close(decoupled(x), model(x))
+        elc_fx.set_gate(decoupled, 0)
+        torch.testing.assert_close(elc_fx.merge(decoupled)(x), decoupled(x))

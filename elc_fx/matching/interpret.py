@@ -121,7 +121,7 @@ class Term:
 class Interpreter:
     """Reads the nodes of one captured graph. values: what example inputs told of them.
 
-    trusting: types that are not known are those that fit, as they were where the examples of a plan told them.
+    trusting: types and axes that are not known are those that fit, as they were where the examples of a plan told them.
     """
 
     trusting = False
@@ -684,7 +684,7 @@ class Interpreter:
             return None
         if dims == 0:
             rank = next((len(s) for t in tensors if (s := self.shapes.get(t))), 0)
-            return tuple(tensors) if axis == -1 or (rank and axis == rank - 1) else None
+            return tuple(tensors) if axis == -1 or (axis == rank - 1 if rank else axis > 0 and self.trusting) else None
         return tuple(tensors) if axis in (1, -dims - 1) else None
 
     def free_layers_of_questions(self) -> None:

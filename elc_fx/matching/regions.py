@@ -100,10 +100,14 @@ class Merge:
     def rank(self) -> int | None:
         """The number of axes that the source must have, if its layers take others and would do something else."""
         ranks = [op.rank for op in self.operations() if op.rank is not None]
+        return next(iter(ranks), None if self.exact_size else self.counted_axes)
+
+    @property
+    def counted_axes(self) -> int | None:
+        """How many axes its values have, if it counts that of the channels from the front (the last, in linear layers)."""
         joins = (part for part in walk(self.parts) if isinstance(part, Join))
-        if not ranks and not self.exact_size and any(join.concatenates and join.axis > 0 for join in joins):
-            ranks = [self.geometry.dims + 2]  # the axis of the channels is counted from the front
-        return ranks[0] if ranks else None
+        axis = next((join.axis for join in joins if join.concatenates and join.axis > 0), None)
+        return axis if axis is None else self.geometry.dims + 2 if self.geometry.dims else axis + 1
 
     def operations(self) -> Iterator[Operation]:
         return operations_of(self.parts)

@@ -39,7 +39,7 @@ def verify_merge(
     """
     if stored.kernel.is_meta:
         return
-    x = _random_input(merge.geometry, stored.kernel)
+    x = _random_input(merge.geometry, stored.kernel, merge.counted_axes)
     with torch.no_grad(), Widening():
         expected, actual = _run_region(captured, merge, source, nodes, x.clone()), merged(x)
     if actual.shape != expected.shape:
@@ -65,8 +65,11 @@ def _agree(actual: Tensor, expected: Tensor, rounding: Tensor) -> bool:
     return bool((within | (~expected.isfinite() & ~actual.isfinite())).all())
 
 
-def _random_input(geometry: Geometry, kernel: Tensor) -> Tensor:
-    """Values in [−1, 1] at a size so small that borders matter most, yet large enough for every layer of the region."""
+def _random_input(geometry: Geometry, kernel: Tensor, axes: int | None) -> Tensor:
+    """Values in [−1, 1] at a size so small that borders matter most, yet large enough for every layer of the region.
+
+    axes: how many there are, if that matters.
+    """
     size = []
     for e, s, sides in zip(geometry.extent, geometry.stride, geometry.padding, strict=True):
         low, high = sides
@@ -79,7 +82,8 @@ def _random_input(geometry: Geometry, kernel: Tensor) -> Tensor:
     for axis, a, b, stride in geometry.sizes:
         while (size[axis] + a) // stride != (size[axis] + b) // stride:
             size[axis] += 1
-    shape = (1 if size else 2, geometry.in_channels, *size)
+    between = [] if axes is None else [1] * (axes - geometry.dims - 2)
+    shape = (1 if size else 2, *between, geometry.in_channels, *size)
     generator = torch.Generator("cpu").manual_seed(0)
     x = 2 * torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") - 1
     return wide(x.to(kernel.device, kernel.dtype))
