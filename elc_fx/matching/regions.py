@@ -104,7 +104,7 @@ class Merge:
 
     @property
     def counted_axes(self) -> int | None:
-        """How many axes its values have, if it counts that of the channels from the front (the last, in linear layers)."""
+        """How many axes its values have, if it counts the axis of the channels from the front."""
         joins = (part for part in walk(self.parts) if isinstance(part, Join))
         axis = next((join.axis for join in joins if join.concatenates and join.axis > 0), None)
         return axis if axis is None else self.geometry.dims + 2 if self.geometry.dims else axis + 1
