@@ -392,3 +392,23 @@ def test_linear_layers_are_concatenated_along_the_last_axis_however_it_is_counte
         torch.testing.assert_close(decoupled(x), model(x))
         elc_fx.set_gate(decoupled, 0)
         torch.testing.assert_close(elc_fx.merge(decoupled)(x), decoupled(x))
+
+
+def test_a_sum_in_place_that_only_reads_what_a_region_gives_overwrites_none_of_it() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.c = nn.Conv2d(3, 8, 1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+            self.b = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = F.relu(self.stem(x))
+            a, c, b = self.a(y), self.c(y), self.b(y)
+            b += a
+            return F.relu(b), F.relu(c + y)
+
+    model, x = ready(Beside()), image(2, 3, 12, 12)
+    decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["a:1x3", "c:1x1"]))
+    assert_same(decoupled(x), model(x))
+    elc_fx.set_gate(decoupled, 0)
+    assert_same(elc_fx.merge(decoupled)(x), decoupled(x))

@@ -190,7 +190,7 @@ class _Finder:
     def _writer_between(self, value: fx.Node, first: int, last: int, own: Set[fx.Node]) -> fx.Node | None:
         """Who may change the memory of a value between two positions. own: who does not count."""
         for user in {user for member in self.aliases.of[value] for user in member.users} - own:
-            if first < self.position[user] < last and self.aliases.may_overwrite(user):
+            if first < self.position[user] < last and self.aliases.may_overwrite(user, value):
                 return user
         return None
 
@@ -227,9 +227,10 @@ class _Aliases:
         read = node.op != "call_module" and function_name(node) != "getitem" and node in self.interpreter.operations
         return read or node in self.allocating
 
-    def may_overwrite(self, node: fx.Node) -> bool:
-        if overwritten_argument(self.captured, node) is not None:
-            return True
+    def may_overwrite(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether an operation may change the memory of a value."""
+        if (written := overwritten_argument(self.captured, node)) is not None:
+            return written in self.of[value]
         if node in self.interpreter.operations:  # rings of a decoupled network are modules of elc_fx
             return False
         return runs_foreign_code(self.captured, node)
