@@ -12,7 +12,9 @@ from elc_fx.affine import AffineMap, Geometry
 from elc_fx.capturing.graph import (
     allocates,
     function_name,
+    has_hooks,
     label,
+    module_of,
     overwritten_argument,
     runs_foreign_code,
     signature_of,
@@ -231,6 +233,8 @@ class _Aliases:
         """Whether an operation may change the memory of a value."""
         if (written := overwritten_argument(self.captured, node)) is not None:
             return written in self.of[value]
-        if node in self.interpreter.operations:  # rings of a decoupled network are modules of elc_fx
-            return False
+        if node.op == "call_module":  # those that decouple inserts overwrite nothing
+            module = module_of(self.captured, node)
+            if type(module).__module__.startswith("elc_fx.") and not has_hooks(module):
+                return False
         return runs_foreign_code(self.captured, node)
