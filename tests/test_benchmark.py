@@ -211,17 +211,17 @@ def test_a_plan_for_the_time_of_many_images_makes_its_network(
     assert stored["plan"]["candidates"] and stored["after"]["flops"] < stored["before"]["flops"]
 
 
-def test_what_is_fitted_may_be_pruned_as_well(task: dict[str, Any], tmp_path: Path) -> None:
-    rows.train(method=["both"], **task)
-    row = json.loads((tmp_path / "results" / "net-both-0.6-1-0.json").read_text())
-    model, x = load(task["weights"]), torch.zeros(1, 3, 32, 32)
-    decoupled = elc_fx.decouple(model, elc_fx.Plan.from_json(json.dumps(row["plan"])))
-    elc_fx.set_gate(decoupled, 0)
-    flops, (before, after) = elc_fx.measure(elc_fx.merge(decoupled), x).flops, (row["before"], row["after"])
-    assert 0.6 <= after["flops"] / before["flops"] < 0.63 < flops / before["flops"] <= 0.6**0.5
-    assert after["parameters"] < before["parameters"] and rows.layers_of(row) != rows.layers_of(
-        {**row, "after": before}
+def test_what_is_fitted_may_be_pruned_as_well(task: dict[str, Any]) -> None:
+    made = methods.Task(task["weights"], task["data"], task["budget"], task["seed"], task["runs"])
+    plan = made.planner(loss="uniform").plan(elc_fx.Budget(flops=0.6**0.5))
+    before, fitted, pruned = (
+        elc_fx.measure(network, made.x)
+        for network in (made.model, methods.fitted(made, plan), methods._fitted_and_pruned(made, plan))
     )
+    assert 0.6 <= pruned.flops / before.flops < 0.63 < fitted.flops / before.flops <= 0.6**0.5
+    assert pruned.parameters < fitted.parameters and pruned.depth == fitted.depth
+    row = {**task, "network": "net", "method": "both", "plan": json.loads(plan.to_json()), "after": pruned.to_dict()}
+    assert rows.layers_of(row) != rows.layers_of({**row, "after": fitted.to_dict()})
 
 
 def test_slopes_begin_as_relus(task: dict[str, Any]) -> None:
