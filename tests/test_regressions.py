@@ -431,3 +431,24 @@ def test_a_region_with_a_shortcut_beside_another_that_reads_the_same() -> None:
     assert_same(decoupled(x), model(x))
     elc_fx.set_gate(decoupled, 0)
     assert_same(elc_fx.merge(decoupled)(x), decoupled(x))
+
+
+def test_parameters_from_which_a_weight_is_computed_go_with_its_layer() -> None:
+    """As in weight standardisation."""
+
+    class Standardised(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return F.conv2d(input, w / (w.std((1, 2, 3), keepdim=True) + 1e-5), self.bias, padding=1)
+
+    first, second = Standardised(3, 16, 3), Standardised(16, 16, 3)
+    model, x = ready(nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(16, 4, 1))), image(2, 3, 9, 9)
+    planner = elc_fx.Planner(model, x, [x], loss="uniform")
+    plan = planner.plan(elc_fx.Budget(flops=0.3))
+    (candidate,) = plan.candidates
+    assert candidate.parameters == (16 * 16 * 9 + 16, 16 * 16 + 16)
+    decoupled = elc_fx.decouple(model, plan)
+    elc_fx.set_gate(decoupled, 0)
+    assert plan.prediction is not None
+    assert plan.prediction.after.params == elc_fx.measure(elc_fx.merge(decoupled), x).parameters
+    planner.plan(elc_fx.Budget(params=0.5))  # which can be met

@@ -234,6 +234,10 @@ class CandidateFinder:
         self.names = _names(self.regions, layers, graph.poolings)
         # What the kernels do not change is asked once for each region.
         self._operations = functools.cache(functools.partial(operation_texts, graph))
+        self._read: dict[fx.Node, list[nn.Parameter]] = {}
+        for parameter, readers in readers_of_parameters(graph).items():
+            for node in readers:
+                self._read.setdefault(node, []).append(parameter)
         self._parameters = functools.cache(self._count_parameters)
 
     def all(self, largest_kernel: int) -> Iterator[tuple[Region, Candidate]]:
@@ -292,13 +296,35 @@ class CandidateFinder:
         )
 
     def _count_parameters(self, region: Region) -> int:
-        found = {
-            id(p): p.numel()
-            for op in operations_of(region.parts)
-            if op.node.op == "call_module"
-            for p in module_of(self.graph.graph_module, op.node).parameters()
-        }
-        return sum(found.values())
+        found: dict[nn.Parameter, None] = {}
+        for op in operations_of(region.parts):
+            found |= dict.fromkeys(self._read.get(op.node, ()))
+        return sum(parameter.numel() for parameter in found)
+
+
+def readers_of_parameters(graph: SerialGraph) -> dict[nn.Parameter, set[fx.Node]]:
+    """The nodes that compute with each parameter, or with what is made of it and of constants alone."""
+    readers: dict[nn.Parameter, set[fx.Node]] = {}
+    for node in graph.graph_module.graph.nodes:
+        if node.op == "call_module":
+            for parameter in module_of(graph.graph_module, node).parameters():
+                readers.setdefault(parameter, set()).add(node)
+        elif node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            value = graph.graph_module.get_submodule(owner)._parameters.get(name)
+            if value is not None:
+                readers.setdefault(value, set()).update(_readers(graph, node))
+    return readers
+
+
+def _readers(graph: SerialGraph, constant: fx.Node) -> set[fx.Node]:
+    found, seen, pending = set[fx.Node](), {constant}, [constant]
+    while pending:
+        new = set(pending.pop().users) - seen
+        seen |= new
+        pending += (computed := [user for user in new if user in graph.interpreter.constants])
+        found |= new.difference(computed)
+    return found
 
 
 def _own_kernel(operations: Sequence[Operation], pools: Sequence[Operation]) -> int:

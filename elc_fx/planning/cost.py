@@ -12,14 +12,14 @@ import numpy as np
 from torch import fx, nn
 
 from elc_fx.affine import Geometry
-from elc_fx.capturing.graph import label, module_of
+from elc_fx.capturing.graph import label
 from elc_fx.capturing.inputs import fresh
 from elc_fx.capturing.randomness import reproducibly
 from elc_fx.capturing.shapes import PlainInterpreter
 from elc_fx.comparison import layers_between, measure
 from elc_fx.matching.serial import Region, SerialGraph
 from elc_fx.planning.budget import Costs
-from elc_fx.planning.candidates import Candidate, CandidateFinder
+from elc_fx.planning.candidates import Candidate, CandidateFinder, readers_of_parameters
 
 
 @dataclass(frozen=True)
@@ -192,21 +192,8 @@ class _LayerCounter(PlainInterpreter):
 
 def _parameter_groups(graph: SerialGraph) -> Iterable[tuple[int, frozenset[str]]]:
     """Parameters with the nodes that read them; those of the same nodes together."""
-    readers: dict[int, set[str]] = {}
-    sizes: dict[int, int] = {}
-    for node in graph.graph_module.graph.nodes:
-        if node.op == "call_module":
-            read = [(p, [node.name]) for p in module_of(graph.graph_module, node).parameters()]
-        elif node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            value = graph.graph_module.get_submodule(owner)._parameters.get(name)
-            read = [] if value is None else [(value, [user.name for user in node.users])]
-        else:
-            continue
-        for parameter, names in read:
-            sizes[id(parameter)] = parameter.numel()
-            readers.setdefault(id(parameter), set()).update(names)
     counts: dict[frozenset[str], int] = {}
-    for key, own in readers.items():
-        counts[frozenset(own)] = counts.get(frozenset(own), 0) + sizes[key]
+    for parameter, nodes in readers_of_parameters(graph).items():
+        names = frozenset(node.name for node in nodes)
+        counts[names] = counts.get(names, 0) + parameter.numel()
     return [(count, names) for names, count in counts.items()]
