@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from training_run import Pictures, decoupled, loader, network, short_network
 
 import elc_fx
+from elc_fx.training import finetuning
 from elc_fx.training.features import Features
 from elc_fx.workarounds import SoundConvolutions
 
@@ -865,3 +866,13 @@ def test_without_labels_a_network_is_judged_by_its_distance_from_the_teacher() -
     )
     scores = [epoch.score for epoch in history.epochs]
     assert all(score is not None and score < 0 for score in scores) and scores[-1] > scores[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_only_float32_is_cast_by_default(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning, "computes_in_bf16", lambda device: True)
+    options: dict[str, Any] = {"epochs": 1, "progress": False}
+    elc_fx.finetune(network().to(dtype), loader(), teacher=network().to(dtype), **options)
+    with pytest.raises(elc_fx.InvalidInputError, match="the teacher does not run") as raised:
+        elc_fx.finetune(network().to(dtype), loader(), teacher=network(), **options)
+    assert "BFloat16" not in str(raised.value)

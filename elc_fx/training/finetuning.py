@@ -71,7 +71,7 @@ class FinetuneConfig:
         ema: decay of an exponential moving average of the weights, which then is what remains; None for none.
         patience: epochs without a better validation after which training ends; None for never.
         loss: (output, target) → a tensor with one number; by default the cross entropy.
-        bf16: autocast to bfloat16; by default where the hardware computes in it.
+        bf16: autocast to bfloat16; by default that of float32 networks where the hardware computes in it.
         seed: of the order of the data and of all else that is random.
         folder: where checkpoints and metrics.csv are kept. A run that was killed goes on from there.
         tensorboard: also write events for TensorBoard, into the folder.
@@ -200,10 +200,11 @@ class Finetuning:
         shared.plugin_kwargs = of_the_caller  # which the one made here has changed for all
         self.device = self.accelerator.device
         self.to_device = partial(send_to_device, device=self.device, non_blocking=True)
-        self.bf16 = computes_in_bf16(self.device) if config.bf16 is None else config.bf16
+        self.dtype = number_type(network)
+        autocasts = self.dtype == torch.float32 and computes_in_bf16(self.device)
+        self.bf16 = autocasts if config.bf16 is None else config.bf16
         self.channels_last = self.device.type == "cpu" or self.bf16
         self.structure = [structure_of(network), structure_of(teacher), fingerprint(teacher)]
-        self.dtype = number_type(network)
         self.teacher = None if teacher is None else clone(teacher, {}).to(self.device).eval().requires_grad_(False)
         self.batches = self._shared("train_data", config.train_data)
         # Evenly shared batches would be filled up with samples that then count twice.
