@@ -414,8 +414,11 @@ def test_a_sum_in_place_that_only_reads_what_a_region_gives_overwrites_none_of_i
     assert_same(elc_fx.merge(decoupled)(x), decoupled(x))
 
 
-def test_a_region_with_a_shortcut_beside_another_that_reads_the_same() -> None:
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_region_with_a_shortcut_beside_another_that_reads_the_same(writes: bool) -> None:
     class Gated(nn.Module):
+        writes: bool
+
         def __init__(self) -> None:
             super().__init__()
             self.stem = nn.Conv2d(3, 8, 1)
@@ -423,10 +426,11 @@ def test_a_region_with_a_shortcut_beside_another_that_reads_the_same() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = F.relu(self.stem(x))
-            h = self.c(y)
-            return F.relu(h + y) * torch.sigmoid(self.g(y))
+            h, gate = self.c(y), self.g(y)
+            return F.relu(h + y) * torch.sigmoid(F.relu(gate, inplace=self.writes))
 
     model, x = ready(Gated()), image(2, 3, 12, 12)
+    model.writes = writes
     decoupled = elc_fx.decouple(model, elc_fx.Plan.of(model, x, collapse=["c:1x1", "g:1x3"]))
     assert_same(decoupled(x), model(x))
     elc_fx.set_gate(decoupled, 0)

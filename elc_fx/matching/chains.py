@@ -226,8 +226,9 @@ class _Aliases:
                 self.private |= storage
 
     def _allocates(self, node: fx.Node) -> bool:
-        read = node.op != "call_module" and function_name(node) != "getitem" and node in self.interpreter.operations
-        return read or node in self.allocating
+        operation = self.interpreter.operations.get(node)
+        read = operation is not None and (operation.convolves or node.op != "call_module")
+        return (read and function_name(node) != "getitem") or node in self.allocating
 
     def may_overwrite(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether an operation may change the memory of a value."""
