@@ -190,11 +190,11 @@ class _Finder:
         return writer is not None
 
     def _writer_between(self, value: fx.Node, first: int, last: int, own: Set[fx.Node]) -> fx.Node | None:
-        """Who may change the memory of a value between two positions. own: who does not count."""
-        for user in {user for member in self.aliases.of[value] for user in member.users} - own:
-            if first < self.position[user] < last and self.aliases.may_overwrite(user, value):
-                return user
-        return None
+        """The first who may change the memory of a value between two positions. own: who does not count."""
+        users = {user for member in self.aliases.of[value] for user in member.users} - own
+        between = (user for user in users if first < self.position[user] < last)
+        writers = (user for user in between if self.aliases.may_overwrite(user, value))
+        return min(writers, key=self.position.__getitem__, default=None)
 
 
 def allocating(captured: fx.GraphModule) -> set[fx.Node]:
